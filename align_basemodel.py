@@ -1,0 +1,209 @@
+"""Align one LoRA expert on one task (--moe_flag 0), or the fused mixture on all three (--moe_flag 1)."""
+
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+import config
+from config import AlignArguments, TrainArguments, UserError, check
+from data.encoding import Collator, Encoder, describe
+from data.sources import absolute_source, answer_records, draw, read_rows, source_files, trainable_rows
+from models import base, run_dir
+from models.expert_ffn import PROJECTIONS
+from models.llama import AnswerLossLlama
+from models.llama_moe import LlamaMoeConfig, load_fused
+from models.loading import base_of_run
+from models.run_dir import settle
+from models.trainer import MixtureTrainer
+
+SCRIPT = "align_basemodel.py"
+# Arguments that change the result: a run with others never takes a finished or begun run's folder.
+SHARED = ("task_name", "moe_flag", "num_samples", "max_length")
+EXPERT = ("rank", "alpha", "lora_dropout")
+MIXTURE = ("expert_topk", "gate_loss_weight", "helpfulness_weight", "safety_weight", "truthfulness_weight",
+           "gate_tokens", "router_learning_rate", "train_router", "tune_attention")  # fmt: skip
+TRAINING = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type",
+            "gradient_accumulation_steps", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2",
+            "adam_epsilon", "max_grad_norm", "seed", "data_seed", "train_sampling_strategy")  # fmt: skip
+
+
+@config.command
+def main(argv: list[str] | None = None) -> None:
+    args, training = config.parse(argv, AlignArguments, TrainArguments)
+    settle_training(args, training)
+    settle_sources(args)
+    name = run_name(args, training)
+    folder = Path(args.results_dir) / "outputs" / name
+    arguments = result_arguments(args, training)
+    state = run_dir.begin(
+        folder, SCRIPT, arguments, "give this run a name of its own with --run_name, or move that one"
+    )
+    if state == "complete":
+        print(f"{folder} is complete: nothing to do")
+        return
+    training.output_dir = str(folder)
+    started = time.perf_counter()
+    tokenizer = base.load_tokenizer(args.base_model)
+    samples = training_samples(args, training.seed, tokenizer)
+    dtype = base.pick_dtype(args.dtype)
+    trainer = mixture_trainer(args, training, samples, dtype) if args.moe_flag else expert_trainer(
+        args, training, samples, dtype)  # fmt: skip
+    checkpoint = get_last_checkpoint(str(folder)) if state == "resume" else None
+    if checkpoint:
+        print(f"Going on from {checkpoint}")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if not trainer.is_world_process_zero():
+        return
+    trainer.model.save_pretrained(folder)
+    train = {
+        "samples": len(samples),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_bytes": peak_memory_bytes(),
+        **{key: value for key, value in result.metrics.items() if isinstance(value, int | float)},
+        "log": trainer.state.log_history,
+    }
+    files = [path for task in args.tasks for path in source_files(task, "train", args.data_source)]
+    meta = {"data_sha256": {path.name: run_dir.sha256(path) for path in files}}
+    run_dir.finish(folder, SCRIPT, arguments, train, meta)
+    print(f"Aligned on {args.task_name} in {train['seconds']:.0f} s: {folder}")
+
+
+def settle_training(args: AlignArguments, training: TrainArguments) -> None:
+    """Bring our short flags and TrainingArguments' own together."""
+    if args.batch_size is not None:
+        check("batch_size", args.batch_size, args.batch_size >= 1, "1 or more")
+        training.per_device_train_batch_size = args.batch_size
+    if training.bf16 or training.fp16:
+        wanted = "bfloat16" if training.bf16 else "float16"
+        if args.dtype not in ("auto", wanted):
+            raise UserError(f"--dtype {args.dtype}: contradicts --{'bf16' if training.bf16 else 'fp16'}")
+        args.dtype = wanted
+    # LoRA matrices stay fp32 and are multiplied in the base's dtype; fp16 also needs the Trainer's loss scaling.
+    dtype = base.pick_dtype(args.dtype)
+    training.dataloader_pin_memory &= torch.cuda.is_available()
+    training.bf16, training.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+    check("num_train_epochs", training.num_train_epochs, training.num_train_epochs > 0, "above 0")
+    if training.gradient_checkpointing:
+        training.gradient_checkpointing_kwargs = {
+            "use_reentrant": False,
+            **(training.gradient_checkpointing_kwargs or {}),
+        }
+        if training.gradient_checkpointing_kwargs["use_reentrant"]:
+            raise UserError("--gradient_checkpointing_kwargs use_reentrant: must be false; the routers would get no "
+                            "gradient from the gating loss")  # fmt: skip
+
+
+def settle_sources(args: AlignArguments) -> None:
+    """The base model and the data: given here for an expert, recorded at fusion for the mixture."""
+    if not args.moe_flag:
+        args.base_model = base.default_base_model(args.base_model)
+        args.data_source = absolute_source(args.data_source) or "hub"
+        return
+    if args.rank != AlignArguments.rank or args.alpha != AlignArguments.alpha:
+        raise UserError("--rank and --alpha are the experts' and were set when those were aligned: leave them out")
+    moe_dir = Path(args.moe_dir)
+    fused = run_dir.read_run(moe_dir)
+    if fused is None:
+        raise UserError(f"--moe_dir {moe_dir}: no fused model there; fuse the experts first with models/llama_moe.py")
+    if not (moe_dir / run_dir.COMPLETE).exists():
+        raise UserError(f"--moe_dir {moe_dir}: its fusion did not finish; run models/llama_moe.py again")
+    recorded = fused["run"]["arguments"]
+    if args.base_model is not None:
+        args.base_model = base.default_base_model(args.base_model)
+    args.base_model = settle("base_model", args.base_model, base_of_run(moe_dir), None)
+    args.data_source = settle("data_source", absolute_source(args.data_source), recorded["data_source"], None)
+    if args.data_source is None:
+        raise UserError("the experts were aligned on different data, or do not record it: name it with --data_source")
+    moe_config = LlamaMoeConfig.from_pretrained(moe_dir)
+    args.expert_topk = args.expert_topk or moe_config.num_experts_per_tok
+    check(
+        "expert_topk",
+        args.expert_topk,
+        1 <= args.expert_topk <= moe_config.num_experts,
+        f"1 to {moe_config.num_experts}",
+    )
+    without = [task for task in args.tasks if task not in moe_config.expert_of_task]
+    if without:
+        there = ", ".join(moe_config.expert_of_task) or "no task"
+        raise UserError(f"--moe_dir {moe_dir}: its experts are for {there}; "
+                        f"the gating loss needs one for {', '.join(without)}")  # fmt: skip
+
+
+def run_name(args: AlignArguments, training: TrainArguments) -> str:
+    """The folder under results/outputs: --run_name, else the task, else the paper's name of a fused run."""
+    if training.run_name:
+        if Path(training.run_name).name != training.run_name or training.run_name == "raw":
+            raise UserError(f"--run_name {training.run_name}: must be a plain folder name other than raw")
+        return training.run_name
+    return config.fused_run_name(args, training.seed) if args.moe_flag else args.task_name
+
+
+def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
+    """What run.json records and a later command with the same folder must repeat."""
+    ours = ("base_model", "data_source", *SHARED, *(MIXTURE if args.moe_flag else EXPERT))
+    arguments = {name: getattr(args, name) for name in ours}
+    arguments["dtype"] = str(base.pick_dtype(args.dtype)).removeprefix("torch.")
+    if args.moe_flag:
+        arguments["fused_sha256"] = run_dir.sha256(Path(args.moe_dir) / "model.safetensors")
+    training_arguments = training.to_dict()
+    return arguments | {name: training_arguments[name] for name in TRAINING}
+
+
+def training_samples(args: AlignArguments, seed: int, tokenizer) -> list[dict]:
+    """The encoded training samples of the run's tasks; says how many there are and what was cut or dropped."""
+    encoder = Encoder(tokenizer, args.max_length)
+    samples = []
+    for task in args.tasks:
+        rows = trainable_rows(task, read_rows(task, "train", args.data_source))
+        encoded, counts = encoder.encode_all(answer_records(task, draw(rows, args.num_samples, seed)))
+        print(f"{task}: {describe(counts)}")
+        samples += encoded
+    if not samples:
+        raise UserError(f"--data_source {args.data_source}: no sample has an answer to learn")
+    return samples
+
+
+def expert_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict], dtype: torch.dtype) -> Trainer:
+    """A Trainer of LoRA on the FFN of the base, its attention frozen."""
+    model = base.load_weights(AnswerLossLlama, args.base_model, base.load_base_config(args.base_model), dtype)
+    torch.manual_seed(training.seed)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=args.rank, lora_alpha=args.alpha, lora_dropout=args.lora_dropout,
+                      target_modules=list(PROJECTIONS))  # fmt: skip
+    model = get_peft_model(model, lora)
+    return Trainer(model, training, train_dataset=samples, data_collator=Collator())
+
+
+def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict], dtype: torch.dtype) -> Trainer:
+    """A Trainer of the fused model's router and experts, its base frozen."""
+    model = load_fused(Path(args.moe_dir), args.base_model, dtype)
+    model.set_top_k(args.expert_topk)
+    if args.tune_attention:
+        torch.manual_seed(training.seed)
+        model.add_attention_lora(args.rank, args.alpha, args.lora_dropout)
+    for block in model.blocks:
+        block.router.weight.requires_grad_(bool(args.train_router))
+    return MixtureTrainer(
+        model, args=training, train_dataset=samples,
+        data_collator=Collator(routing=True, gate_tokens=args.gate_tokens),
+        gate_loss_weight=args.gate_loss_weight, drift_weights=args.drift_weights,
+        router_learning_rate=args.router_learning_rate,
+    )  # fmt: skip
+
+
+def peak_memory_bytes() -> int:
+    """The largest memory held: the GPU's if there is one, else the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

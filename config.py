@@ -1,0 +1,265 @@
+"""Paths, the three tasks in order, every flag with its check, and the names of runs."""
+
+import ctypes
+import functools
+import math
+import os
+import platform
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+ROOT = Path(__file__).resolve().parent
+RESULTS_DIR = ROOT / "results"
+BASE_MODELS_DIR = RESULTS_DIR / "base_models"  # the embedded model, converted once
+MOE_DIR = ROOT / "models" / "moe"  # the fused model before its alignment
+
+TASKS = ("helpfulness", "safety", "truthfulness")  # the order of the experts
+PAPER_BASE_MODEL = "meta-llama/Llama-2-7b-hf"
+EMBEDDED_MODEL = "smollm2"
+
+# A Hugging Face token for gated models. Assign it here or set HF_TOKEN; it is never written to disk.
+hf_token = os.environ.get("HF_TOKEN")
+
+
+class UserError(Exception):
+    """Something the user can put right: shown as one line, without a traceback, with exit code 2."""
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory: handing it back and faulting it in again costs a CPU training step a quarter."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, value)
+
+
+def command(main):
+    """Decorate a script's `main`: a UserError becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> None:
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's use of an old name
+        keep_freed_memory()
+        transformers_logging.disable_progress_bar()  # "Loading weights": over in a second, or the hub shows its own
+        try:
+            main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("stopped: the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
+
+    return run
+
+
+class Parser(HfArgumentParser):
+    """HfArgumentParser whose errors are one line (TrainingArguments alone has over a hundred flags to print)."""
+
+    def __init__(self, *dataclass_types, **kwargs):
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str):
+        raise UserError(f"{message} (--help lists every flag)")
+
+
+def parse(argv: list[str] | None, *dataclass_types) -> tuple:
+    """Parse `argv` (default: the command line) into one instance per dataclass; UserError on any bad flag."""
+    try:
+        return Parser(*dataclass_types).parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except (ValueError, ImportError) as error:  # TrainingArguments' own checks
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def check(flag: str, value, holds: bool, allowed: str) -> None:
+    """Raise a UserError naming the flag, its value and what is allowed, unless `holds`."""
+    if not holds:
+        raise UserError(f"--{flag} {value}: must be {allowed}")
+
+
+def flag(default, text: str, **metadata):
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class SourceArguments:
+    """Where the base model and the data come from. None: as the earlier stage recorded, else the paper's."""
+
+    base_model: str | None = flag(
+        None, f"hub id, local folder, or '{EMBEDDED_MODEL}' for the embedded model (default: {PAPER_BASE_MODEL})"
+    )
+    data_source: str | None = flag(None, "'hub' (default), 'sample' (in this repository), or a folder of jsonl files")
+    dtype: str = flag("auto", "of the base weights: auto (bfloat16 where the device is fast in it), float32, ...",
+                      choices=["auto", "bfloat16", "float16", "float32"])  # fmt: skip
+    results_dir: str = flag(str(RESULTS_DIR), "where every run is written and looked for")
+
+
+@dataclass
+class AlignArguments(SourceArguments):
+    """What align_basemodel.py adds to transformers.TrainingArguments."""
+
+    task_name: str | None = flag(None, "which data to align on (default with --moe_flag 1: mix)",
+                                 choices=[*TASKS, "mix"])  # fmt: skip
+    moe_flag: int = flag(0, "0: align one expert (LoRA on the base); 1: align the fused mixture", choices=[0, 1])
+    moe_dir: str = flag(str(MOE_DIR), "the fused model that --moe_flag 1 starts from")
+    num_samples: int = flag(-1, "training rows per task, drawn with --seed; -1: all")
+    max_length: int = flag(300, "tokens; of a longer sample the prompt is cut first")
+    batch_size: int | None = flag(None, "samples per device and step; short for --per_device_train_batch_size")
+    # one expert
+    rank: int = flag(8, "LoRA rank r")
+    alpha: float = flag(4, "LoRA alpha")
+    lora_dropout: float = flag(0.1, "LoRA dropout (experts, and attention with --tune_attention 1)")
+    # the mixture
+    expert_topk: int | None = flag(None, "experts per token, 1 to their number (default: as fused)")
+    gate_loss_weight: float = flag(0.0, "lambda of the gating loss")
+    helpfulness_weight: float = flag(0.0, "gamma_1: weight of the helpfulness expert's drift")
+    safety_weight: float = flag(0.0, "gamma_2: weight of the safety expert's drift")
+    truthfulness_weight: float = flag(0.0, "gamma_3: weight of the truthfulness expert's drift")
+    gate_tokens: str = flag("instruction", "tokens the gating loss averages over: those after the template's "
+                            "opening, or all (the paper)", choices=["instruction", "all"])  # fmt: skip
+    router_learning_rate: float = flag(1e-2, "learning rate of the router")
+    train_router: int = flag(1, "0: freeze the router (ablation)", choices=[0, 1])
+    tune_attention: int = flag(0, "1: add LoRA on q, k, v, o, as the released code does", choices=[0, 1])
+
+    def __post_init__(self):
+        if self.task_name is None:
+            if not self.moe_flag:
+                raise UserError(f"--moe_flag 0 aligns one expert: name it with --task_name {{{','.join(TASKS)},mix}}")
+            self.task_name = "mix"
+        check("rank", self.rank, self.rank >= 1, "1 or more")
+        check("alpha", self.alpha, self.alpha > 0, "above 0")
+        check("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "in [0, 1)")
+        check("max_length", self.max_length, self.max_length >= 16, "16 or more")
+        check("num_samples", self.num_samples, self.num_samples == -1 or self.num_samples > 0, "-1 (all) or positive")
+        for name in ("gate_loss_weight", *(f"{task}_weight" for task in TASKS)):
+            value = getattr(self, name)
+            check(name, value, math.isfinite(value) and value >= 0, "a finite number, 0 or more")
+        check("router_learning_rate", self.router_learning_rate, self.router_learning_rate > 0, "above 0")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return TASKS if self.task_name == "mix" else (self.task_name,)
+
+    @property
+    def drift_weights(self) -> dict[str, float]:
+        return {task: getattr(self, f"{task}_weight") for task in TASKS}
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """transformers.TrainingArguments with the paper's values (and quiet, resumable) as defaults."""
+
+    learning_rate: float = flag(5e-4, "of the LoRA matrices")
+    num_train_epochs: float = flag(3.0, "epochs")
+    per_device_train_batch_size: int = flag(8, "samples per device and step")
+    lr_scheduler_type: str = flag("linear", "decay of the learning rate")
+    seed: int = flag(42, "of the data order, the samples drawn and the initial weights")
+    train_sampling_strategy: str = flag("group_by_length", "batches of samples of like length")
+    logging_steps: float = flag(10, "log every that many steps")
+    save_strategy: str = flag("epoch", "when to write a checkpoint to resume from")
+    report_to: str | None = flag("none", "for example tensorboard")
+    remove_unused_columns: bool | None = flag(False, "the collator makes the columns")
+    use_cache: bool = flag(False, "the key-value cache is for generation")
+
+
+@dataclass
+class InferArguments(SourceArguments):
+    """Flags of inference.py."""
+
+    task_name: str | None = flag(None, "whose prompts to answer", choices=list(TASKS))
+    dataset_type: str = flag("test", "which half", choices=["train", "test"])
+    num_samples: int = flag(-1, "prompts, evenly spaced over the half; -1: all")
+    cross_task: str | None = flag(None, "the run that answers: a name under results/outputs, or a run's folder")
+    aligned_flag: int | None = flag(None, "without --cross_task: 1 (default) the task's own aligned expert, "
+                                    "0 the raw base model", choices=[0, 1])  # fmt: skip
+    checkpoint_number: int | None = flag(None, "answer with the run's checkpoint-N instead of its end")
+    prompt: str | None = flag(None, "answer this instruction in the terminal instead")
+    batch_size: int = flag(16, "prompts per batch")
+    temperature: float = flag(0.6, "sampling temperature; 0: greedy")
+    max_new_tokens: int = flag(512, "longest answer")
+    seed: int = flag(42, "of the sampling")
+
+    def __post_init__(self):
+        if self.task_name is None and (self.prompt is None or not (self.cross_task or self.aligned_flag == 0)):
+            raise UserError(f"name the prompts to answer with --task_name {{{','.join(TASKS)}}}, or give --prompt "
+                            "with --cross_task RUN or --aligned_flag 0")  # fmt: skip
+        if self.cross_task and self.aligned_flag == 0:
+            raise UserError("--aligned_flag 0 asks for the raw base and --cross_task for a run: give one of them")
+        if self.prompt is not None and not self.prompt.strip():
+            raise UserError("--prompt is empty: give it an instruction")
+        check("num_samples", self.num_samples, self.num_samples == -1 or self.num_samples > 0, "-1 (all) or positive")
+        check("batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
+        check("temperature", self.temperature, math.isfinite(self.temperature) and self.temperature >= 0, "0 or more")
+        check("max_new_tokens", self.max_new_tokens, self.max_new_tokens >= 1, "1 or more")
+
+    @property
+    def run(self) -> str:
+        """The run that answers, as `models.loading.find_run` takes it."""
+        if self.cross_task:
+            return self.cross_task
+        return "raw" if self.aligned_flag == 0 else self.task_name
+
+
+@dataclass
+class LikelihoodArguments(SourceArguments):
+    """Flags of evaluator/evaluate_likelihood.py."""
+
+    run: str = flag("raw", "what to score, with commas: raw, names under results/outputs, or runs' folders")
+    checkpoint_number: int | None = flag(None, "score the run's checkpoint-N instead of its end")
+    task_name: str = flag("all", "which task's held-out rows", choices=[*TASKS, "all"])
+    dataset_type: str = flag("test", "which half", choices=["train", "test"])
+    num_samples: int = flag(-1, "rows per score, evenly spaced over the half; -1: all")
+    max_length: int = flag(300, "tokens; of a longer sample the prompt is cut first")
+    batch_size: int = flag(16, "samples per batch")
+
+    def __post_init__(self):
+        check("num_samples", self.num_samples, self.num_samples == -1 or self.num_samples > 0, "-1 (all) or positive")
+        check("max_length", self.max_length, self.max_length >= 16, "16 or more")
+        check("batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return TASKS if self.task_name == "all" else (self.task_name,)
+
+
+@dataclass
+class FuseArguments(SourceArguments):
+    """Flags of models/llama_moe.py."""
+
+    experts_dir: str | None = flag(None, "folder of the experts (default: outputs in --results_dir)")
+    experts: str = flag(",".join(TASKS), "the experts' folders there, in order, with commas")
+    expert_topk: int = flag(2, "experts per token, 1 to their number")
+    output: str = flag(str(MOE_DIR), "where the fused model is written")
+    seed: int = flag(42, "of the router's initial weights")
+    save_dtype: str = flag("auto", "of the experts on disk: auto keeps the adapters' own, float16 halves the file",
+                           choices=["auto", "float16", "float32"])  # fmt: skip
+
+
+def weight_text(value: float) -> str:
+    """A loss weight in a run name: %.4f without its dot, and more digits where four decimals would lose it.
+
+    One value, one text: with more than four decimals the dot goes only below 1, where the leading zero keeps it apart.
+    """
+    decimals = next((d for d in range(4, 40) if float(f"{value:.{d}f}") == value), 40)
+    text = f"{value:.{decimals}f}"
+    return text if decimals > 4 and value >= 1 else text.replace(".", "")
+
+
+def fused_run_name(args: AlignArguments, seed: int, topk_as_fused: int = 2) -> str:
+    """`mix_moe_reg_{g1}_{g2}_{g3}_gate_{lambda}`, and one more part for each method flag off its default."""
+    gammas = "_".join(weight_text(args.drift_weights[task]) for task in TASKS)
+    name = f"{args.task_name}_moe_reg_{gammas}_gate_{weight_text(args.gate_loss_weight)}"
+    top_k = args.expert_topk or topk_as_fused
+    off_default = {
+        "topk": (top_k, 2),
+        "router": ("frozen" if not args.train_router else "trained", "trained"),
+        "attention": ("tuned" if args.tune_attention else "frozen", "frozen"),
+        "gate_tokens": (args.gate_tokens, "instruction"),
+        "seed": (seed, 42),
+    }
+    return name + "".join(f"_{part}_{value}" for part, (value, default) in off_default.items() if value != default)

@@ -1,0 +1,130 @@
+"""From records to token ids and from token ids to padded tensors: labels on the answer and its end mark only."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from config import TASKS, UserError
+from data.prompts import RESPONSE_MARK, render_prompt
+from data.sources import Record
+
+IGNORED = -100  # the label of a position that is not trained
+
+
+@dataclass
+class Encoder:
+    """Tokenises records. Prompt and answer are tokenised apart and joined, so that the border between them is exact.
+
+    `end_mark=False` leaves out the EOS label, for answers that are compared and not trained on.
+    """
+
+    tokenizer: object
+    max_length: int
+    end_mark: bool = True
+
+    def __post_init__(self):
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"the tokenizer of {self.tokenizer.name_or_path} has no EOS token to end answers with")
+        mark = len(self._answer_ids(RESPONSE_MARK))
+        if mark + 2 > self.max_length:
+            raise UserError(
+                f"--max_length {self.max_length}: must be above {mark + 1}, the length of the response mark"
+            )
+
+    def _answer_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def prompt_ids(self, record: Record) -> list[int]:
+        """Token ids of the prompt, with the BOS token where the tokenizer adds one."""
+        return self.tokenizer(render_prompt(record.instruction, record.input))["input_ids"]
+
+    @cached_property
+    def _openings(self) -> tuple[int, int]:
+        """Number of tokens of the template's fixed opening, without and with an input: what two prompts share."""
+
+        def shared(a: list[int], b: list[int]) -> int:
+            return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+
+        def ids(instruction, input):
+            return self.tokenizer(render_prompt(instruction, input))["input_ids"]
+
+        return shared(ids("Apples", ""), ids("7", "")), shared(ids("Apples", "?"), ids("7", "?"))
+
+    def encode(self, record: Record) -> dict:
+        """Token ids and labels of one sample, at most `max_length` of each.
+
+        Returns input_ids, labels (IGNORED but on the answer and its EOS), opening (the number of leading tokens that
+        belong to the template's opening), task (index), and cut ("", "prompt" or "answer"). Of a sample that is too
+        long the prompt loses its beginning, down to the response mark; an answer that still does not fit is cut
+        and gets no EOS. Labels may be all IGNORED: see `encode_all`.
+        """
+        prompt = self.prompt_ids(record)
+        answer = self._answer_ids(record.output)
+        opening = self._openings[1 if record.input.strip() else 0]
+        if answer and self.end_mark:
+            answer = [*answer, self.tokenizer.eos_token_id]
+        too_many = len(prompt) + len(answer) - self.max_length
+        cut = ""
+        if too_many > 0:
+            cut, mark = "prompt", len(self._answer_ids(RESPONSE_MARK))
+            dropped = min(too_many, max(len(prompt) - mark, 0))
+            prompt, opening = prompt[dropped:], max(opening - dropped, 0)
+            if too_many > dropped:
+                cut, answer = "answer", answer[: self.max_length - len(prompt)]
+        return {
+            "input_ids": prompt + answer,
+            "labels": [IGNORED] * len(prompt) + answer,
+            "opening": opening,
+            "task": TASKS.index(record.task),
+            "cut": cut,
+        }
+
+    def encode_all(self, records: list[Record]) -> tuple[list[dict], dict[str, int]]:
+        """Encode records; drop those without a label (an empty answer). Returns (samples, counts to be told)."""
+        encoded = [self.encode(record) for record in records]
+        samples = [sample for sample in encoded if any(label != IGNORED for label in sample["labels"])]
+        counts = {
+            "samples": len(samples),
+            "dropped_without_answer": len(encoded) - len(samples),
+            "cut_prompts": sum(sample["cut"] == "prompt" for sample in samples),
+            "cut_answers": sum(sample["cut"] == "answer" for sample in samples),
+        }
+        return samples, counts
+
+
+def describe(counts: dict[str, int]) -> str:
+    return (f"{counts['samples']} samples ({counts['cut_prompts']} prompts and {counts['cut_answers']} answers cut to "
+            f"the maximal length, {counts['dropped_without_answer']} dropped without an answer)")  # fmt: skip
+
+
+@dataclass
+class Collator:
+    """Pads samples on the right to the longest of the batch; padding is marked by position, never by token id.
+
+    Returns input_ids, attention_mask, labels, each (B, T); with `routing`, also task_ids (B,) and routing_mask
+    (B, T), 1 on the real tokens that the gating loss averages over: those after the template's opening
+    (gate_tokens "instruction") or "all".
+    """
+
+    routing: bool = False
+    gate_tokens: str = "instruction"
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        length = max(len(sample["input_ids"]) for sample in samples)
+
+        def padded(rows: list[list[int]], value: int) -> torch.Tensor:
+            return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+        ids = [sample["input_ids"] for sample in samples]
+        batch = {
+            "input_ids": padded(ids, 0),
+            "attention_mask": padded([[1] * len(row) for row in ids], 0),
+            "labels": padded([sample["labels"] for sample in samples], IGNORED),
+        }
+        if self.routing:
+            skipped = [0 if self.gate_tokens == "all" else sample["opening"] for sample in samples]
+            mask = [[0] * skip + [1] * (len(row) - skip) for row, skip in zip(ids, skipped, strict=True)]
+            batch["routing_mask"] = padded(mask, 0)
+            batch["task_ids"] = torch.tensor([sample["task"] for sample in samples])
+        return batch

@@ -1,0 +1,301 @@
+"""Rows of the three tasks from the hub, from data/sample or from a folder, and the records made of them.
+
+All three sources give rows with the public column names (the schema of ../data/README.md); a row read from a
+file is checked, and what is wrong with it is said with its file and line.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import config
+from config import TASKS, UserError
+
+SAMPLE_DIR = Path(__file__).resolve().parent / "sample"
+NUM_ALPACA = 20_000  # the paper's sample of Alpaca's 52k
+NUM_SAFETY_PROMPTS = 500  # the paper scores the first 500 prompts of BeaverTails 30k_test
+NUM_TRUTHFULNESS_TRAIN = 408  # TruthfulQA in its published order: the first half trains, the second tests
+
+COLUMNS = {  # column -> type, per file; "id" is asked of every file
+    "helpfulness": {"instruction": str, "input": str, "output": str},
+    "safety": {"prompt": str, "response": str, "is_safe": bool, "category": list},
+    "truthfulness": {"question": str, "best_answer": str, "correct_answers": list, "incorrect_answers": list},
+    "safety_pairs": {"prompt": str, "safe": str, "unsafe": str},
+    "truthfulness_mc": {"question": str, "mc1_targets": dict, "mc2_targets": dict},
+}
+MAY_BE_EMPTY = {"input", "category"}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One instruction with the answer a model should give; `output` is "" where only the prompt is known."""
+
+    id: str
+    task: str
+    instruction: str
+    input: str = ""
+    output: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One instruction with several answers; labels[i] is 1 where choices[i] is a good one."""
+
+    id: str
+    task: str
+    instruction: str
+    choices: tuple[str, ...]
+    labels: tuple[int, ...]
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def read_rows(task: str, split: str, source: str) -> list[dict]:
+    """Rows of one task and split ("train" or "test"), in source order, with the public column names.
+
+    Raises UserError for an unknown task, a source that is not there, or a bad row (with file and line).
+    """
+    if task not in TASKS:
+        raise UserError(f"unknown task {task!r}: the tasks are {', '.join(TASKS)}")
+    if source == "hub":
+        return _hub_rows(task, split)
+    folder = source_dir(source)
+    return read_jsonl(folder / f"{task}_{split}.jsonl", COLUMNS[task], answers_required=split == "train")
+
+
+def source_dir(source: str) -> Path:
+    """The folder of a `--data_source` other than hub; UserError if it is none."""
+    folder = SAMPLE_DIR if source == "sample" else Path(source)
+    if not folder.is_dir():
+        raise UserError(f"--data_source {source}: must be hub, sample, or a folder of jsonl files (see data/README.md)")
+    return folder
+
+
+def absolute_source(source: str | None) -> str | None:
+    """A `--data_source` as it is recorded: a folder by its absolute path."""
+    return source if source in (None, "hub", "sample") else str(source_dir(source).resolve())
+
+
+def source_files(task: str, split: str, source: str) -> list[Path]:
+    """The local file that read_rows would read, for its checksum in run.json; none for the hub."""
+    return [] if source == "hub" else [source_dir(source) / f"{task}_{split}.jsonl"]
+
+
+def read_jsonl(
+    path: Path, columns: dict[str, type], answers_required: bool = True, id_column: str = "id"
+) -> list[dict]:
+    """Read and check a jsonl file: every row an object with a unique id and the given columns.
+
+    Raises UserError naming file and line for a missing file, wrong encoding, bad JSON, a missing, mistyped or empty
+    field, or an id given twice. `answers_required=False` lets a reference answer ("output") be empty, as one of
+    text_davinci_003's is.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); see data/README.md for the files needed") from None
+    columns = {"id": str} | columns if id_column == "id" else columns
+    optional = MAY_BE_EMPTY if answers_required else MAY_BE_EMPTY | {"output"}
+    rows, line_of_id = [], {}
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise UserError(f"{where}: not UTF-8; save the file in that encoding") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: must be a JSON object, is a {type(row).__name__}")
+        for column, kind in columns.items():
+            _check_field(where, row, column, kind, may_be_empty=column in optional)
+        if row[id_column] in line_of_id:
+            raise UserError(f"{where}: id {row[id_column]!r} was already given on line {line_of_id[row[id_column]]}")
+        line_of_id[row[id_column]] = number
+        rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: has no rows")
+    return rows
+
+
+def _check_field(where: str, row: dict, column: str, kind: type, may_be_empty: bool) -> None:
+    if column not in row:
+        raise UserError(f"{where}: field {column!r} is missing")
+    value = row[column]
+    if not isinstance(value, kind):
+        raise UserError(f"{where}: field {column!r} must be a {kind.__name__}, is {json.dumps(value)[:40]}")
+    if kind is list and any(not isinstance(item, str) or not item.strip() for item in value):
+        raise UserError(f"{where}: field {column!r} must hold non-empty strings only")
+    empty = not value.strip() if kind is str else kind in (list, dict) and not value
+    if empty and not may_be_empty:
+        raise UserError(f"{where}: field {column!r} is empty")
+    if kind is dict:  # TruthfulQA's multiple-choice targets
+        choices, labels = value.get("choices"), value.get("labels")
+        if not (isinstance(choices, list) and isinstance(labels, list) and len(choices) == len(labels)):
+            raise UserError(f"{where}: field {column!r} must hold lists 'choices' and 'labels' of one length")
+        if not all(isinstance(choice, str) and choice.strip() for choice in choices) or {*labels} != {0, 1}:
+            raise UserError(f"{where}: field {column!r} must hold non-empty choices, some labelled 1 and some 0")
+
+
+def _load_hub(repository: str, *args, **kwargs):
+    """datasets.load_dataset with the user's token; a local folder of the same name is taken as that library does."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(repository, *args, token=config.hf_token, **kwargs)
+    except Exception as error:  # datasets, huggingface_hub and the network each raise their own kinds
+        raise _no_hub(repository, error) from error
+
+
+def _no_hub(repository: str, error: Exception) -> UserError:
+    return UserError(f"cannot load the data set {repository} from the hub ({type(error).__name__}); take the data "
+                     "that comes with this repository by --data_source sample, or a folder's by its path")  # fmt: skip
+
+
+def _hub_rows(task: str, split: str) -> list[dict]:
+    if task == "helpfulness" and split == "train":
+        alpaca = _load_hub("tatsu-lab/alpaca", split="train")
+        chosen = sorted(random.Random(42).sample(range(len(alpaca)), min(NUM_ALPACA, len(alpaca))))
+        return [{"id": f"alpaca-{i}", **row} for i, row in zip(chosen, alpaca.select(chosen), strict=True)]
+    if task == "helpfulness":
+        from huggingface_hub import hf_hub_download
+
+        repository = "tatsu-lab/alpaca_eval"  # its loading script no longer runs: read the JSON file itself
+        try:
+            path = hf_hub_download(repository, "alpaca_eval.json", repo_type="dataset", token=config.hf_token)
+        except Exception as error:
+            raise _no_hub(repository, error) from error
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))
+        return [{"id": f"alpaca_eval-{i}", "input": "", **row} for i, row in enumerate(rows)]
+    if task == "safety":
+        name = "30k_train" if split == "train" else "30k_test"
+        rows = _load_hub("PKU-Alignment/BeaverTails", split=name)
+        return [{"id": f"bt{name}-{i}", **row, "category": _true_names(row["category"])} for i, row in enumerate(rows)]
+    rows = _load_hub("truthfulqa/truthful_qa", "generation", split="validation")
+    rows = [{"id": f"truthfulqa-{i}", **row} for i, row in enumerate(rows)]
+    return rows[:NUM_TRUTHFULNESS_TRAIN] if split == "train" else rows[NUM_TRUTHFULNESS_TRAIN:]
+
+
+def _true_names(category: dict[str, bool] | list[str]) -> list[str]:
+    return [name for name, holds in category.items() if holds] if isinstance(category, dict) else category
+
+
+# ---- records ---------------------------------------------------------------------------------------------------------
+
+
+def answer_records(task: str, rows: list[dict]) -> list[Record]:
+    """What a model is trained on, and whose likelihood is measured: every pair of an instruction and a good answer.
+
+    Helpfulness: each row. Safety: the safe rows. Truthfulness: every correct answer a pair.
+    """
+    if task == "helpfulness":
+        return [Record(row["id"], task, row["instruction"], row["input"], row["output"]) for row in rows]
+    if task == "safety":
+        return [Record(row["id"], task, row["prompt"], "", row["response"]) for row in trainable_rows(task, rows)]
+    return [
+        Record(f"{row['id']}-{i}", task, row["question"], "", answer)
+        for row in rows
+        for i, answer in enumerate(row["correct_answers"])
+    ]
+
+
+def trainable_rows(task: str, rows: list[dict]) -> list[dict]:
+    """The rows that answer_records makes something of: of safety's, the safe ones."""
+    return [row for row in rows if task != "safety" or row["is_safe"]]
+
+
+def prompt_records(task: str, rows: list[dict], source: str) -> list[Record]:
+    """The different prompts of the rows in source order, each with its reference answer where there is one.
+
+    The safety prompts of the hub are the first 500, as the paper scores them.
+    """
+    if task == "helpfulness":
+        return answer_records(task, rows)
+    if task == "truthfulness":
+        return [Record(row["id"], task, row["question"], "", row["best_answer"]) for row in rows]
+    records = {}
+    for row in rows:
+        known = records.get(row["prompt"])
+        reference = row["response"] if row["is_safe"] else ""
+        if known is None or (reference and not known.output):
+            records[row["prompt"]] = Record(known.id if known else row["id"], task, row["prompt"], "", reference)
+    return list(records.values())[: NUM_SAFETY_PROMPTS if source == "hub" else None]
+
+
+def safety_comparisons(split: str, source: str) -> list[Comparison]:
+    """One safe and one unsafe response to the same prompt.
+
+    From safety_pairs.jsonl where the folder has it, less the prompts of safety_train.jsonl; else from the rows of
+    the split: the first safe and the first unsafe response of every prompt that has both.
+    """
+    if source != "hub" and (path := source_dir(source) / "safety_pairs.jsonl").exists():
+        trained = {row["prompt"] for row in read_rows("safety", "train", source)}
+        pairs = [
+            (row["id"], row["prompt"], row["safe"], row["unsafe"])
+            for row in read_jsonl(path, COLUMNS["safety_pairs"])
+            if row["prompt"] not in trained
+        ]
+    else:
+        first = {}
+        for row in read_rows("safety", split, source):
+            first.setdefault(row["prompt"], {"id": row["id"]}).setdefault(row["is_safe"], row["response"])
+        pairs = [(v["id"], prompt, v[True], v[False]) for prompt, v in first.items() if True in v and False in v]
+    return [Comparison(id, "safety", prompt, (safe, unsafe), (1, 0)) for id, prompt, safe, unsafe in pairs]
+
+
+def truthfulness_comparisons(split: str, source: str) -> tuple[list[Comparison], list[Comparison]]:
+    """(MC1, MC2) questions as TruthfulQA defines them (https://github.com/sylinrl/TruthfulQA, "Tasks").
+
+    MC1: the best answer against the incorrect ones. MC2: all correct answers against the incorrect ones. Taken from
+    the published targets (hub, or truthfulness_mc.jsonl for the test half), else built from the answer columns.
+    """
+    rows = None
+    if source == "hub":
+        published = _load_hub("truthfulqa/truthful_qa", "multiple_choice", split="validation")
+        half = slice(NUM_TRUTHFULNESS_TRAIN) if split == "train" else slice(NUM_TRUTHFULNESS_TRAIN, None)
+        rows = [{"id": f"truthfulqa-{i}", **row} for i, row in enumerate(published)][half]
+    elif split == "test" and (path := source_dir(source) / "truthfulness_mc.jsonl").exists():
+        rows = _read_mc(path)
+    if rows is not None:
+        return tuple(
+            [
+                Comparison(row["id"], "truthfulness", row["question"], tuple(t["choices"]), tuple(t["labels"]))
+                for row in rows
+                for t in [row[targets]]
+            ]
+            for targets in ("mc1_targets", "mc2_targets")
+        )
+    mc1, mc2 = [], []
+    for row in read_rows("truthfulness", split, source):
+        wrong = row["incorrect_answers"]
+        for questions, right in ((mc1, [row["best_answer"]]), (mc2, row["correct_answers"])):
+            labels = (1,) * len(right) + (0,) * len(wrong)
+            questions.append(Comparison(row["id"], "truthfulness", row["question"], (*right, *wrong), labels))
+    return mc1, mc2
+
+
+def _read_mc(path: Path) -> list[dict]:
+    """truthfulness_mc.jsonl numbers its questions by "idx" instead of an id."""
+    columns = {"idx": int, **COLUMNS["truthfulness_mc"]}
+    return [{"id": f"truthfulqa-{row['idx']}", **row} for row in read_jsonl(path, columns, id_column="idx")]
+
+
+def spread(items: list, num_samples: int) -> list:
+    """`num_samples` items evenly spaced over the list (-1, or more than there are: all of them).
+
+    Not the first ones: the first 50 of AlpacaEval's 805 are all of one subset.
+    """
+    if num_samples == -1 or num_samples >= len(items):
+        return items
+    return [items[i * len(items) // num_samples] for i in range(num_samples)]
+
+
+def draw(items: list, num_samples: int, seed: int) -> list:
+    """`num_samples` items drawn at random without repetition, in source order (-1, or more than there are: all)."""
+    if num_samples == -1 or num_samples >= len(items):
+        return items
+    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), num_samples))]

@@ -1,0 +1,89 @@
+"""One table of the scores that need no judge: python evaluator/report.py --runs raw,helpfulness,...,moe,mix_moe_..."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a script, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import config
+from config import RESULTS_DIR, TASKS, UserError, flag
+from models.run_dir import read_json
+
+COLUMNS = (  # heading, task, metric
+    ("helpfulness NLL/token ↓", "helpfulness", "nll_per_token"),
+    ("safety NLL/token ↓", "safety", "nll_per_token"),
+    ("truthfulness NLL/token ↓", "truthfulness", "nll_per_token"),
+    ("safe preferred ↑", "safety", "safe_preferred"),
+    ("MC1 ↑", "truthfulness", "mc1"),
+    ("MC2 ↑", "truthfulness", "mc2"),
+    *((f"routing, {task} ↑", task, "routing_accuracy") for task in TASKS),
+)
+
+
+@dataclass
+class ReportArguments:
+    """Flags of evaluator/report.py."""
+
+    runs: str = flag(f"raw,{','.join(TASKS)}", "the runs, in the table's order, with commas")
+    dataset_type: str = flag("test", "which half", choices=["train", "test"])
+    results_dir: str = flag(str(RESULTS_DIR), "where the scores are")
+
+
+@config.command
+def main(argv: list[str] | None = None) -> None:
+    (args,) = config.parse(argv, ReportArguments)
+    runs = [Path(name.strip()).name for name in args.runs.split(",") if name.strip()]
+    table = likelihood_table(Path(args.results_dir), runs, args.dataset_type)
+    path = Path(args.results_dir) / "report" / "table.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(table, encoding="utf-8")
+    print(table)
+    print(f"written to {path}")
+
+
+def likelihood_table(results_dir: Path, runs: list[str], split: str) -> str:
+    """The markdown table of the runs' likelihood scores: value and 95 % interval, n in the heading."""
+    scores = {run: {} for run in runs}
+    for run in runs:
+        for task in TASKS:
+            path = results_dir / "evaluation" / task / split / run / "likelihood" / "metrics.json"
+            if not path.exists():
+                raise UserError(f"{path}: is not there; run evaluator/evaluate_likelihood.py --run {run} first")
+            scores[run].update({(task, name): value for name, value in read_json(path)["metrics"].items()})
+    columns = [column for column in COLUMNS if any(column[1:] in found for found in scores.values())]
+    counts = []
+    for _, task, name in columns:
+        n = {found[task, name]["n"] for found in scores.values() if (task, name) in found}
+        if len(n) > 1:
+            raise UserError(
+                f"{name} of {task} was scored on different numbers of items ({sorted(n)}): score all runs alike"
+            )
+        counts.append(n.pop())
+    lines = [
+        "| run | "
+        + " | ".join(f"{heading} (n = {n})" for (heading, *_), n in zip(columns, counts, strict=True))
+        + " |",
+        "| --- |" + " --- |" * len(columns),
+        *(
+            f"| {run} | " + " | ".join(cell(found.get(key[1:])) for key in columns) + " |"
+            for run, found in scores.items()
+        ),
+        "",
+        "Held-out rows; 95 % bootstrap intervals over items. Likelihoods of given answers, no judge: not the paper's "
+        "metrics. A run named moe is the fused model before its alignment.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def cell(value: dict | None) -> str:
+    if value is None:
+        return "–"
+    low, high = value["interval"] or (float("nan"), float("nan"))
+    return f"{value['value']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+if __name__ == "__main__":
+    main()

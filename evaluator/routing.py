@@ -1,0 +1,77 @@
+"""Which expert answers what: routing counted over tokens, per layer and expert, and its picture."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.prompts import render_prompt
+from models.llama_moe import LlamaMoeForCausalLM, route
+
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")  # one per expert
+
+
+@torch.inference_mode()
+def routing_usage(model: LlamaMoeForCausalLM, tokenizer, prompts_and_answers: list[tuple[str, str]], batch_size: int,
+                  progress: bool = True) -> dict:  # fmt: skip
+    """Routing over all real tokens of prompts and answers: padding never counts, and every token counts once.
+
+    Returns experts, top_k, tokens, and per layer (a list of L lists of E): weight, the mean routing weight after top-k
+    (each row sums to 1), and selected, the share of tokens that select the expert (each row sums to K).
+    """
+    texts = sorted((prompt + answer for prompt, answer in prompts_and_answers), key=len)
+    weight = selected = tokens = 0
+    for start in tqdm(range(0, len(texts), batch_size), desc="routing", unit="batch", disable=not progress):
+        batch = tokenizer(texts[start : start + batch_size], padding=True, padding_side="right", return_tensors="pt")
+        batch = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+        outputs = model.model(**batch, use_cache=False, output_router_logits=True)
+        real = batch["attention_mask"].flatten().bool()
+        weights = torch.stack([route(x, model.config.num_experts_per_tok)[real] for x in outputs.router_logits])
+        weight = weight + weights.double().sum(1)  # (L, E)
+        selected = selected + (weights > 0).double().sum(1)
+        tokens += int(real.sum())
+    return {
+        "experts": [expert["name"] for expert in model.config.experts],
+        "top_k": model.config.num_experts_per_tok,
+        "tokens": tokens,
+        "weight": (weight / tokens).tolist(),
+        "selected": (selected / tokens).tolist(),
+    }
+
+
+def prompt_and_answer(row: dict) -> tuple[str, str]:
+    """The two texts of a line of outputs.jsonl."""
+    return render_prompt(row["instruction"], row["input"]), row["output"]
+
+
+def usage_line(usage: dict) -> str:
+    """How much each expert was used, over all layers, for a person."""
+    means = Tensor(usage["weight"]).mean(0).tolist()
+    shares = ", ".join(f"{name} {mean:.0%}" for name, mean in zip(usage["experts"], means, strict=True))
+    return f"experts used: {shares} (mean routing weight, {usage['tokens']} tokens x {len(usage['weight'])} layers)"
+
+
+def draw_heat_map(usage: dict, path: Path, title: str) -> None:
+    """Layers x experts; a cell is its expert's colour, as strong as the expert's mean routing weight there."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.colors import to_rgb
+
+    weight = torch.tensor(usage["weight"])  # (L, E)
+    colours = torch.tensor([to_rgb(colour) for colour in COLOURS[: weight.shape[1]]])
+    picture = 1 - weight[:, :, None] * (1 - colours)  # white at 0
+    figure, axes = plt.subplots(figsize=(1.6 + 1.2 * weight.shape[1], 1.5 + 0.24 * len(weight)), layout="constrained")
+    axes.imshow(picture, aspect="auto")
+    for layer, row in enumerate(weight.tolist()):
+        for expert, value in enumerate(row):
+            axes.text(expert, layer, f"{value:.2f}", ha="center", va="center", fontsize=7)
+    axes.set_xticks(range(weight.shape[1]), usage["experts"], rotation=20)
+    axes.set_yticks(range(0, len(weight), 5))
+    axes.set_ylabel("layer")
+    axes.set_title(f"{title}\nmean routing weight, {usage['tokens']} tokens", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

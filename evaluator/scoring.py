@@ -1,0 +1,115 @@
+"""How likely a model finds given answers: log-probabilities per token, every prompt read once for all its answers."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.encoding import IGNORED, Encoder
+from data.sources import Record
+from models.llama_moe import LlamaMoeForCausalLM
+from models.losses import mean_routing_probs
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One answer: log_probs of its tokens (A,) and of the EOS after them (None if it was cut); the mean routing
+    probabilities (E,) over instruction and answer for a fused model, else None."""
+
+    log_probs: Tensor
+    end_log_prob: float | None
+    routing_probs: Tensor | None
+
+
+@dataclass
+class _Row:
+    """A prompt followed by several answers to it; each answer sees the prompt and itself only."""
+
+    prompt: list[int]
+    opening: int
+    records: list[Record]
+    answers: list[list[int]]
+    cut: list[bool]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + sum(map(len, self.answers))
+
+
+def score_answers(model, encoder: Encoder, records: list[Record], batch_size: int, device, name: str) -> dict:
+    """{record: Scored} for every different record; a record without an answer token is left out.
+
+    Answers to one prompt share a row of the batch by a block mask: the same numbers as one row each (rounding
+    apart), at a fraction of the tokens.
+    """
+    rows = _rows(encoder, list(dict.fromkeys(records)))
+    rows.sort(key=lambda row: row.length)
+    scored = {}
+    with tqdm(total=len(rows), desc=name, unit="prompt") as bar:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            scored.update(_score_batch(model, batch, device))
+            bar.update(len(batch))
+    return scored
+
+
+def _rows(encoder: Encoder, records: list[Record]) -> list[_Row]:
+    rows: dict[tuple, _Row] = {}
+    for record in records:
+        sample = encoder.encode(record)
+        answer = [label for label in sample["labels"] if label != IGNORED]
+        if not answer:
+            continue
+        prompt = sample["input_ids"][: -len(answer)]
+        row = rows.setdefault(tuple(prompt), _Row(prompt, sample["opening"], [], [], []))
+        row.records.append(record)
+        row.answers.append(answer)
+        row.cut.append(sample["cut"] == "answer")
+    return list(rows.values())
+
+
+@torch.inference_mode()
+def _score_batch(model, rows: list[_Row], device) -> dict:
+    base = getattr(model, "get_base_model", lambda: model)()
+    length = max(row.length for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    positions = torch.zeros(len(rows), length, dtype=torch.long)
+    part = torch.full((len(rows), length), -1)  # 0: prompt, 1, 2, ...: answers, -1: padding
+    for i, row in enumerate(rows):
+        end = len(row.prompt)
+        ids[i, :end], positions[i, :end], part[i, :end] = torch.tensor(row.prompt), torch.arange(end), 0
+        for number, answer in enumerate(row.answers, start=1):
+            place = slice(end, end + len(answer))
+            ids[i, place], part[i, place] = torch.tensor(answer), number
+            positions[i, place] = len(row.prompt) + torch.arange(len(answer))
+            end += len(answer)
+    own = part[:, :, None] == part[:, None, :]
+    seen = (own | (part[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()  # (B, query, key)
+    seen |= torch.eye(length, dtype=torch.bool)  # padding sees itself: no row of the softmax is empty
+    mask = torch.zeros(seen.shape, dtype=base.dtype).masked_fill_(~seen, torch.finfo(base.dtype).min)[:, None]
+    fused = isinstance(base, LlamaMoeForCausalLM)
+    routing = {"output_router_logits": True} if fused else {}
+    outputs = base.model(
+        input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=False,
+        **routing,
+    )  # fmt: skip
+    scored = {}
+    for i, row in enumerate(rows):
+        last_of_prompt = len(row.prompt) - 1
+        for number, (record, answer) in enumerate(zip(row.records, row.answers, strict=True), start=1):
+            places = (part[i] == number).nonzero()[:, 0]
+            sources = torch.cat((torch.tensor([last_of_prompt]), places[:-1])).to(device)  # t predicts t + 1
+            logits = base.lm_head(outputs.last_hidden_state[i, sources]).float()  # (A, V)
+            tokens = torch.tensor(answer, device=device)
+            log_probs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].cpu()
+            probs = None
+            if fused:
+                counted = ((part[i] == number) | ((part[i] == 0) & (torch.arange(length) >= row.opening)))[None]
+                logits_of_row = tuple(x.view(len(rows), length, -1)[i] for x in outputs.router_logits)
+                probs = mean_routing_probs(logits_of_row, counted.to(device))[0].cpu()
+            ended = not row.cut[number - 1]
+            scored[record] = Scored(
+                log_probs[:-1] if ended else log_probs, log_probs[-1].item() if ended else None, probs
+            )
+    return scored

@@ -1,0 +1,178 @@
+"""Answers of any run (raw base, aligned expert, fused mixture, any checkpoint) to any task, or to your own prompt."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+import config
+from config import InferArguments, UserError
+from data import sources
+from data.prompts import STOP_STRING, render_prompt
+from data.sources import Record
+from evaluator.routing import draw_heat_map, prompt_and_answer, routing_usage, usage_line
+from models import base, run_dir
+from models.loading import device, is_fused, load_run, run_sources, weights_file
+
+SCRIPT = "inference.py"
+
+
+@config.command
+def main(argv: list[str] | None = None) -> None:
+    (args,) = config.parse(argv, InferArguments)
+    path = run_dir.find_run(args.run, Path(args.results_dir) / "outputs", args.checkpoint_number)
+    base_model, data_source = run_sources(path, args.base_model, args.data_source, args.results_dir)
+    if args.prompt is not None:
+        answer_one(args, path, base_model)
+    else:
+        answer_task(args, path, base_model, data_source)
+
+
+def answer_one(args: InferArguments, path: Path | None, base_model: str) -> None:
+    """Answer --prompt in the terminal; of a fused model, say how much each expert was used."""
+    model, tokenizer = load_run(path, base_model, args.dtype)
+    model.to(device())
+    (answer,) = generate(model, tokenizer, [Record("prompt", "", args.prompt)], args, args.seed)
+    print(answer["output"])
+    if is_fused(path):
+        texts = [(render_prompt(args.prompt), answer["output"])]
+        print(usage_line(routing_usage(model, tokenizer, texts, 1, progress=False)))
+
+
+def answer_task(args: InferArguments, path: Path | None, base_model: str, data_source: str) -> None:
+    """Answer a task's prompts into results/inference/<task>/<split>/<name>/outputs.jsonl, resuming what was begun."""
+    name = directory_name(args)
+    folder = Path(args.results_dir) / "inference" / args.task_name / args.dataset_type / name
+    weights = weights_file(path)
+    arguments = {
+        "base_model": base_model, "data_source": data_source, "run": args.run,
+        "checkpoint_number": args.checkpoint_number, "num_samples": args.num_samples, "batch_size": args.batch_size,
+        "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "seed": args.seed,
+        "dtype": str(base.pick_dtype(args.dtype)).removeprefix("torch."),
+        "weights_sha256": run_dir.sha256(weights) if weights else None,
+    }  # fmt: skip
+    rows = sources.read_rows(args.task_name, args.dataset_type, data_source)
+    records = sources.spread(sources.prompt_records(args.task_name, rows, data_source), args.num_samples)
+    state = run_dir.begin(folder, SCRIPT, arguments, "move it away, or write to another --results_dir")
+    if state == "complete":
+        print(f"{folder} is complete: nothing to do")
+        return
+    model, tokenizer = load_run(path, base_model, args.dtype)
+    model.to(device())
+    outputs = folder / "outputs.jsonl"
+    batches = batched_by_length(records, tokenizer, args.batch_size)
+    done = finished_batches(outputs, batches)
+    if done:
+        print(f"Going on after {sum(len(batches[i]) for i in done)} of {len(records)} answers")
+    with open(outputs, "a", encoding="utf-8") as file, tqdm(total=len(records), desc=name, unit="answer") as bar:
+        for number, batch in enumerate(batches):
+            if number not in done:
+                answers = generate(model, tokenizer, batch, args, args.seed + number)
+                for answer in answers:
+                    file.write(json.dumps({**answer, "generator": name}, ensure_ascii=False) + "\n")
+                file.flush()
+            bar.update(len(batch))
+    found = put_in_order(outputs, records)
+    if is_fused(path):
+        usage = routing_usage(model, tokenizer, [prompt_and_answer(row) for row in found], args.batch_size)
+        place = Path(args.results_dir) / "observation" / args.task_name / args.dataset_type / name
+        draw_heat_map(usage, place / "routing.png", f"{args.task_name}, {name}")
+        run_dir.write_json(place / "routing.json", usage)
+        print(f"{usage_line(usage)}: {place}")
+    files = sources.source_files(args.task_name, args.dataset_type, data_source)
+    run_dir.finish(folder, SCRIPT, arguments, {}, {"data_sha256": {f.name: run_dir.sha256(f) for f in files}})
+    cut = sum(row["finish_reason"] == "length" for row in found)
+    print(f"{len(found)} answers ({cut} stopped by --max_new_tokens, "
+          f"{sum(not row['output'] for row in found)} empty): {outputs}")  # fmt: skip
+
+
+def directory_name(args: InferArguments) -> str:
+    """raw, aligned or cross_<run>, and the checkpoint."""
+    name = f"cross_{Path(args.cross_task).name}" if args.cross_task else "raw" if args.aligned_flag == 0 else "aligned"
+    return name + (f"_{args.checkpoint_number}" if args.checkpoint_number is not None else "")
+
+
+def batched_by_length(records: list[Record], tokenizer, batch_size: int) -> list[list[Record]]:
+    """The records in batches of prompts of like length, longest first: what does not fit in memory shows at once."""
+
+    def length(record: Record) -> int:
+        return len(tokenizer(render_prompt(record.instruction, record.input))["input_ids"])
+
+    ordered = sorted(records, key=length, reverse=True)
+    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+
+
+@torch.inference_mode()
+def generate(model, tokenizer, batch: list[Record], args: InferArguments, seed: int) -> list[dict]:
+    """One answer per record: sampled at --temperature from the whole distribution, or greedy at 0.
+
+    Ends at EOS or before a new "### Instruction:". The same seed and batch give the same answers.
+    """
+    window = model.config.max_position_embeddings - args.max_new_tokens
+    if window < 32:
+        raise UserError(f"--max_new_tokens {args.max_new_tokens}: leaves no room for the prompt in the model's "
+                        f"{model.config.max_position_embeddings} positions")  # fmt: skip
+    prompts = [tokenizer(render_prompt(record.instruction, record.input))["input_ids"][-window:] for record in batch]
+    length = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.eos_token_id] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    sampling = {"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if args.temperature > 0 else {}
+    settings = GenerationConfig(
+        max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, stop_strings=[STOP_STRING],
+        **sampling,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    generated = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings,
+        tokenizer=tokenizer,
+    )[:, length:].tolist()  # fmt: skip
+    answers = []
+    for record, tokens in zip(batch, generated, strict=True):
+        ended = tokenizer.eos_token_id in tokens
+        tokens = tokens[: tokens.index(tokenizer.eos_token_id)] if ended else tokens
+        text, mark, _ = tokenizer.decode(tokens, skip_special_tokens=True).partition(STOP_STRING)
+        answers.append({
+            "id": record.id, "instruction": record.instruction, "input": record.input, "output": text.strip(),
+            "task": record.task, "reference": record.output, "new_tokens": len(tokens),
+            "finish_reason": "stop" if ended or mark else "length",
+        })  # fmt: skip
+    return answers
+
+
+def finished_batches(outputs: Path, batches: list[list[Record]]) -> set[int]:
+    """Which batches have all their answers in the file; the lines of the others are taken out of it."""
+    if not outputs.exists():
+        return set()
+    found = {}
+    for line in outputs.read_bytes().split(b"\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:  # the line that was being written when the run was killed
+            continue
+        found[row["id"]] = row
+    done = {i for i, batch in enumerate(batches) if all(record.id in found for record in batch)}
+    write_rows(outputs, [found[record.id] for i in sorted(done) for record in batches[i]])
+    return done
+
+
+def put_in_order(outputs: Path, records: list[Record]) -> list[dict]:
+    """Bring the answers into their prompts' order; returns them."""
+    found = {row["id"]: row for row in map(json.loads, outputs.read_bytes().strip().split(b"\n"))}
+    rows = [found[record.id] for record in records]
+    write_rows(outputs, rows)
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """Replace a jsonl file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(partial, path)
+
+
+if __name__ == "__main__":
+    main()

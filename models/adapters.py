@@ -1,0 +1,96 @@
+"""An expert: a PEFT LoRA adapter of the FFN, read from its folder and refused where a mixture cannot represent it."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from config import TASKS, UserError
+from models.expert_ffn import PROJECTIONS
+from models.run_dir import read_run, sha256
+
+# LoraConfig fields that leave the form W + s B A as it is; any other one off its default is refused by name.
+HARMLESS = {
+    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights", "eva_config", "runtime_config",
+}  # fmt: skip
+BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the others (pissa, loftq, ...) change the base
+
+
+class Expert:
+    """A LoRA adapter of one base's FFN projections, with PEFT's own scaling of each module.
+
+    name: its folder's; task: as its run.json records, else its name where that is a task, else None;
+    rank: the largest of its modules. Raises UserError for what is no such adapter.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.name = folder, folder.name
+        if not (folder / "adapter_config.json").exists():
+            raise UserError(f"{folder}: no adapter_config.json there; align the expert first, or name a PEFT adapter")
+        weights = folder / "adapter_model.safetensors"
+        if not weights.exists():
+            raise UserError(f"{folder}: no adapter_model.safetensors there (weights are read as safetensors only)")
+        self.config = PeftConfig.from_pretrained(str(folder))
+        self._refuse_other_forms()
+        run = read_run(folder)
+        recorded = run["run"]["arguments"] if run else {}
+        self.base_model = recorded.get("base_model") or self.config.base_model_name_or_path
+        self.data_source = recorded.get("data_source")
+        self.task = recorded.get("task_name") or (self.name if self.name in TASKS else None)
+        self.weights = {key.removeprefix("base_model.model."): value for key, value in load_file(weights).items()}
+        self.checksum = sha256(weights)
+        self.dtype = next(iter(self.weights.values())).dtype
+        self.layers: dict[str, LoraLayer] = {}
+        self.rank = 0
+
+    def _refuse_other_forms(self) -> None:
+        if not isinstance(self.config, LoraConfig):
+            raise self._refused(f"it is a {self.config.peft_type} adapter, not LoRA")
+        for item in dataclasses.fields(self.config):
+            default = item.default if item.default is not dataclasses.MISSING else item.default_factory()
+            value = getattr(self.config, item.name)
+            if item.name not in HARMLESS and value != default and value:
+                raise self._refused(f"{item.name}={value}")
+        if self.config.init_lora_weights not in BASE_KEEPING_INITS:
+            raise self._refused(f"init_lora_weights={self.config.init_lora_weights!r}, which changes the base weights")
+
+    def _refused(self, reason: str) -> UserError:
+        return UserError(f"{self.folder}: cannot be an expert of a shared-base mixture: {reason}")
+
+    def attach(self, base_config: LlamaConfig) -> None:
+        """Let PEFT lay the adapter over an empty model of the base's shape, and check that the weights fit it."""
+        with torch.device("meta"):
+            skeleton = LlamaForCausalLM(base_config)
+            try:
+                inject_adapter_in_model(self.config, skeleton)
+            except ValueError as error:
+                raise self._refused(" ".join(str(error).split())) from error
+        self.layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
+        others = sorted({name.rsplit(".", 1)[1] for name in self.layers} - set(PROJECTIONS))
+        if others:
+            raise self._refused(f"it also changes {', '.join(others)}; only {', '.join(PROJECTIONS)} can differ")
+        expected = {}
+        for name, layer in self.layers.items():
+            expected[f"{name}.lora_A.weight"] = layer.lora_A["default"].weight.shape
+            expected[f"{name}.lora_B.weight"] = layer.lora_B["default"].weight.shape
+        for key in sorted(set(expected) ^ set(self.weights)):
+            raise self._refused(f"tensor {key} is {'missing' if key in expected else 'not one of a LoRA on this base'}")
+        for key, shape in expected.items():
+            if self.weights[key].shape != shape:
+                raise self._refused(f"tensor {key} is {tuple(self.weights[key].shape)}, the base needs {tuple(shape)}")
+        self.rank = max(layer.r["default"] for layer in self.layers.values())
+
+    def delta(self, layer: int, projection: str) -> tuple[Tensor, Tensor, float] | None:
+        """(A (r, in), B (out, r), scaling) of one module, or None where the adapter leaves it as it is."""
+        name = f"model.layers.{layer}.mlp.{projection}"
+        if name not in self.layers:
+            return None
+        scaling = self.layers[name].scaling["default"]
+        return self.weights[f"{name}.lora_A.weight"], self.weights[f"{name}.lora_B.weight"], scaling

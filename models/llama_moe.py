@@ -1,0 +1,310 @@
+"""The fused model: a Llama whose FFNs are routed mixtures of aligned experts. Run it to fuse three adapters:
+
+python models/llama_moe.py [--experts_dir results/outputs] [--experts helpfulness,safety,truthfulness]
+"""
+
+import sys
+from functools import reduce
+from itertools import product
+from pathlib import Path
+
+if not __package__:  # run as a script, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.utils.output_capturing import OutputRecorder
+
+import config
+from config import FuseArguments, UserError, check
+from models import base, run_dir
+from models.adapters import Expert
+from models.expert_ffn import PROJECTIONS, LowRankExperts
+from models.llama import AnswerLossLlama
+from models.losses import low_rank_change
+from models.run_dir import find_run
+
+ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+class LlamaMoeConfig(LlamaConfig):
+    """A Llama's configuration plus the mixture's: experts (name, task and rank of each, in order), their common
+    `expert_rank` (the largest), top-k (`num_experts_per_tok`), the base model's name, and the rank, alpha and dropout
+    of LoRA on the attention where it was tuned."""
+
+    model_type = "llama_moe"
+
+    experts: list | None = None
+    expert_rank: int = 8
+    num_experts_per_tok: int = 2
+    base_model_name_or_path: str | None = None
+    attention_lora: dict | None = None
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts)
+
+    @property
+    def expert_of_task(self) -> dict[str, int]:
+        """Index of the expert of each task; an expert whose task is not known has none."""
+        return {expert["task"]: i for i, expert in enumerate(self.experts) if expert["task"]}
+
+
+def route(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
+    """router_logits (N, E) fp32 -> routing_weights (N, E): softmax, its top-k kept and renormalised, the rest 0."""
+    probs = router_logits.softmax(-1)
+    kept, selected_experts = probs.topk(top_k, dim=-1)  # (N, K)
+    return torch.zeros_like(probs).scatter(1, selected_experts, kept / kept.sum(-1, keepdim=True))
+
+
+class LlamaMoeRouter(nn.Module):
+    """Linear router without bias. Its logits and softmax are fp32 whatever the model's dtype."""
+
+    def __init__(self, config: LlamaMoeConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        nn.init.normal_(self.weight, std=config.initializer_range)
+
+    def forward(self, x):
+        """x (N, D) -> router_logits (N, E), routing_weights (N, E)."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            router_logits = F.linear(x.to(dtype), self.weight.to(dtype))  # (N, E)
+        return router_logits, route(router_logits, self.top_k)
+
+
+class LlamaMoeBlock(LlamaMLP):
+    """The base FFN (gate_proj, up_proj, down_proj: plain frozen nn.Linear), its router and its low-rank experts."""
+
+    def __init__(self, config: LlamaMoeConfig):
+        super().__init__(config)
+        self.router = LlamaMoeRouter(config)
+        self.experts = LowRankExperts(
+            config.hidden_size, config.intermediate_size, config.num_experts, config.expert_rank
+        )
+
+    def forward(self, x):
+        """x (B, T, D) -> (B, T, D)."""
+        flat = x.flatten(0, -2)  # (N, D)
+        _, routing_weights = self.router(flat)
+        return self.experts(flat, routing_weights, self.gate_proj, self.up_proj, self.down_proj).view_as(x)
+
+
+class LlamaMoeModel(LlamaModel):
+    """LlamaModel with mixtures for FFNs; `output_router_logits=True` adds one (B*T, E) tensor per layer."""
+
+    config_class = LlamaMoeConfig
+    _can_record_outputs = {**LlamaModel._can_record_outputs, "router_logits": OutputRecorder(LlamaMoeRouter, index=0)}
+
+    def __init__(self, config: LlamaMoeConfig):
+        super().__init__(config)
+        for layer in self.layers:
+            layer.mlp = LlamaMoeBlock(config)
+        self.post_init()
+
+
+class LlamaMoeForCausalLM(AnswerLossLlama):
+    """Causal language model of the mixture. Saves its router and experts only; the base is named, not copied."""
+
+    config_class = LlamaMoeConfig
+    _keys_to_ignore_on_load_missing = (r"\.mlp\.(router|experts)\.",)  # not the base's: load_fused brings them
+
+    def __init__(self, config: LlamaMoeConfig):
+        super().__init__(config)
+        if config.hidden_act != "silu":
+            raise UserError(f"the base's activation is {config.hidden_act}: the shared-base mixture is for silu")
+        self.model = LlamaMoeModel(config)
+        self.post_init()
+
+    @property
+    def blocks(self) -> list[LlamaMoeBlock]:
+        return [layer.mlp for layer in self.model.layers]
+
+    def set_top_k(self, top_k: int) -> None:
+        """Use `top_k` experts per token from now on, and record it in the configuration."""
+        check("expert_topk", top_k, 1 <= top_k <= self.config.num_experts, f"1 to {self.config.num_experts}")
+        self.config.num_experts_per_tok = top_k
+        for block in self.blocks:
+            block.router.top_k = top_k
+
+    def own_state_keys(self) -> set[str]:
+        """Names of what is not the base's: router, experts, and LoRA on the attention if there is any."""
+        return {key for key in self.state_dict() if ".mlp.router." in key or ".mlp.experts." in key or ".lora_" in key}
+
+    def seal_base(self) -> None:
+        """Freeze the base and leave it out of every checkpoint."""
+        own = self.own_state_keys()
+        self._keys_to_ignore_on_save = set(self.state_dict()) - own
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in own)
+
+    def add_attention_lora(self, rank: int, alpha: float, dropout: float) -> None:
+        """Put LoRA on q, k, v and o of every layer, recorded in the configuration (by PEFT's injection)."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(ATTENTION_PROJECTIONS))
+        inject_adapter_in_model(lora, self)
+        self.config.attention_lora = {"rank": rank, "alpha": alpha, "dropout": dropout}
+        self.seal_base()
+
+    def start_of_fusion(self) -> list[dict[str, torch.Tensor]]:
+        """A frozen copy of the experts' matrices, per layer: what `drift` measures from."""
+        return [{n: p.detach().clone() for n, p in block.experts.named_parameters()} for block in self.blocks]
+
+    def drift(self, start: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        """Drift of each expert, (E,): || change of its effective weights since `start` ||_F, mean over layers and
+        projections."""
+        changes = [
+            low_rank_change(
+                *block.experts.matrices(p), then[f"{p}_A"], then[f"{p}_B"], block.experts.scaling[i]
+            )
+            for block, then in zip(self.blocks, start, strict=True)
+            for i, p in enumerate(PROJECTIONS)
+        ]  # fmt: skip
+        return torch.stack([change.to(changes[0].device) for change in changes]).mean(0)
+
+
+def load_fused(folder: Path, base_model: str, dtype: torch.dtype) -> LlamaMoeForCausalLM:
+    """The fused model of a folder: base weights in `dtype` from the named base, router and experts (fp32) from here."""
+    moe_config = LlamaMoeConfig.from_pretrained(folder)
+    attention_lora, moe_config.attention_lora = moe_config.attention_lora, None
+    model = base.load_weights(LlamaMoeForCausalLM, base_model, moe_config, dtype)
+    if attention_lora:
+        model.add_attention_lora(**attention_lora)
+    saved = load_file(folder / "model.safetensors")
+    if set(saved) != model.own_state_keys():
+        odd = sorted(set(saved) ^ model.own_state_keys())[0]
+        raise UserError(f"{folder}: model.safetensors does not fit its config.json (tensor {odd}); fuse again")
+    for block in model.blocks:
+        block.router.float(), block.experts.masters()
+    model.load_state_dict(saved, strict=False)
+    model.seal_base()
+    return model
+
+
+def fuse(experts: list[Expert], base_config: LlamaConfig, top_k: int, seed: int) -> LlamaMoeForCausalLM:
+    """The fused model of experts already attached to the base, ready to be saved: its base weights are empty.
+
+    The experts' matrices are padded with zeros to the largest rank. The router starts at random from `seed`.
+    """
+    settings = {
+        key: value for key, value in base_config.to_dict().items() if key not in ("model_type", "architectures")
+    }
+    moe_config = LlamaMoeConfig(
+        **settings,
+        experts=[{"name": expert.name, "task": expert.task, "rank": expert.rank} for expert in experts],
+        expert_rank=max(expert.rank for expert in experts),
+        num_experts_per_tok=top_k,
+        base_model_name_or_path=experts[0].base_model,
+    )
+    with torch.device("meta"):
+        model = LlamaMoeForCausalLM(moe_config)
+    generator = torch.Generator().manual_seed(seed)
+    dtype = reduce(torch.promote_types, (expert.dtype for expert in experts))
+    for number, layer in enumerate(model.model.layers):
+        router = torch.empty(layer.mlp.router.weight.shape).normal_(
+            std=moe_config.initializer_range, generator=generator
+        )
+        layer.mlp.router.weight = nn.Parameter(router)
+        layer.mlp.experts = stack_experts(experts, number, moe_config, dtype)
+    model.seal_base()
+    return model
+
+
+def stack_experts(experts: list[Expert], layer: int, moe_config: LlamaMoeConfig, dtype: torch.dtype) -> LowRankExperts:
+    """The low-rank deltas of all experts on one layer, in one module."""
+    stacked = LowRankExperts(
+        moe_config.hidden_size, moe_config.intermediate_size, len(experts), moe_config.expert_rank
+    )
+    for parameter in stacked.parameters():
+        parameter.data = parameter.data.to(dtype)
+    with torch.no_grad():
+        for (i, projection), (j, expert) in product(enumerate(PROJECTIONS), enumerate(experts)):
+            if (delta := expert.delta(layer, projection)) is None:
+                continue
+            a, b, scaling = delta  # (r, in), (out, r)
+            matrix_a, matrix_b = stacked.matrices(projection)
+            matrix_a[j, : len(a)] = a
+            matrix_b[j, :, : len(a)] = b
+            stacked.scaling[i, j] = scaling
+    return stacked
+
+
+@config.command
+def main(argv: list[str] | None = None) -> None:
+    (args,) = config.parse(argv, FuseArguments)
+    names = [name.strip() for name in args.experts.split(",") if name.strip()]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise UserError(f"--experts {args.experts}: name two or more different experts, with commas between")
+    check("expert_topk", args.expert_topk, 1 <= args.expert_topk <= len(names), f"1 to {len(names)}")
+    experts_dir = Path(args.experts_dir or Path(args.results_dir) / "outputs")
+    if "raw" in names:
+        raise UserError("--experts raw: the raw base model is no expert; name folders with PEFT adapters")
+    experts = [Expert(find_run(name, experts_dir)) for name in names]
+    base_model = one_base(experts, args.base_model)
+    sources = {expert.data_source for expert in experts}
+    arguments = {
+        "base_model": base_model,
+        "data_source": sources.pop() if len(sources) == 1 else None,
+        "experts": names,
+        "expert_topk": args.expert_topk,
+        "seed": args.seed,
+        "save_dtype": args.save_dtype,
+        "adapters_sha256": [expert.checksum for expert in experts],
+    }
+    output = Path(args.output)
+    state = run_dir.begin(output, "llama_moe.py", arguments, "move it away, or name another folder with --output")
+    if state == "complete":
+        print(f"{output} is already fused from these experts: nothing to do")
+        return
+    base_config = base.load_base_config(base_model)
+    for expert in experts:
+        expert.attach(base_config)
+    model = fuse(experts, base_config, args.expert_topk, args.seed)
+    if args.save_dtype != "auto":
+        for block in model.blocks:
+            for parameter in block.experts.parameters():
+                parameter.data = parameter.data.to(getattr(torch, args.save_dtype))
+    model.save_pretrained(output)
+    run_dir.finish(output, "llama_moe.py", arguments, train={}, meta={})
+    report_sizes(output, model)
+
+
+def one_base(experts: list[Expert], given: str | None) -> str:
+    """The one base model of all experts; UserError if they, or `--base_model`, differ."""
+    first = experts[0]
+    for expert in experts[1:]:
+        if not base.same_base(first.base_model, expert.base_model):
+            raise UserError(f"the experts have different bases: {first.name} {first.base_model}, {expert.name} "
+                            f"{expert.base_model}; align them on one")  # fmt: skip
+    if given is not None and not base.same_base(given, first.base_model):
+        raise UserError(f"--base_model {given}: the experts were aligned on {first.base_model}; leave the flag out")
+    return first.base_model
+
+
+def report_sizes(folder: Path, model: LlamaMoeForCausalLM) -> None:
+    """Say what was written, beside what a copy of every FFN would take."""
+    moe_config = model.config
+    ffn = len(model.blocks) * 3 * moe_config.hidden_size * moe_config.intermediate_size
+    own = model.own_state_keys()
+    num_base = sum(p.numel() for name, p in model.named_parameters() if name not in own)
+    num_own = sum(p.numel() for name, p in model.named_parameters() if name in own)
+    names = ", ".join(f"{expert['name']} (rank {expert['rank']})" for expert in moe_config.experts)
+    copies = (num_base + (moe_config.num_experts - 1) * ffn) * 2
+    print(f"Fused {names}; top-{moe_config.num_experts_per_tok} of {moe_config.num_experts}, on "
+          f"{moe_config.base_model_name_or_path}")  # fmt: skip
+    size = (folder / "model.safetensors").stat().st_size
+    print(f"{folder}: {size / 1e6:.1f} MB ({num_own / 1e6:.1f} M parameters of router and experts; the base's "
+          f"{num_base / 1e6:.1f} M are named, not copied). "
+          f"Copies of every FFN would take {copies / 1e6:,.0f} MB in fp16.")  # fmt: skip
+
+
+if __name__ == "__main__":
+    from models.llama_moe import main
+
+    main()

@@ -1,0 +1,123 @@
+"""A run's folder: what was asked, whether it is complete, what made it. `run.json` is written last."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from config import ROOT, UserError
+
+PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate")
+UNFINISHED = "arguments.json"  # there while a run is under way
+COMPLETE = "run.json"
+
+
+def begin(folder: Path, script: str, arguments: dict, remedy: str) -> str:
+    """Open a run's folder. Returns "new", "resume" (begun with these arguments) or "complete".
+
+    Raises UserError, naming the field, if a run with other arguments is there, and if something else is.
+    """
+    arguments = json.loads(json.dumps(arguments))
+    for name, state in ((COMPLETE, "complete"), (UNFINISHED, "resume")):
+        if not (folder / name).exists():
+            continue
+        if name == UNFINISHED and len(list(folder.iterdir())) == 1:
+            break  # begun, but nothing came of it that could be lost
+        found = read_json(folder / name)
+        if found["run"]["script"] != script:
+            raise UserError(f"{folder}: holds a run of {found['run']['script']}; {remedy}")
+        before = found["run"]["arguments"]
+        for field in sorted(set(before) | set(arguments)):
+            if before.get(field) != arguments.get(field):
+                raise UserError(f"{folder}: holds a run with {field}={before.get(field)}, this one has "
+                                f"{field}={arguments.get(field)}; {remedy}")  # fmt: skip
+        return state
+    if folder.exists() and any(path.name != UNFINISHED for path in folder.iterdir()):
+        raise UserError(f"{folder}: is there and is no run of this project; {remedy}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / UNFINISHED, {"run": {"script": script, "arguments": arguments}})
+    return "new"
+
+
+def finish(folder: Path, script: str, arguments: dict, train: dict, meta: dict) -> None:
+    """Write run.json, last: what was run, what training measured, and what made it."""
+    run = {"run": {"script": script, "arguments": arguments}, "train": train, "meta": {**environment(), **meta}}
+    write_json(folder / COMPLETE, run)
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def read_run(folder: Path) -> dict | None:
+    """The run.json of a run's folder, or of the run that a checkpoint-N folder belongs to (if unfinished: its
+    arguments); None where there is none."""
+    for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+        for name in (COMPLETE, UNFINISHED):
+            if (place / name).exists():
+                return read_json(place / name)
+    return None
+
+
+def find_run(name: str, outputs: Path, checkpoint: int | None = None) -> Path | None:
+    """The folder of a run by its name under `outputs` or its path; None for "raw". UserError if not there."""
+    if name == "raw":
+        if checkpoint is not None:
+            raise UserError(f"--checkpoint_number {checkpoint}: the raw base model has no checkpoints")
+        return None
+    folder = next((place for place in (outputs / name, Path(name)) if place.is_dir()), None)
+    if folder is None:
+        there = sorted(path.name for path in outputs.iterdir() if path.is_dir()) if outputs.is_dir() else []
+        raise UserError(f"no run {name!r} under {outputs} (there: {', '.join(there) or 'none'}); align it first")
+    if checkpoint is None:
+        if (folder / UNFINISHED).exists() and not (folder / COMPLETE).exists():
+            raise UserError(f"{folder}: is not complete; the command that began it goes on with it")
+        return folder
+    if not (folder / f"checkpoint-{checkpoint}").is_dir():
+        there = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+        raise UserError(f"--checkpoint_number {checkpoint}: {folder} has {there or 'none'}")
+    return folder / f"checkpoint-{checkpoint}"
+
+
+def settle(flag: str, given, recorded, default):
+    """A setting that an earlier stage recorded: as recorded, else as given, else the default; UserError if they
+    contradict each other."""
+    if given is not None and recorded is not None and str(given) != str(recorded):
+        raise UserError(f"--{flag} {given}: the earlier stage recorded {recorded}; leave the flag out, or run that "
+                        "stage again in another --results_dir")  # fmt: skip
+    return recorded if recorded is not None else given if given is not None else default
+
+
+def environment() -> dict:
+    """What made a run: commit, package versions, device."""
+    git = ["git", "-C", str(ROOT)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    cuda = torch.cuda.is_available()
+    return {
+        "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "") or None,
+        "packages": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if cuda else f"{platform.processor() or 'CPU'}, {os.cpu_count()} cores",
+    }
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); move the folder away and run again") from error
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,116 @@
+"""Tiny models and adapters, built on the spot, and a way to run the scripts as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+SHARED_DATA = ROOT.parent / "shared" / "data"  # slices of the public data sets, where a checkout has them beside it
+FFN = ["gate_proj", "up_proj", "down_proj"]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on data/sample; pad token = EOS, as SmolLM2 has it."""
+    text = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "data" / "sample").glob("*_train.jsonl"))]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    """A Llama of 3 layers with grouped-query attention and tied embeddings."""
+    settings = dict(
+        vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.15,
+        bos_token_id=0, eos_token_id=1, pad_token_id=None,
+    )  # fmt: skip
+    return LlamaConfig(**{**settings, **changes})
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory, tokenizer) -> Path:
+    """A tiny base model's folder, laid out as on the hub."""
+    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config()).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_adapter(folder: Path, base_dir: Path, seed: int, **lora) -> Path:
+    """A PEFT adapter with random A and B (so that it changes the base visibly), saved by PEFT itself."""
+    torch.manual_seed(seed)
+    settings = {"r": 4, "lora_alpha": 4, "target_modules": FFN, "task_type": "CAUSAL_LM", **lora}
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base_dir), LoraConfig(**settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def adapter_dirs(tmp_path_factory, base_dir) -> list[Path]:
+    """Three adapters of different ranks, alphas, one with rslora, one with rank and alpha patterns."""
+    root = tmp_path_factory.mktemp("adapters")
+    return [
+        save_adapter(root / "helpfulness", base_dir, 1, r=4, lora_alpha=6),
+        save_adapter(root / "safety", base_dir, 2, r=8, lora_alpha=4, use_rslora=True),
+        save_adapter(root / "truthfulness", base_dir, 3, r=2, lora_alpha=4, rank_pattern={"layers.1.mlp.up_proj": 6},
+                     alpha_pattern={"down_proj": 9}),
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def fused_dir(tmp_path_factory, adapter_dirs) -> Path:
+    """The three adapters fused by the command itself."""
+    from models import llama_moe
+
+    folder = tmp_path_factory.mktemp("fused") / "moe"
+    llama_moe.main(["--experts_dir", str(adapter_dirs[0].parent), "--output", str(folder)])
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run_script(*arguments, cwd: Path = ROOT, **environment) -> subprocess.CompletedProcess:
+    """Run a script as a user does; no hub, no GPU."""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture
+def tiny_source(tmp_path) -> Path:
+    """A --data_source folder of a few rows per task, cut from data/sample."""
+    folder = tmp_path / "source"
+    for path in (ROOT / "data" / "sample").glob("*.jsonl"):
+        rows = path.read_text(encoding="utf-8").splitlines()[:12]
+        folder.mkdir(exist_ok=True)
+        (folder / path.name).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder

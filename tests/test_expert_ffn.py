@@ -1,0 +1,139 @@
+"""The shared-base FFN against a mixture of densely merged FFNs, in values, gradients, dtypes and memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.expert_ffn import PROJECTIONS, LowRankExperts, SharedBaseFFN
+
+HIDDEN, WIDTH, RANK = 6, 10, 2
+
+
+def make(num_experts=3, dtype=torch.float64, bias=False, seed=0):
+    """(base linears, experts, x (5, D), routing weights (5, E) with a zero in every row)."""
+    torch.manual_seed(seed)
+    sizes = {"gate_proj": (HIDDEN, WIDTH), "up_proj": (HIDDEN, WIDTH), "down_proj": (WIDTH, HIDDEN)}
+    base = [nn.Linear(*sizes[p], bias=bias, dtype=dtype).requires_grad_(False) for p in PROJECTIONS]
+    experts = LowRankExperts(HIDDEN, WIDTH, num_experts, RANK).to(dtype)
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter)
+    experts.scaling.copy_(torch.rand(3, num_experts) + 0.5)
+    weights = torch.rand(5, num_experts, dtype=dtype)
+    weights[torch.arange(5), torch.arange(5) % num_experts] = 0
+    weights /= weights.sum(1, keepdim=True)
+    return base, experts, torch.randn(5, HIDDEN, dtype=dtype), weights
+
+
+def dense_mixture(base, experts, x, weights):
+    """sum_i w_i FFN_i(x), each FFN_i with its merged weights: nothing shared."""
+    y = 0
+    for i in range(weights.shape[1]):
+        merged = []
+        for p, (name, linear) in enumerate(zip(PROJECTIONS, base, strict=True)):
+            a, b = experts.matrices(name)
+            merged.append((linear.weight + experts.scaling[p, i] * b[i] @ a[i], linear.bias))
+        hidden = F.silu(F.linear(x, *merged[0])) * F.linear(x, *merged[1])
+        y = y + weights[:, i, None] * F.linear(hidden, *merged[2])
+    return y
+
+
+@pytest.mark.parametrize("num_experts", [1, 2, 3, 5])
+@pytest.mark.parametrize("bias", [False, True])
+def test_equals_the_dense_mixture_with_all_gradients(num_experts, bias):
+    base, experts, x, weights = make(num_experts, bias=bias)
+    logits = torch.randn(5, num_experts, dtype=torch.float64, requires_grad=True)
+    weights = logits.softmax(-1)  # rows sum to 1, as a router's do: then one down_proj bias serves all experts
+    x.requires_grad_()
+    inputs = [x, logits, *experts.parameters()]
+    ours, dense = experts(x, weights, *base), dense_mixture(base, experts, x, weights)
+    assert (ours - dense).abs().max() < 1e-12
+    grad_y = torch.randn_like(ours)
+    for mine, reference in zip(
+        torch.autograd.grad(ours, inputs, grad_y, retain_graph=True),
+        torch.autograd.grad(dense, inputs, grad_y),
+        strict=True,
+    ):
+        assert (mine - reference).abs().max() <= 1e-13 * max(1, reference.abs().max())
+
+
+def test_gradcheck_of_every_input():
+    base, experts, x, weights = make(2)
+    inputs = [tensor.detach().requires_grad_() for tensor in (x[:2], weights[:2], *experts.parameters())]
+    frozen = tuple(t for linear in base for t in (linear.weight, None))
+    assert torch.autograd.gradcheck(
+        lambda x, w, *ab: SharedBaseFFN.apply(x, w, experts.scaling, frozen, *ab), inputs, eps=1e-6, atol=1e-8
+    )
+
+
+@pytest.mark.parametrize("frozen", ["x", "weights", "experts"])
+def test_each_part_may_be_frozen(frozen):
+    base, experts, x, weights = make()
+    x.requires_grad_(frozen != "x"), weights.requires_grad_(frozen != "weights")
+    experts.requires_grad_(frozen != "experts")
+    inputs = [t for t in (x, weights, *experts.parameters()) if t.requires_grad]
+    ours = torch.autograd.grad(experts(x, weights, *base).square().sum(), inputs)
+    dense = torch.autograd.grad(dense_mixture(base, experts, x, weights).square().sum(), inputs)
+    assert all((a - b).abs().max() < 1e-13 * b.abs().max() for a, b in zip(ours, dense, strict=True))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_lower_precision_stays_close(dtype, tolerance):
+    base, experts, x, weights = make()
+    exact = dense_mixture(base, experts, x, weights)
+    low = experts.float()(x.to(dtype), weights.float(), *[linear.to(dtype) for linear in base])
+    assert low.dtype == dtype
+    assert (low.double() - exact).norm() / exact.norm() < tolerance
+
+
+def test_autocast_runs_in_its_dtype_and_reaches_fp32_experts():
+    base, experts, x, weights = make(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = experts(x, weights, *base)
+    assert y.dtype == torch.bfloat16
+    y.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in experts.parameters())
+
+
+def test_saves_two_widths_per_token_however_many_experts():
+    """The backward keeps W_g x and W_u x: 2 F per token (small parts aside), where plain autograd keeps over 10 F."""
+    width, tokens = 512, 64
+    experts, linears = LowRankExperts(16, width, 3, 2), []
+    for size in ((16, width), (16, width), (width, 16)):
+        linears.append(nn.Linear(*size, bias=False).requires_grad_(False))
+    known = {t.data_ptr() for t in (*experts.parameters(), *experts.buffers(), *(layer.weight for layer in linears))}
+    saved = {}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in known:
+            saved[tensor.data_ptr()] = tensor.numel()
+        return tensor
+
+    x = torch.randn(tokens, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        experts(x, torch.full((tokens, 3), 1 / 3), *linears)
+    assert sum(saved.values()) / (tokens * width) < 2.2
+
+
+def test_padding_of_a_smaller_rank_stays_zero_under_training():
+    base, experts, x, weights = make()
+    with torch.no_grad():
+        for name in PROJECTIONS:
+            a, b = experts.matrices(name)
+            a[0, 1:], b[0, :, 1:] = 0, 0  # expert 0 has rank 1
+    optimizer = torch.optim.AdamW(experts.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        experts(x, weights, *base).square().sum().backward()
+        optimizer.step()
+    for name in PROJECTIONS:
+        a, b = experts.matrices(name)
+        assert not a[0, 1:].any() and not b[0, :, 1:].any()
+        assert a[1, 1:].any()
+
+
+def test_a_trainable_base_is_refused():
+    base, experts, x, weights = make()
+    base[1].requires_grad_(True)
+    with pytest.raises(ValueError, match="must be frozen"):
+        experts(x, weights, *base)
