@@ -18,14 +18,14 @@ from models.llama import AnswerLossLlama
 from models.llama_moe import LlamaMoeConfig, load_fused
 from models.loading import base_of_run
 from models.run_dir import settle
-from models.trainer import MixtureTrainer
+from models.trainer import AlignmentTrainer, MixtureTrainer
 
 SCRIPT = "align_basemodel.py"
 # Arguments that change the result: a run with others never takes a finished or begun run's folder.
 SHARED = ("task_name", "moe_flag", "num_samples", "max_length")
 EXPERT = ("rank", "alpha", "lora_dropout")
 MIXTURE = ("expert_topk", "gate_loss_weight", "helpfulness_weight", "safety_weight", "truthfulness_weight",
-           "gate_tokens", "router_learning_rate", "train_router", "tune_attention")  # fmt: skip
+           "gate_tokens", "gate_balance", "router_learning_rate", "train_router", "tune_attention")  # fmt: skip
 TRAINING = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type",
             "gradient_accumulation_steps", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2",
             "adam_epsilon", "max_grad_norm", "seed", "data_seed", "train_sampling_strategy")  # fmt: skip
@@ -88,7 +88,6 @@ def settle_training(args: AlignArguments, training: TrainArguments) -> None:
     dtype = base.pick_dtype(args.dtype)
     training.dataloader_pin_memory &= torch.cuda.is_available()
     training.bf16, training.fp16 = dtype == torch.bfloat16, dtype == torch.float16
-    check("num_train_epochs", training.num_train_epochs, training.num_train_epochs > 0, "above 0")
     if training.gradient_checkpointing:
         training.gradient_checkpointing_kwargs = {
             "use_reentrant": False,
@@ -121,7 +120,8 @@ def settle_sources(args: AlignArguments) -> None:
     if args.data_source is None:
         raise UserError("the experts were aligned on different data, or do not record it: name it with --data_source")
     moe_config = LlamaMoeConfig.from_pretrained(moe_dir)
-    args.expert_topk = args.expert_topk or moe_config.num_experts_per_tok
+    if args.expert_topk is None:
+        args.expert_topk = moe_config.num_experts_per_tok
     check(
         "expert_topk",
         args.expert_topk,
@@ -138,8 +138,9 @@ def settle_sources(args: AlignArguments) -> None:
 def run_name(args: AlignArguments, training: TrainArguments) -> str:
     """The folder under results/outputs: --run_name, else the task, else the paper's name of a fused run."""
     if training.run_name:
-        if Path(training.run_name).name != training.run_name or training.run_name == "raw":
-            raise UserError(f"--run_name {training.run_name}: must be a plain folder name other than raw")
+        reserved = training.run_name in ("raw", "..") or training.run_name.startswith("checkpoint-")
+        if reserved or Path(training.run_name).name != training.run_name:
+            raise UserError(f"--run_name {training.run_name}: must be a plain folder name, not raw or checkpoint-N")
         return training.run_name
     return config.fused_run_name(args, training.seed) if args.moe_flag else args.task_name
 
@@ -176,7 +177,7 @@ def expert_trainer(args: AlignArguments, training: TrainArguments, samples: list
     lora = LoraConfig(task_type="CAUSAL_LM", r=args.rank, lora_alpha=args.alpha, lora_dropout=args.lora_dropout,
                       target_modules=list(PROJECTIONS))  # fmt: skip
     model = get_peft_model(model, lora)
-    return Trainer(model, training, train_dataset=samples, data_collator=Collator())
+    return AlignmentTrainer(model, training, train_dataset=samples, data_collator=Collator())
 
 
 def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict], dtype: torch.dtype) -> Trainer:
@@ -191,7 +192,7 @@ def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: lis
     return MixtureTrainer(
         model, args=training, train_dataset=samples,
         data_collator=Collator(routing=True, gate_tokens=args.gate_tokens),
-        gate_loss_weight=args.gate_loss_weight, drift_weights=args.drift_weights,
+        gate_loss_weight=args.gate_loss_weight, gate_balance=args.gate_balance, drift_weights=args.drift_weights,
         router_learning_rate=args.router_learning_rate,
     )  # fmt: skip
 

@@ -72,7 +72,7 @@ def parse(argv: list[str] | None, *dataclass_types) -> tuple:
     """Parse `argv` (default: the command line) into one instance per dataclass; UserError on any bad flag."""
     try:
         return Parser(*dataclass_types).parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except (ValueError, ImportError) as error:  # TrainingArguments' own checks
+    except (ValueError, ImportError, OSError, TypeError) as error:  # TrainingArguments' own checks
         raise UserError(" ".join(str(error).split())) from error
 
 
@@ -122,7 +122,9 @@ class AlignArguments(SourceArguments):
     truthfulness_weight: float = flag(0.0, "gamma_3: weight of the truthfulness expert's drift")
     gate_tokens: str = flag("instruction", "tokens the gating loss averages over: those after the template's "
                             "opening, or all (the paper)", choices=["instruction", "all"])  # fmt: skip
-    router_learning_rate: float = flag(1e-2, "learning rate of the router")
+    gate_balance: str = flag("task", "whether tasks weigh alike in the gating loss, or samples (the paper)",
+                             choices=["task", "sample"])  # fmt: skip
+    router_learning_rate: float = flag(0.1, "learning rate of the router")
     train_router: int = flag(1, "0: freeze the router (ablation)", choices=[0, 1])
     tune_attention: int = flag(0, "1: add LoRA on q, k, v, o, as the released code does", choices=[0, 1])
 
@@ -132,14 +134,17 @@ class AlignArguments(SourceArguments):
                 raise UserError(f"--moe_flag 0 aligns one expert: name it with --task_name {{{','.join(TASKS)},mix}}")
             self.task_name = "mix"
         check("rank", self.rank, self.rank >= 1, "1 or more")
-        check("alpha", self.alpha, self.alpha > 0, "above 0")
+        check("alpha", self.alpha, math.isfinite(self.alpha) and self.alpha > 0, "a finite number above 0")
+        check("expert_topk", self.expert_topk, self.expert_topk is None or self.expert_topk >= 1, "1 or more")
         check("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "in [0, 1)")
         check("max_length", self.max_length, self.max_length >= 16, "16 or more")
         check("num_samples", self.num_samples, self.num_samples == -1 or self.num_samples > 0, "-1 (all) or positive")
         for name in ("gate_loss_weight", *(f"{task}_weight" for task in TASKS)):
             value = getattr(self, name)
             check(name, value, math.isfinite(value) and value >= 0, "a finite number, 0 or more")
-        check("router_learning_rate", self.router_learning_rate, self.router_learning_rate > 0, "above 0")
+            setattr(self, name, abs(value))  # -0.0 is 0
+        rate = self.router_learning_rate
+        check("router_learning_rate", rate, math.isfinite(rate) and rate > 0, "a finite number above 0")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -165,6 +170,23 @@ class TrainArguments(TrainingArguments):
     report_to: str | None = flag("none", "for example tensorboard")
     remove_unused_columns: bool | None = flag(False, "the collator makes the columns")
     use_cache: bool = flag(False, "the key-value cache is for generation")
+
+    def __post_init__(self):
+        for name in ("learning_rate", "num_train_epochs", "adam_epsilon"):
+            value = getattr(self, name)
+            check(name, value, math.isfinite(value) and value > 0, "a finite number above 0")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in ("seed", "weight_decay", "max_grad_norm", "warmup_steps"):
+            check(
+                name, getattr(self, name), math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "0 or more"
+            )
+        samplers = ("random", "sequential", "group_by_length", "batch_rebalance")
+        check("train_sampling_strategy", self.train_sampling_strategy, self.train_sampling_strategy in samplers,
+              f"one of {', '.join(samplers)}")  # fmt: skip
+        check("eval_strategy", self.eval_strategy, self.eval_strategy == "no",
+              "no: held-out rows are scored by evaluator/evaluate_likelihood.py")  # fmt: skip
+        super().__post_init__()
 
 
 @dataclass
@@ -254,12 +276,13 @@ def fused_run_name(args: AlignArguments, seed: int, topk_as_fused: int = 2) -> s
     """`mix_moe_reg_{g1}_{g2}_{g3}_gate_{lambda}`, and one more part for each method flag off its default."""
     gammas = "_".join(weight_text(args.drift_weights[task]) for task in TASKS)
     name = f"{args.task_name}_moe_reg_{gammas}_gate_{weight_text(args.gate_loss_weight)}"
-    top_k = args.expert_topk or topk_as_fused
+    top_k = topk_as_fused if args.expert_topk is None else args.expert_topk
     off_default = {
         "topk": (top_k, 2),
         "router": ("frozen" if not args.train_router else "trained", "trained"),
         "attention": ("tuned" if args.tune_attention else "frozen", "frozen"),
         "gate_tokens": (args.gate_tokens, "instruction"),
+        "gate_balance": (args.gate_balance, "task"),
         "seed": (seed, 42),
     }
     return name + "".join(f"_{part}_{value}" for part, (value, default) in off_default.items() if value != default)

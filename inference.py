@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 import config
 from config import InferArguments, UserError
 from data import sources
+from data.encoding import prompt_ids
 from data.prompts import STOP_STRING, render_prompt
 from data.sources import Record
 from evaluator.routing import draw_heat_map, prompt_and_answer, routing_usage, usage_line
@@ -98,10 +99,7 @@ def directory_name(args: InferArguments) -> str:
 def batched_by_length(records: list[Record], tokenizer, batch_size: int) -> list[list[Record]]:
     """The records in batches of prompts of like length, longest first: what does not fit in memory shows at once."""
 
-    def length(record: Record) -> int:
-        return len(tokenizer(render_prompt(record.instruction, record.input))["input_ids"])
-
-    ordered = sorted(records, key=length, reverse=True)
+    ordered = sorted(records, key=lambda record: len(prompt_ids(tokenizer, record)), reverse=True)
     return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
 
 
@@ -115,7 +113,7 @@ def generate(model, tokenizer, batch: list[Record], args: InferArguments, seed: 
     if window < 32:
         raise UserError(f"--max_new_tokens {args.max_new_tokens}: leaves no room for the prompt in the model's "
                         f"{model.config.max_position_embeddings} positions")  # fmt: skip
-    prompts = [tokenizer(render_prompt(record.instruction, record.input))["input_ids"][-window:] for record in batch]
+    prompts = [prompt_ids(tokenizer, record)[-window:] for record in batch]
     length = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.eos_token_id] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])

@@ -1,9 +1,11 @@
 """From records to token ids and from token ids to padded tensors: labels on the answer and its end mark only."""
 
+import random
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch.utils.data import Sampler
 
 from config import TASKS, UserError
 from data.prompts import RESPONSE_MARK, render_prompt
@@ -33,11 +35,11 @@ class Encoder:
             )
 
     def _answer_ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def prompt_ids(self, record: Record) -> list[int]:
         """Token ids of the prompt, with the BOS token where the tokenizer adds one."""
-        return self.tokenizer(render_prompt(record.instruction, record.input))["input_ids"]
+        return prompt_ids(self.tokenizer, record)
 
     @cached_property
     def _openings(self) -> tuple[int, int]:
@@ -47,7 +49,7 @@ class Encoder:
             return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
 
         def ids(instruction, input):
-            return self.tokenizer(render_prompt(instruction, input))["input_ids"]
+            return prompt_ids(self.tokenizer, Record("", "", instruction, input))
 
         return shared(ids("Apples", ""), ids("7", "")), shared(ids("Apples", "?"), ids("7", "?"))
 
@@ -56,8 +58,8 @@ class Encoder:
 
         Returns input_ids, labels (IGNORED but on the answer and its EOS), opening (the number of leading tokens that
         belong to the template's opening), task (index), and cut ("", "prompt" or "answer"). Of a sample that is too
-        long the prompt loses its beginning, down to the response mark; an answer that still does not fit is cut
-        and gets no EOS. Labels may be all IGNORED: see `encode_all`.
+        long the prompt loses its beginning (but a BOS token), down to the response mark; an answer that still does
+        not fit is cut and gets no EOS. Labels may be all IGNORED: see `encode_all`.
         """
         prompt = self.prompt_ids(record)
         answer = self._answer_ids(record.output)
@@ -68,8 +70,9 @@ class Encoder:
         cut = ""
         if too_many > 0:
             cut, mark = "prompt", len(self._answer_ids(RESPONSE_MARK))
-            dropped = min(too_many, max(len(prompt) - mark, 0))
-            prompt, opening = prompt[dropped:], max(opening - dropped, 0)
+            bos = [token for token in prompt[:1] if token == self.tokenizer.bos_token_id]
+            dropped = min(too_many, max(len(prompt) - len(bos) - mark, 0))
+            prompt, opening = bos + prompt[len(bos) + dropped :], max(opening - dropped, len(bos))
             if too_many > dropped:
                 cut, answer = "answer", answer[: self.max_length - len(prompt)]
         return {
@@ -93,9 +96,47 @@ class Encoder:
         return samples, counts
 
 
+def prompt_ids(tokenizer, record: Record) -> list[int]:
+    """Token ids of a record's prompt: the same in training, inference and scoring. Text that spells a special token
+    is text."""
+    return tokenizer(render_prompt(record.instruction, record.input), split_special_tokens=True)["input_ids"]
+
+
 def describe(counts: dict[str, int]) -> str:
     return (f"{counts['samples']} samples ({counts['cut_prompts']} prompts and {counts['cut_answers']} answers cut to "
             f"the maximal length, {counts['dropped_without_answer']} dropped without an answer)")  # fmt: skip
+
+
+class LengthGroupedSampler(Sampler):
+    """Indices whose consecutive batches hold samples of like length, the batches in random order.
+
+    transformers' sampler of that name leaves each 50 batches sorted from long to short: on mixed tasks every such
+    stretch, and the training's end, would be of one task only. The order depends on seed and epoch alone, so that a
+    resumed run sees the batches it would have seen.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        rng = random.Random(f"{self.seed} {self.epoch}")
+        order = rng.sample(range(len(self.lengths)), len(self.lengths))
+        stretch = 50 * self.batch_size
+        order = [
+            index
+            for start in range(0, len(order), stretch)
+            for index in sorted(order[start : start + stretch], key=self.lengths.__getitem__)
+        ]
+        whole = len(order) // self.batch_size * self.batch_size
+        batches = [order[start : start + self.batch_size] for start in range(0, whole, self.batch_size)]
+        rng.shuffle(batches)
+        yield from (index for batch in [*batches, order[whole:]] for index in batch)
 
 
 @dataclass

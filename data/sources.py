@@ -137,7 +137,11 @@ def _check_field(where: str, row: dict, column: str, kind: type, may_be_empty: b
         choices, labels = value.get("choices"), value.get("labels")
         if not (isinstance(choices, list) and isinstance(labels, list) and len(choices) == len(labels)):
             raise UserError(f"{where}: field {column!r} must hold lists 'choices' and 'labels' of one length")
-        if not all(isinstance(choice, str) and choice.strip() for choice in choices) or {*labels} != {0, 1}:
+        if (
+            not all(isinstance(choice, str) and choice.strip() for choice in choices)
+            or not all(type(label) is int for label in labels)
+            or {*labels} != {0, 1}
+        ):
             raise UserError(f"{where}: field {column!r} must hold non-empty choices, some labelled 1 and some 0")
 
 
@@ -209,7 +213,8 @@ def trainable_rows(task: str, rows: list[dict]) -> list[dict]:
 
 
 def prompt_records(task: str, rows: list[dict], source: str) -> list[Record]:
-    """The different prompts of the rows in source order, each with its reference answer where there is one.
+    """The prompts of the rows in source order, each with its reference answer where there is one; safety's, which
+    stand with several responses each, once.
 
     The safety prompts of the hub are the first 500, as the paper scores them.
     """

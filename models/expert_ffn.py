@@ -127,9 +127,9 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 class LowRankExperts(nn.Module):
     """The LoRA deltas of E experts on the three FFN projections of one layer.
 
-    For projection p: `{p}_A` (E, R, in), `{p}_B` (E, out, R); `scaling` (3, E), a float64 buffer: alpha / r or alpha / sqrt(r)
-    of each expert and projection. R is the largest rank: a smaller expert's matrices end in zeros, which get zero
-    gradients (each of A and B multiplies the other's) and so stay zero.
+    For projection p: `{p}_A` (E, R, in), `{p}_B` (E, out, R); `scaling` (3, E), a float64 buffer: alpha / r or
+    alpha / sqrt(r) of each expert and projection. R is the largest rank: a smaller expert's matrices end in zeros,
+    which get zero gradients (each of A and B multiplies the other's) and so stay zero.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, rank: int):

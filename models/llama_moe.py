@@ -218,9 +218,7 @@ def fuse(experts: list[Expert], base_config: LlamaConfig, top_k: int, seed: int)
 
 def stack_experts(experts: list[Expert], layer: int, moe_config: LlamaMoeConfig, dtype: torch.dtype) -> LowRankExperts:
     """The low-rank deltas of all experts on one layer, in one module."""
-    stacked = LowRankExperts(
-        moe_config.hidden_size, moe_config.intermediate_size, len(experts), moe_config.expert_rank
-    )
+    stacked = LowRankExperts(moe_config.hidden_size, moe_config.intermediate_size, len(experts), moe_config.expert_rank)
     for parameter in stacked.parameters():
         parameter.data = parameter.data.to(dtype)
     with torch.no_grad():

@@ -15,9 +15,13 @@ def mean_routing_probs(router_logits: tuple[Tensor, ...], mask: Tensor) -> Tenso
     return (probs * weights).sum(1) / weights.sum(1)
 
 
-def gate_loss(routing_probs: Tensor, expert_of_sample: Tensor) -> Tensor:
-    """L_gate = mean over samples of -log q[expert of the sample's task].  routing_probs (B, E), expert (B,)."""
-    return -routing_probs.gather(1, expert_of_sample[:, None]).log().mean()
+def gate_loss(routing_probs: Tensor, expert_of_sample: Tensor, sample_weights: Tensor | None = None) -> Tensor:
+    """L_gate = mean over samples of -w log q[expert of the sample's task].
+
+    routing_probs (B, E), expert_of_sample (B,), sample_weights w (B,) (default 1 each: the plain mean).
+    """
+    losses = -routing_probs.gather(1, expert_of_sample[:, None])[:, 0].log()
+    return (losses if sample_weights is None else losses * sample_weights).mean()
 
 
 def routing_hits(routing_probs: Tensor, expert_of_sample: Tensor) -> Tensor:

@@ -92,16 +92,24 @@ def settle(flag: str, given, recorded, default):
 
 def environment() -> dict:
     """What made a run: commit, package versions, device."""
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
     cuda = torch.cuda.is_available()
     return {
-        "commit": commit.stdout.strip() + ("+changes" if changed.stdout.strip() else "") or None,
+        "commit": commit(),
         "packages": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name() if cuda else f"{platform.processor() or 'CPU'}, {os.cpu_count()} cores",
     }
+
+
+def commit() -> str | None:
+    """The checkout's commit, marked if there are changes on top; None without git or outside a checkout."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changes else "")
 
 
 def sha256(path: Path) -> str:

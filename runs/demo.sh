@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The whole method on the embedded SmolLM2-135M and data/sample: the README's commands, one below the other.
+# Minutes on two CPU cores; killed at any point, it goes on from there; done once, it says so.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# 1. Three aligned experts
+python align_basemodel.py --moe_flag 0 --task_name helpfulness --base_model smollm2 --data_source sample --num_samples 96 --num_train_epochs 2
+python align_basemodel.py --moe_flag 0 --task_name safety --base_model smollm2 --data_source sample --num_samples 96 --num_train_epochs 2
+python align_basemodel.py --moe_flag 0 --task_name truthfulness --base_model smollm2 --data_source sample --num_samples 96 --num_train_epochs 2
+
+# 2. Fused into one mixture of experts
+python models/llama_moe.py
+
+# 3. The fusion aligned, with gating loss and drift
+python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 0.3 --helpfulness_weight 0.001 --safety_weight 0.001 --truthfulness_weight 0.001 --num_samples 96 --num_train_epochs 2
+
+# 4. Its answers to all three tasks
+python inference.py --task_name helpfulness --cross_task mix_moe_reg_00010_00010_00010_gate_03000 --dataset_type test --num_samples 16 --max_new_tokens 64
+python inference.py --task_name safety --cross_task mix_moe_reg_00010_00010_00010_gate_03000 --dataset_type test --num_samples 16 --max_new_tokens 64
+python inference.py --task_name truthfulness --cross_task mix_moe_reg_00010_00010_00010_gate_03000 --dataset_type test --num_samples 16 --max_new_tokens 64
+
+# 5. Scores that need no judge, and their table
+python evaluator/evaluate_likelihood.py --run raw,helpfulness,safety,truthfulness,models/moe,mix_moe_reg_00010_00010_00010_gate_03000
+python evaluator/report.py --runs raw,helpfulness,safety,truthfulness,models/moe,mix_moe_reg_00010_00010_00010_gate_03000

@@ -1,0 +1,155 @@
+"""Answers: batching, stopping, order, seeds, resuming, and the routing picture."""
+
+import json
+
+import pytest
+import torch
+from conftest import SHARED_DATA  # noqa: F401  (puts the root on the path)
+
+import inference
+from config import InferArguments
+from data.sources import Record
+from evaluator.routing import routing_usage
+from models.llama_moe import route
+from models.loading import load_run
+
+TEXTS = ("Hi", "Why do cats purr when they sleep near a warm stove in winter?", "Name a river.", "What is a sonnet?")
+RECORDS = [Record(str(i), "safety", text) for i, text in enumerate(TEXTS)]
+
+
+def arguments(tmp_path, base_dir, source, *more):
+    return ["--task_name", "safety", "--results_dir", str(tmp_path), "--base_model", str(base_dir), "--data_source",
+            str(source), "--max_new_tokens", "8", "--batch_size", "4", "--num_samples", "10", *more]  # fmt: skip
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_greedy_answers_do_not_depend_on_the_batch(fused_dir):
+    model, tokenizer = load_run(fused_dir, dtype="float32")
+    args = InferArguments(task_name="safety", temperature=0.0, max_new_tokens=10)
+    together = inference.generate(model, tokenizer, RECORDS, args, seed=0)
+    for record, answer in zip(RECORDS, together, strict=True):
+        (alone,) = inference.generate(model, tokenizer, [record], args, seed=1)
+        assert alone == answer
+
+
+def test_sampling_is_seeded(fused_dir):
+    model, tokenizer = load_run(fused_dir, dtype="float32")
+    args = InferArguments(task_name="safety", max_new_tokens=12)
+    first, again, other = (inference.generate(model, tokenizer, RECORDS, args, seed) for seed in (3, 3, 4))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("emitted, output, reason", [
+    (["A", " fox", "</s>", "B"], "A fox", "stop"),
+    (["A", " fox", "\n\n", "### Instruction:", "B"], "A fox", "stop"),
+    (["A", " fox", " ran"], "A fox ran", "length"),
+])  # fmt: skip
+def test_answers_end_at_eos_or_at_a_new_instruction(base_dir, emitted, output, reason, monkeypatch):
+    model, tokenizer = load_run(base_dir, dtype="float32")
+    tokens = [t for text in emitted for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def generate(input_ids, **_):
+        return torch.cat((input_ids, torch.tensor([tokens])), dim=1)
+
+    monkeypatch.setattr(model, "generate", generate)
+    args = InferArguments(task_name="safety", max_new_tokens=50)
+    (answer,) = inference.generate(model, tokenizer, RECORDS[:1], args, seed=0)
+    assert (answer["output"], answer["finish_reason"]) == (output, reason)
+
+
+def test_generation_stops_at_the_stop_string(base_dir):
+    """A model that always says "### Instruction:" is stopped by it, long before --max_new_tokens."""
+    model, tokenizer = load_run(base_dir, dtype="float32")
+    wanted = tokenizer("### Instruction:", add_special_tokens=False)["input_ids"]
+    calls = []
+
+    def forward(input_ids=None, **kwargs):
+        logits = torch.zeros(len(input_ids), 1, model.config.vocab_size)
+        logits[:, :, wanted[len(calls) % len(wanted)]] = 50.0
+        calls.append(1)
+        return type("Out", (dict,), {"__getattr__": dict.get})(
+            logits=logits, past_key_values=kwargs.get("past_key_values")
+        )
+
+    model.forward = forward
+    args = InferArguments(task_name="safety", max_new_tokens=200, temperature=0.0)
+    (answer,) = inference.generate(model, tokenizer, RECORDS[:1], args, seed=0)
+    assert answer["output"] == "" and answer["finish_reason"] == "stop" and len(calls) < 40
+
+
+def test_a_run_writes_every_answer_in_its_prompts_order_and_is_repeatable(tmp_path, base_dir, fused_dir, tiny_source):
+    for place in ("one", "two"):
+        inference.main(arguments(tmp_path / place, base_dir, tiny_source, "--cross_task", str(fused_dir)))
+    folder = tmp_path / "one" / "inference" / "safety" / "test" / "cross_moe"
+    assert sorted(p.name for p in folder.iterdir()) == ["outputs.jsonl", "run.json"]
+    rows = read(folder / "outputs.jsonl")
+    prompts = [json.loads(line) for line in (tiny_source / "safety_test.jsonl").read_text().splitlines()]
+    order = list(dict.fromkeys(row["prompt"] for row in prompts))
+    assert [row["instruction"] for row in rows] == [p for p in order if p in {row["instruction"] for row in rows}]
+    assert set(rows[0]) == {"id", "instruction", "input", "output", "task", "reference", "new_tokens",
+                            "finish_reason", "generator"}  # fmt: skip
+    assert {row["generator"] for row in rows} == {"cross_moe"}
+    other = tmp_path / "two" / "inference" / "safety" / "test" / "cross_moe" / "outputs.jsonl"
+    assert other.read_bytes() == (folder / "outputs.jsonl").read_bytes()
+    seen = tmp_path / "one" / "observation" / "safety" / "test" / "cross_moe"
+    assert sorted(p.name for p in seen.iterdir()) == ["routing.json", "routing.png"]
+    assert (seen / "routing.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("damage", ["half a line", "half a batch"])
+def test_a_killed_run_goes_on_and_gives_the_same_file(tmp_path, base_dir, tiny_source, damage, capsys):
+    command = arguments(tmp_path, base_dir, tiny_source, "--aligned_flag", "0")
+    inference.main(command)
+    folder = tmp_path / "inference" / "safety" / "test" / "raw"
+    whole = (folder / "outputs.jsonl").read_bytes()
+    # as it stood when killed: arguments.json instead of run.json, some lines short
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").unlink()
+    (folder / "arguments.json").write_text(json.dumps({"run": run["run"]}))
+    lines = whole.splitlines(keepends=True)
+    kept = b"".join(lines[:5]) + (lines[5][:20] if damage == "half a line" else lines[5])
+    (folder / "outputs.jsonl").write_bytes(kept)
+    capsys.readouterr()
+    inference.main(command)
+    assert (folder / "outputs.jsonl").read_bytes() == whole
+    inference.main(command)
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_other_arguments_do_not_overwrite(tmp_path, base_dir, tiny_source, capsys):
+    inference.main(arguments(tmp_path, base_dir, tiny_source, "--aligned_flag", "0"))
+    before = (tmp_path / "inference/safety/test/raw/outputs.jsonl").read_bytes()
+    with pytest.raises(SystemExit) as exit_:
+        inference.main(arguments(tmp_path, base_dir, tiny_source, "--aligned_flag", "0", "--temperature", "0"))
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and "temperature=0.6" in error and len(error.splitlines()) == 1
+    assert (tmp_path / "inference/safety/test/raw/outputs.jsonl").read_bytes() == before
+
+
+def test_prompt_answers_in_the_terminal_with_the_experts_used(tmp_path, fused_dir, capsys):
+    inference.main(["--prompt", "Name a tree.", "--cross_task", str(fused_dir), "--max_new_tokens", "5",
+                    "--results_dir", str(tmp_path)])  # fmt: skip
+    out = capsys.readouterr().out
+    assert "experts used: helpfulness" in out and "truthfulness" in out
+    assert not any(tmp_path.iterdir())
+
+
+def test_routing_is_counted_by_tokens_not_by_calls(fused_dir):
+    """One long and one short text in a batch: padding adds nothing, and each token counts once."""
+    model, tokenizer = load_run(fused_dir, dtype="float32")
+    texts = [("A", "b"), ("The quick brown fox jumps over the lazy dog", " again and again and again")]
+    usage = routing_usage(model, tokenizer, texts, batch_size=2, progress=False)
+    total, tokens = 0, 0
+    for prompt, answer in texts:
+        ids = torch.tensor([tokenizer(prompt + answer)["input_ids"]])
+        with torch.no_grad():
+            logits = model.model(input_ids=ids, output_router_logits=True).router_logits
+        total = total + torch.stack([route(x, 2).sum(0) for x in logits])
+        tokens += ids.shape[1]
+    assert usage["tokens"] == tokens
+    assert torch.allclose(torch.tensor(usage["weight"]), total / tokens, atol=1e-5)
+    assert torch.tensor(usage["weight"]).sum(1).tolist() == pytest.approx([1.0] * 3, abs=1e-6)
+    assert torch.tensor(usage["selected"]).sum(1).tolist() == pytest.approx([2.0] * 3, abs=1e-6)

@@ -1,0 +1,242 @@
+"""The scripts as a user runs them: real processes, folders, exit codes, killed and resumed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+import align_basemodel
+from config import TASKS
+from data.encoding import Collator
+from models import llama_moe
+from models.loading import load_run
+
+FAST = ["--num_train_epochs", "1", "--batch_size", "4", "--disable_tqdm", "1", "--dtype", "float32", "--use_cpu", "1"]
+
+
+def align(results, base_dir, source, *more):
+    align_basemodel.main(["--results_dir", str(results), "--base_model", str(base_dir), "--data_source", str(source),
+                          *FAST, *map(str, more)])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, base_dir):
+    """Three experts and a fused model by the scripts' own main, on a small cut of data/sample."""
+    folder = tmp_path_factory.mktemp("results")
+    source = folder / "source"
+    source.mkdir()
+    for path in (ROOT / "data" / "sample").glob("*.jsonl"):
+        (source / path.name).write_text("\n".join(path.read_text().splitlines()[:12]) + "\n")
+    for task in TASKS:
+        align(folder, base_dir, source, "--task_name", task, "--moe_flag", 0)
+    llama_moe.main(["--results_dir", str(folder), "--output", str(folder / "moe")])
+    return folder
+
+
+def fused(results, *more):
+    align_basemodel.main(["--moe_flag", "1", "--moe_dir", str(results / "moe"), "--results_dir", str(results), *FAST,
+                          *map(str, more)])  # fmt: skip
+
+
+def test_an_expert_is_a_standard_peft_adapter_of_the_ffn(results, base_dir):
+    folder = results / "outputs" / "safety"
+    names = {p.name for p in folder.iterdir() if not p.name.startswith("checkpoint-")}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors", "run.json"}
+    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base_dir), folder)
+    lora = model.peft_config["default"]
+    assert (lora.r, lora.lora_alpha, lora.lora_dropout) == (8, 4, 0.1)
+    assert set(lora.target_modules) == {"gate_proj", "up_proj", "down_proj"}
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert all(weights[key].abs().max() > 0 for key in weights if "lora_B" in key)  # trained: B starts at zero
+    run = json.loads((folder / "run.json").read_text())
+    assert run["run"]["arguments"]["learning_rate"] == 5e-4
+    assert run["train"]["samples"] > 0 and run["train"]["seconds"] > 0 and run["train"]["peak_memory_bytes"] > 0
+    assert set(run["meta"]["data_sha256"]) == {"safety_train.jsonl"}
+
+
+def test_experts_of_the_scripts_fuse_and_differ(results):
+    model, _ = load_run(results / "moe", dtype="float32")
+    a, b = model.blocks[0].experts.matrices("up_proj")
+    deltas = b @ a
+    assert min((deltas[i] - deltas[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))) > 0
+
+
+def test_the_fusion_is_aligned_under_the_papers_name_and_not_twice(results, capsys):
+    fused(results, "--expert_topk", 2, "--gate_loss_weight", 0.01)
+    folder = results / "outputs" / "mix_moe_reg_00000_00000_00000_gate_00100"
+    names = {p.name for p in folder.iterdir() if not p.name.startswith("checkpoint-")}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "run.json"}
+    log = json.loads((folder / "run.json").read_text())["train"]["log"]
+    assert {"sft_loss", "gate_loss", "drift_helpfulness", "routing_accuracy"} <= set(log[0])
+    before = (folder / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    fused(results, "--expert_topk", 2, "--gate_loss_weight", 0.01)
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        fused(results, "--expert_topk", 2, "--gate_loss_weight", 0.01, "--learning_rate", 1e-3)
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and "learning_rate=0.0005" in error and "--run_name" in error
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_method_flags_off_their_default_get_folders_of_their_own(results):
+    fused(results, "--expert_topk", 1, "--train_router", 0, "--max_steps", 2)
+    name = "mix_moe_reg_00000_00000_00000_gate_00000_topk_1_router_frozen"
+    model, _ = load_run(results / "outputs" / name, dtype="float32")
+    start, _ = load_run(results / "moe", dtype="float32")
+    assert model.config.num_experts_per_tok == 1 and model.blocks[0].router.top_k == 1
+    assert torch.equal(model.blocks[0].router.weight, start.blocks[0].router.weight)
+    trained, before = (m.blocks[0].experts.up_proj_B for m in (model, start))
+    assert (trained - before).abs().max() > 0
+
+
+def test_attention_lora_is_saved_and_loaded(results):
+    fused(results, "--tune_attention", 1, "--max_steps", 3, "--lora_dropout", 0)
+    name = "mix_moe_reg_00000_00000_00000_gate_00000_attention_tuned"
+    saved = load_file(results / "outputs" / name / "model.safetensors")
+    lora = {key for key in saved if ".lora_" in key}
+    assert len(lora) == 3 * 4 * 2 and all(saved[key].abs().max() > 0 for key in lora)
+    model, _ = load_run(results / "outputs" / name, dtype="float32")
+    state = model.state_dict()
+    assert all(torch.equal(state[key], saved[key]) for key in saved)
+    assert not any("base_layer" in key or "embed" in key for key in saved)
+
+
+def test_labels_of_the_mixed_data_are_right(results, tokenizer):
+    """Every sample of the mixed training data carries its own task, and its expert is the one of that task."""
+    args, training = align_basemodel.config.parse(
+        ["--moe_flag", "1", "--data_source", str(results / "source"), "--output_dir", str(results / "x")],
+        align_basemodel.AlignArguments, align_basemodel.TrainArguments,
+    )  # fmt: skip
+    samples = align_basemodel.training_samples(args, 42, tokenizer)
+    batch = Collator(routing=True)(samples)
+    texts = tokenizer.batch_decode(batch["input_ids"])
+    for task, prompt in zip(TASKS, ("instruction", "prompt", "question"), strict=True):
+        rows = [json.loads(line) for line in (results / "source" / f"{task}_train.jsonl").read_text().splitlines()]
+        of_task = [i for i, text in enumerate(texts) if any(row[prompt] in text for row in rows)]
+        assert len(of_task) >= 6
+        assert batch["task_ids"][of_task].tolist() == [TASKS.index(task)] * len(of_task)
+
+
+def wait_for(path: Path, process, seconds=120):
+    deadline = time.time() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.time() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["expert", "fusion"])
+def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(results, base_dir, tmp_path, stage):
+    """SIGKILL after the first checkpoint; the same command resumes; weights equal those of a run left alone."""
+    common = ["align_basemodel.py", "--max_steps", "24", "--save_strategy", "steps", "--save_steps", "6", "--batch_size",
+              "4", "--disable_tqdm", "1", "--dtype", "float32", "--use_cpu", "1", "--num_train_epochs", "9"]  # fmt: skip
+    if stage == "expert":
+        common += ["--task_name", "safety", "--base_model", base_dir, "--data_source", results / "source"]
+    else:
+        common += [
+            "--moe_flag",
+            "1",
+            "--moe_dir",
+            results / "moe",
+            "--gate_loss_weight",
+            "0.1",
+            "--safety_weight",
+            "0.01",
+        ]
+    name = "run"
+    common += ["--run_name", name]
+    alone = run_script(*common, "--results_dir", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *map(str, common), "--results_dir", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "killed" / "outputs" / name
+    wait_for(folder / "checkpoint-6" / "trainer_state.json", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if (folder / "run.json").exists():
+        pytest.fail("the run was over before it was killed: make it longer")
+    other = run_script(*common, "--results_dir", tmp_path / "killed", "--learning_rate", "0.1")
+    assert other.returncode == 2 and "learning_rate" in other.stderr
+    resumed = run_script(*common, "--results_dir", tmp_path / "killed")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Going on from" in resumed.stdout
+    weights = "adapter_model.safetensors" if stage == "expert" else "model.safetensors"
+    expected = load_file(tmp_path / "alone" / "outputs" / name / weights)
+    found = load_file(folder / weights)
+    assert set(found) == set(expected)
+    assert max((found[key] - expected[key]).abs().max().item() for key in found) < 1e-6
+    assert not (folder / "arguments.json").exists()
+
+
+@pytest.mark.slow
+def test_scripts_run_from_their_own_folders_as_the_papers_readme_calls_them(results, base_dir, tmp_path):
+    fuse = run_script("llama_moe.py", "--results_dir", results, "--output", tmp_path / "moe", cwd=ROOT / "models")
+    assert fuse.returncode == 0 and "MB" in fuse.stdout, fuse.stderr
+    score = run_script("evaluate_likelihood.py", "--run", "safety", "--results_dir", results, "--task_name", "safety",
+                       cwd=ROOT / "evaluator")  # fmt: skip
+    assert score.returncode == 0 and "safe_preferred" in score.stdout, score.stderr
+
+
+USER_ERRORS = {
+    "no task": (["align_basemodel.py"], "--task_name"),
+    "unknown flag": (["align_basemodel.py", "--lambda", "1"], "--lambda"),
+    "unknown task": (["inference.py", "--task_name", "honesty"], "honesty"),
+    "no such run": (["inference.py", "--task_name", "safety", "--cross_task", "nothing"], "no run 'nothing'"),
+    "no fused model": (["align_basemodel.py", "--moe_flag", "1", "--moe_dir", "nowhere"], "fuse the experts first"),
+    "no experts": (["models/llama_moe.py", "--experts_dir", "nowhere"], "no run 'helpfulness'"),
+    "no data": (["align_basemodel.py", "--task_name", "safety", "--data_source", "nowhere"], "--data_source nowhere"),
+    "no scores": (["evaluator/report.py", "--runs", "nothing"], "evaluate_likelihood.py --run nothing"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", USER_ERRORS)
+def test_a_users_error_is_one_line_and_exit_code_2(case, tmp_path):
+    command, named = USER_ERRORS[case]
+    result = run_script(*command, "--results_dir", tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1, result.stderr
+    assert named in result.stderr
+
+
+@pytest.mark.slow
+def test_without_llama_2_the_first_command_names_both_ways_on(tmp_path):
+    result = run_script("align_basemodel.py", "--moe_flag", "0", "--task_name", "helpfulness", "--results_dir", tmp_path,
+                        HF_HOME=str(tmp_path / "hf"), HF_TOKEN="hf_not_a_real_token")  # fmt: skip
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert "HF_TOKEN" in result.stderr and "--base_model smollm2 --data_source sample" in result.stderr
+    written = [p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()]
+    assert "hf_not_a_real_token" not in result.stdout + result.stderr
+    assert not any(b"hf_not_a_real_token" in content for content in written)
+
+
+def test_the_demo_and_the_readme_are_the_same_commands():
+    """runs/demo.sh is what the README shows; every script and flag named in either exists."""
+    commands = {}
+    for path in (ROOT / "README.md", ROOT / "runs" / "demo.sh", ROOT / "runs" / "paper.sh"):
+        found = re.findall(r"^(?:\$ |\()?(?:    )?(?:cd \w+ && )?(python [\w/]+\.py.*?)\)?$", path.read_text(), re.M)
+        assert found, path
+        commands[path.name] = found
+    assert set(commands["demo.sh"]) <= set(commands["README.md"])
+    for command in sum(commands.values(), []):
+        script = next(s for s in (command.split()[1], f"models/{command.split()[1]}", f"evaluator/{command.split()[1]}")
+                      if (ROOT / s).exists())  # fmt: skip
+        known = (ROOT / "config.py").read_text() + (ROOT / script).read_text()
+        for flag in re.findall(r"--(\w+)", command):
+            assert re.search(rf"\b{flag}: ", known) or flag in align_basemodel.TrainArguments.__dataclass_fields__, (
+                command
+            )

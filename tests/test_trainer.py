@@ -1,0 +1,167 @@
+"""The alignment of the fusion: gradients, accumulation, checkpointing, logged terms, at toy size."""
+
+import copy
+
+import pytest
+import torch
+from torch.optim import SGD
+
+from config import TASKS, TrainArguments
+from data.encoding import IGNORED, Collator, Encoder
+from data.sources import answer_records, read_rows
+from models.loading import load_run
+from models.losses import mean_routing_probs
+from models.trainer import MixtureTrainer
+
+
+@pytest.fixture(scope="module")
+def samples(tokenizer):
+    """Three samples of each task, of different lengths."""
+    encoder = Encoder(tokenizer, max_length=300)
+    rows = [record for task in TASKS for record in answer_records(task, read_rows(task, "train", "sample"))[:3]]
+    return encoder.encode_all(rows)[0][:8]
+
+
+def make_trainer(fused_dir, samples, tmp_path, gate_tokens="instruction", drift=0.0, gate=0.0, sgd=False, balance="task",
+                 router_lr=1e-2, **training):  # fmt: skip
+    model, _ = load_run(fused_dir, dtype="float32")
+    args = TrainArguments(
+        output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no",
+        **{"max_steps": 1, "logging_steps": 1, "train_sampling_strategy": "sequential", **training},
+    )  # fmt: skip
+    trainer = MixtureTrainer(
+        model, args=args, train_dataset=samples, data_collator=Collator(routing=True, gate_tokens=gate_tokens),
+        gate_loss_weight=gate, gate_balance=balance, drift_weights=dict.fromkeys(TASKS, drift), router_learning_rate=router_lr,
+    )  # fmt: skip
+    if sgd:  # shows the gradient itself: Adam's first step is the same for any scale of it
+        trained = [p for p in model.parameters() if p.requires_grad]
+        trainer.optimizer = SGD(trained, lr=1e-2)
+    return trainer
+
+
+def trained_state(trainer):
+    trainer.train()
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("gate, drift", [(0.0, 0.0), (0.5, 0.1)])
+def test_one_batch_of_eight_equals_eight_of_one(fused_dir, samples, tmp_path, gate, drift):
+    """The gradient of a step does not depend on how its samples are split, auxiliary losses included."""
+    settings = dict(gate=gate, drift=drift, sgd=True, max_steps=2, max_grad_norm=0.0)
+    whole = make_trainer(fused_dir, samples, tmp_path / "a", per_device_train_batch_size=8, **settings)
+    split = make_trainer(fused_dir, samples, tmp_path / "b", per_device_train_batch_size=1,
+                         gradient_accumulation_steps=8, **settings)  # fmt: skip
+    uneven = make_trainer(fused_dir, samples, tmp_path / "c", per_device_train_batch_size=3,
+                          gradient_accumulation_steps=3, **settings)  # fmt: skip
+    before = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
+    expected = trained_state(whole)
+    for trainer in (split, uneven):
+        for name, value in trained_state(trainer).items():
+            change = (expected[name] - before[name]).abs().max()
+            assert (value - expected[name]).abs().max() <= 2e-4 * change + 1e-9, name
+        for key in ("loss", "sft_loss", "gate_loss", "drift_safety", "routing_accuracy"):
+            ours, theirs = ([log[key] for log in t.state.log_history if key in log] for t in (trainer, whole))
+            assert ours == pytest.approx(theirs, rel=1e-4), key
+
+
+def test_the_logged_terms_add_up_and_drift_starts_at_zero(fused_dir, samples, tmp_path):
+    trainer = make_trainer(fused_dir, samples, tmp_path, gate=0.3, drift=0.2, max_steps=3)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "sft_loss" in log]
+    assert len(logs) == 3
+    for log in logs:
+        drift = sum(log[f"drift_{task}"] for task in TASKS)
+        assert log["loss"] == pytest.approx(log["sft_loss"] + 0.3 * log["gate_loss"] + 0.2 * drift, rel=1e-4)
+        assert 0 <= log["routing_accuracy"] <= 1
+    assert [logs[0][f"drift_{task}"] for task in TASKS] == [0.0, 0.0, 0.0]
+    assert all(logs[2][f"drift_{task}"] > 0 for task in TASKS)
+
+
+def test_the_router_trains_by_the_gating_loss_and_learns_the_tasks(fused_dir, samples, tmp_path):
+    trainer = make_trainer(fused_dir, samples, tmp_path, gate=1.0, router_lr=0.1, max_steps=30, logging_steps=5)
+    before = [block.router.weight.detach().clone() for block in trainer.model.blocks]
+    trainer.train()
+    assert all(
+        (block.router.weight - old).abs().max() > 1e-3 for block, old in zip(trainer.model.blocks, before, strict=True)
+    )
+    logs = [log for log in trainer.state.log_history if "gate_loss" in log]
+    assert logs[-1]["gate_loss"] < 0.5 * logs[0]["gate_loss"]
+    assert logs[-1]["routing_accuracy"] > 0.9
+
+
+def test_a_frozen_router_stays_and_the_rest_trains(fused_dir, samples, tmp_path):
+    trainer = make_trainer(fused_dir, samples, tmp_path, gate=1.0, max_steps=2)
+    for block in trainer.model.blocks:
+        block.router.weight.requires_grad_(False)
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    for name, value in trainer.model.state_dict().items():
+        trained = ".experts." in name and not name.endswith("scaling")
+        assert torch.equal(value, before[name]) != trained, name
+
+
+def test_only_router_and_experts_get_gradients_and_the_base_is_frozen(fused_dir):
+    model, _ = load_run(fused_dir, dtype="float32")
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable and all(".router." in name or ".experts." in name for name in trainable)
+    model.add_attention_lora(rank=2, alpha=2, dropout=0.0)
+    extra = {name for name, p in model.named_parameters() if p.requires_grad} - trainable
+    assert extra and all(".self_attn." in name and ".lora_" in name for name in extra)
+    assert {name.split(".self_attn.")[1].split(".")[0] for name in extra} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_gradient_checkpointing_changes_no_gradient(fused_dir, samples, tmp_path):
+    settings = dict(gate=0.5, drift=0.1, sgd=True, max_steps=2)
+    plain = trained_state(make_trainer(fused_dir, samples, tmp_path / "a", **settings))
+    trainer = make_trainer(fused_dir, samples, tmp_path / "b", activation_checkpointing=True,
+                           activation_checkpointing_kwargs={"use_reentrant": False}, **settings)  # fmt: skip
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    checkpointed = trained_state(trainer)
+    for name, value in plain.items():
+        assert torch.allclose(checkpointed[name], value, atol=1e-6), name
+    assert all((checkpointed[n] - start[n]).abs().max() > 0 for n in plain if ".router." in n)
+
+
+def test_padding_changes_nothing(fused_dir, samples):
+    """A sample alone and padded among longer ones: same loss, same routing, same hits."""
+    model, _ = load_run(fused_dir, dtype="float32")
+    model.double().set_attn_implementation("sdpa")
+    collate = Collator(routing=True)
+    together = collate(samples)
+
+    def run(batch):
+        with torch.no_grad():
+            outputs = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
+                                  output_router_logits=True)  # fmt: skip
+            logits = model.lm_head(outputs.last_hidden_state)[:, :-1].log_softmax(-1)
+        labels = batch["labels"][:, 1:]
+        picked = logits.gather(2, labels.clamp(min=0)[..., None])[..., 0] * (labels != IGNORED)
+        return picked.sum(1), mean_routing_probs(outputs.router_logits, batch["routing_mask"])
+
+    losses, probs = run(together)
+    for i, sample in enumerate(samples):
+        alone_loss, alone_probs = run(collate([sample]))
+        assert abs(alone_loss[0] - losses[i]) < 1e-5 and (alone_probs[0] - probs[i]).abs().max() < 1e-7
+
+
+def test_loss_at_labels_equals_the_loss_of_all_logits(fused_dir, samples):
+    model, _ = load_run(fused_dir, dtype="float32")
+    batch = Collator()(samples)
+    ours = model(**batch).loss
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED
+    )
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+    halved = model(**batch, num_items_in_batch=2 * int((batch["labels"] != IGNORED).sum())).loss
+    assert halved.item() == pytest.approx(expected.item() / 2, rel=1e-5)
+
+
+def test_a_checkpoint_holds_what_was_learnt_and_loads(fused_dir, samples, tmp_path):
+    trainer = make_trainer(fused_dir, samples, tmp_path, max_steps=2, gate=1.0)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "checkpoint-2"))
+    loaded, _ = load_run(tmp_path / "checkpoint-2", dtype="float32")
+    for (name, ours), (_, theirs) in zip(trainer.model.named_parameters(), loaded.named_parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    assert (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size < 150_000
