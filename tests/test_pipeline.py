@@ -141,21 +141,12 @@ def wait_for(path: Path, process, seconds=120):
 @pytest.mark.parametrize("stage", ["expert", "fusion"])
 def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(results, base_dir, tmp_path, stage):
     """SIGKILL after the first checkpoint; the same command resumes; weights equal those of a run left alone."""
-    common = ["align_basemodel.py", "--max_steps", "24", "--save_strategy", "steps", "--save_steps", "6", "--batch_size",
-              "4", "--disable_tqdm", "1", "--dtype", "float32", "--use_cpu", "1", "--num_train_epochs", "9"]  # fmt: skip
+    common = ["align_basemodel.py", "--max_steps", "24", "--save_strategy", "steps", "--save_steps", "6", *FAST]
     if stage == "expert":
         common += ["--task_name", "safety", "--base_model", base_dir, "--data_source", results / "source"]
     else:
-        common += [
-            "--moe_flag",
-            "1",
-            "--moe_dir",
-            results / "moe",
-            "--gate_loss_weight",
-            "0.1",
-            "--safety_weight",
-            "0.01",
-        ]
+        common += ["--moe_flag", "1", "--moe_dir", results / "moe"]
+        common += ["--gate_loss_weight", "0.1", "--safety_weight", "0.01"]
     name = "run"
     common += ["--run_name", name]
     alone = run_script(*common, "--results_dir", tmp_path / "alone")
@@ -215,13 +206,19 @@ def test_a_users_error_is_one_line_and_exit_code_2(case, tmp_path):
 
 @pytest.mark.slow
 def test_without_llama_2_the_first_command_names_both_ways_on(tmp_path):
-    result = run_script("align_basemodel.py", "--moe_flag", "0", "--task_name", "helpfulness", "--results_dir", tmp_path,
-                        HF_HOME=str(tmp_path / "hf"), HF_TOKEN="hf_not_a_real_token")  # fmt: skip
+    command = ["align_basemodel.py", "--moe_flag", "0", "--task_name", "helpfulness", "--results_dir", tmp_path]
+    result = run_script(*command, HF_HOME=str(tmp_path / "hf"), HF_TOKEN="hf_not_a_real_token")
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
     assert "HF_TOKEN" in result.stderr and "--base_model smollm2 --data_source sample" in result.stderr
     written = [p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()]
     assert "hf_not_a_real_token" not in result.stdout + result.stderr
     assert not any(b"hf_not_a_real_token" in content for content in written)
+
+
+def test_the_readmes_tables_are_the_committed_measurements():
+    readme = (ROOT / "README.md").read_text()
+    table = (ROOT / "docs" / "measurements" / "demo_table.md").read_text()
+    assert table.split("\n\n")[0].strip() in readme
 
 
 def test_the_demo_and_the_readme_are_the_same_commands():

@@ -22,16 +22,16 @@ def samples(tokenizer):
     return encoder.encode_all(rows)[0][:8]
 
 
-def make_trainer(fused_dir, samples, tmp_path, gate_tokens="instruction", drift=0.0, gate=0.0, sgd=False, balance="task",
-                 router_lr=1e-2, **training):  # fmt: skip
+def make_trainer(
+    fused_dir, samples, tmp_path, gate=0.0, drift=0.0, balance="sample", router_lr=1e-2, sgd=False, **more
+):
     model, _ = load_run(fused_dir, dtype="float32")
-    args = TrainArguments(
-        output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, save_strategy="no",
-        **{"max_steps": 1, "logging_steps": 1, "train_sampling_strategy": "sequential", **training},
-    )  # fmt: skip
+    settings = {"max_steps": 1, "logging_steps": 1, "train_sampling_strategy": "sequential", **more}
+    args = TrainArguments(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+                          save_strategy="no", **settings)  # fmt: skip
     trainer = MixtureTrainer(
-        model, args=args, train_dataset=samples, data_collator=Collator(routing=True, gate_tokens=gate_tokens),
-        gate_loss_weight=gate, gate_balance=balance, drift_weights=dict.fromkeys(TASKS, drift), router_learning_rate=router_lr,
+        model, args=args, train_dataset=samples, data_collator=Collator(routing=True), gate_loss_weight=gate,
+        gate_balance=balance, drift_weights=dict.fromkeys(TASKS, drift), router_learning_rate=router_lr,
     )  # fmt: skip
     if sgd:  # shows the gradient itself: Adam's first step is the same for any scale of it
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -44,10 +44,10 @@ def trained_state(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("gate, drift", [(0.0, 0.0), (0.5, 0.1)])
-def test_one_batch_of_eight_equals_eight_of_one(fused_dir, samples, tmp_path, gate, drift):
+@pytest.mark.parametrize("gate, drift, balance", [(0.0, 0.0, "sample"), (0.5, 0.1, "sample"), (0.5, 0.0, "task")])
+def test_one_batch_of_eight_equals_eight_of_one(fused_dir, samples, tmp_path, gate, drift, balance):
     """The gradient of a step does not depend on how its samples are split, auxiliary losses included."""
-    settings = dict(gate=gate, drift=drift, sgd=True, max_steps=2, max_grad_norm=0.0)
+    settings = dict(gate=gate, drift=drift, balance=balance, sgd=True, max_steps=2, max_grad_norm=0.0)
     whole = make_trainer(fused_dir, samples, tmp_path / "a", per_device_train_batch_size=8, **settings)
     split = make_trainer(fused_dir, samples, tmp_path / "b", per_device_train_batch_size=1,
                          gradient_accumulation_steps=8, **settings)  # fmt: skip
