@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
 import config
 from config import AlignArguments, TrainArguments, UserError, check
@@ -52,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = base.pick_dtype(args.dtype)
     trainer = mixture_trainer(args, training, samples, dtype) if args.moe_flag else expert_trainer(
         args, training, samples, dtype)  # fmt: skip
-    checkpoint = get_last_checkpoint(str(folder)) if state == "resume" else None
+    checkpoint = run_dir.last_checkpoint(folder) if state == "resume" else None
     if checkpoint:
         print(f"Going on from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -88,14 +87,14 @@ def settle_training(args: AlignArguments, training: TrainArguments) -> None:
     dtype = base.pick_dtype(args.dtype)
     training.dataloader_pin_memory &= torch.cuda.is_available()
     training.bf16, training.fp16 = dtype == torch.bfloat16, dtype == torch.float16
-    if training.gradient_checkpointing:
-        training.gradient_checkpointing_kwargs = {
-            "use_reentrant": False,
-            **(training.gradient_checkpointing_kwargs or {}),
-        }
-        if training.gradient_checkpointing_kwargs["use_reentrant"]:
-            raise UserError("--gradient_checkpointing_kwargs use_reentrant: must be false; the routers would get no "
+    if training.activation_checkpointing:
+        settings = {"use_reentrant": False, **(training.activation_checkpointing_kwargs or {})}
+        if settings["use_reentrant"]:
+            raise UserError("--activation_checkpointing_kwargs use_reentrant: must be false; the routers would get no "
                             "gradient from the gating loss")  # fmt: skip
+        training.activation_checkpointing_kwargs = training.gradient_checkpointing_kwargs = settings
+    if training.hub_token:
+        raise UserError("--hub_token: checkpoints would hold it; set HF_TOKEN in the environment instead")
 
 
 def settle_sources(args: AlignArguments) -> None:

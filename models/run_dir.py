@@ -62,12 +62,13 @@ def read_run(folder: Path) -> dict | None:
 
 
 def find_run(name: str, outputs: Path, checkpoint: int | None = None) -> Path | None:
-    """The folder of a run by its name under `outputs` or its path; None for "raw". UserError if not there."""
+    """The folder of a run by its name under `outputs` or its path (also from the repository's root); None for "raw".
+    UserError if it is not there."""
     if name == "raw":
         if checkpoint is not None:
             raise UserError(f"--checkpoint_number {checkpoint}: the raw base model has no checkpoints")
         return None
-    folder = next((place for place in (outputs / name, Path(name)) if place.is_dir()), None)
+    folder = next((place for place in (outputs / name, Path(name), ROOT / name) if place.is_dir()), None)
     if folder is None:
         there = sorted(path.name for path in outputs.iterdir() if path.is_dir()) if outputs.is_dir() else []
         raise UserError(f"no run {name!r} under {outputs} (there: {', '.join(there) or 'none'}); align it first")
@@ -79,6 +80,18 @@ def find_run(name: str, outputs: Path, checkpoint: int | None = None) -> Path | 
         there = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
         raise UserError(f"--checkpoint_number {checkpoint}: {folder} has {there or 'none'}")
     return folder / f"checkpoint-{checkpoint}"
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The latest whole checkpoint-N of a run's folder, None without one. The Trainer writes trainer_state.json last:
+    a checkpoint during whose writing the run was killed has none, or half of one, and is passed over."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(path)
+    return None
 
 
 def settle(flag: str, given, recorded, default):

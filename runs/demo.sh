@@ -5,15 +5,15 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 # 1. Three aligned experts
-python align_basemodel.py --moe_flag 0 --task_name helpfulness --base_model smollm2 --data_source sample --num_samples 96 --num_train_epochs 2
-python align_basemodel.py --moe_flag 0 --task_name safety --base_model smollm2 --data_source sample --num_samples 96 --num_train_epochs 2
-python align_basemodel.py --moe_flag 0 --task_name truthfulness --base_model smollm2 --data_source sample --num_samples 96 --num_train_epochs 2
+python align_basemodel.py --moe_flag 0 --task_name helpfulness --base_model smollm2 --data_source sample --num_samples 80 --num_train_epochs 2 --batch_size 4
+python align_basemodel.py --moe_flag 0 --task_name safety --base_model smollm2 --data_source sample --num_samples 80 --num_train_epochs 2 --batch_size 4
+python align_basemodel.py --moe_flag 0 --task_name truthfulness --base_model smollm2 --data_source sample --num_samples 80 --num_train_epochs 2 --batch_size 4
 
 # 2. Fused into one mixture of experts
 python models/llama_moe.py
 
 # 3. The fusion aligned, with gating loss and drift
-python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 0.3 --helpfulness_weight 0.001 --safety_weight 0.001 --truthfulness_weight 0.001 --num_samples 96 --num_train_epochs 2
+python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 0.3 --helpfulness_weight 0.001 --safety_weight 0.001 --truthfulness_weight 0.001 --num_samples 80 --num_train_epochs 2 --batch_size 4
 
 # 4. Its answers to all three tasks
 python inference.py --task_name helpfulness --cross_task mix_moe_reg_00010_00010_00010_gate_03000 --dataset_type test --num_samples 16 --max_new_tokens 64

@@ -122,6 +122,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(tmp_path, base_dir, tiny_s
 def test_other_arguments_do_not_overwrite(tmp_path, base_dir, tiny_source, capsys):
     inference.main(arguments(tmp_path, base_dir, tiny_source, "--aligned_flag", "0"))
     before = (tmp_path / "inference/safety/test/raw/outputs.jsonl").read_bytes()
+    capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
         inference.main(arguments(tmp_path, base_dir, tiny_source, "--aligned_flag", "0", "--temperature", "0"))
     error = capsys.readouterr().err

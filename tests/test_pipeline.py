@@ -101,6 +101,27 @@ def test_method_flags_off_their_default_get_folders_of_their_own(results):
     assert (trained - before).abs().max() > 0
 
 
+def test_gradient_checkpointing_trains_the_router_too(results, capsys):
+    fused(
+        results, "--gate_loss_weight", 1, "--max_steps", 3, "--gradient_checkpointing", 1, "--run_name", "checkpointed"
+    )
+    fused(results, "--gate_loss_weight", 1, "--max_steps", 3, "--run_name", "plain")
+    checkpointed, plain = (load_file(results / "outputs" / n / "model.safetensors") for n in ("checkpointed", "plain"))
+    assert all(torch.allclose(checkpointed[key], plain[key], atol=1e-5) for key in plain)
+    start = load_file(results / "moe" / "model.safetensors")
+    assert all((checkpointed[key] - start[key]).abs().max() > 0 for key in plain if ".router." in key)
+    with pytest.raises(SystemExit):
+        fused(results, "--gradient_checkpointing", 1, "--gradient_checkpointing_kwargs", '{"use_reentrant": true}')
+    assert "must be false" in capsys.readouterr().err
+
+
+def test_a_token_is_never_taken_where_a_checkpoint_would_keep_it(results, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        fused(results, "--hub_token", "hf_secret")
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2 and "HF_TOKEN" in error and "hf_secret" not in error
+
+
 def test_attention_lora_is_saved_and_loaded(results):
     fused(results, "--tune_attention", 1, "--max_steps", 3, "--lora_dropout", 0)
     name = "mix_moe_reg_00000_00000_00000_gate_00000_attention_tuned"
@@ -162,9 +183,12 @@ def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(results, base_
         pytest.fail("the run was over before it was killed: make it longer")
     other = run_script(*common, "--results_dir", tmp_path / "killed", "--learning_rate", "0.1")
     assert other.returncode == 2 and "learning_rate" in other.stderr
+    torn = folder / "checkpoint-99"  # as a kill in the middle of writing a checkpoint leaves it
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text('{"epoch": ')
     resumed = run_script(*common, "--results_dir", tmp_path / "killed")
     assert resumed.returncode == 0, resumed.stderr
-    assert "Going on from" in resumed.stdout
+    assert "Going on from" in resumed.stdout and "checkpoint-99" not in resumed.stdout
     weights = "adapter_model.safetensors" if stage == "expert" else "model.safetensors"
     expected = load_file(tmp_path / "alone" / "outputs" / name / weights)
     found = load_file(folder / weights)

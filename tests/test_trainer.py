@@ -85,8 +85,22 @@ def test_the_router_trains_by_the_gating_loss_and_learns_the_tasks(fused_dir, sa
         (block.router.weight - old).abs().max() > 1e-3 for block, old in zip(trainer.model.blocks, before, strict=True)
     )
     logs = [log for log in trainer.state.log_history if "gate_loss" in log]
-    assert logs[-1]["gate_loss"] < 0.5 * logs[0]["gate_loss"]
+    assert logs[-1]["gate_loss"] < 0.8 * logs[0]["gate_loss"]
     assert logs[-1]["routing_accuracy"] > 0.9
+
+
+def test_the_gating_loss_can_weigh_tasks_alike(fused_dir, samples, tmp_path):
+    """3 samples of helpfulness, 3 of safety, 2 of truthfulness: weights 8 / (3 * 3), 8 / (3 * 3), 8 / (3 * 2)."""
+    assert [sample["task"] for sample in samples] == [0, 0, 0, 1, 1, 1, 2, 2]
+    trainer = make_trainer(fused_dir, samples, tmp_path, balance="task")
+    assert trainer.weight_of_task_id.tolist() == pytest.approx([8 / 9, 8 / 9, 4 / 3])
+    trainer.train()
+    batch = Collator(routing=True)(samples)
+    fresh, _ = load_run(fused_dir, dtype="float32")
+    outputs = fresh.model(batch["input_ids"], batch["attention_mask"], output_router_logits=True)
+    own = mean_routing_probs(outputs.router_logits, batch["routing_mask"])[range(8), batch["task_ids"]]
+    expected = sum(-own[batch["task_ids"] == task].log().mean() for task in range(3)) / 3
+    assert trainer.state.log_history[0]["gate_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
 def test_a_frozen_router_stays_and_the_rest_trains(fused_dir, samples, tmp_path):
