@@ -208,7 +208,7 @@ def test_scripts_run_from_their_own_folders_as_the_papers_readme_calls_them(resu
 
 USER_ERRORS = {
     "no task": (["align_basemodel.py"], "--task_name"),
-    "unknown flag": (["align_basemodel.py", "--lambda", "1"], "--lambda"),
+    "unknown flag": (["align_basemodel.py", "--task_name", "safety", "--lambda", "1"], "--lambda"),
     "unknown task": (["inference.py", "--task_name", "honesty"], "honesty"),
     "no such run": (["inference.py", "--task_name", "safety", "--cross_task", "nothing"], "no run 'nothing'"),
     "no fused model": (["align_basemodel.py", "--moe_flag", "1", "--moe_dir", "nowhere"], "fuse the experts first"),
