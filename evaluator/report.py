@@ -9,7 +9,7 @@ if not __package__:  # run as a script, from any folder
 
 import config
 from config import RESULTS_DIR, TASKS, UserError, flag
-from models.run_dir import read_json
+from models.run_dir import read_json, read_run
 
 COLUMNS = (  # heading, task, metric
     ("helpfulness NLL/token ↓", "helpfulness", "nll_per_token"),
@@ -35,8 +35,9 @@ class ReportArguments:
 def main(argv: list[str] | None = None) -> None:
     (args,) = config.parse(argv, ReportArguments)
     runs = [Path(name.strip()).name for name in args.runs.split(",") if name.strip()]
-    table = likelihood_table(Path(args.results_dir), runs, args.dataset_type)
-    path = Path(args.results_dir) / "report" / "table.md"
+    results_dir = Path(args.results_dir)
+    table = likelihood_table(results_dir, runs, args.dataset_type) + "\n" + cost_table(results_dir, runs)
+    path = results_dir / "report" / "table.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(table, encoding="utf-8")
     print(table)
@@ -75,6 +76,26 @@ def likelihood_table(results_dir: Path, runs: list[str], split: str) -> str:
         "metrics. A run named moe is the fused model before its alignment.",
         "",
     ]
+    return "\n".join(lines)
+
+
+def cost_table(results_dir: Path, runs: list[str]) -> str:
+    """The markdown table of what aligning the runs took, from their run.json; "" if none of them was aligned here."""
+    found = {run: read_run(results_dir / "outputs" / run) for run in runs}
+    found = {run: record for run, record in found.items() if record and "train" in record}
+    if not found:
+        return ""
+    lines = ["| run | samples x epochs | seconds | peak memory (GB) | trained parameters (M) |",
+             "| --- | --- | --- | --- | --- |"]  # fmt: skip
+    for run, record in found.items():
+        train, arguments = record["train"], record["run"]["arguments"]
+        lines.append(
+            f"| {run} | {train['samples']} x {arguments['num_train_epochs']:g} | {train['seconds']:.0f} | "
+            f"{train['peak_memory_bytes'] / 1e9:.1f} | {train['trainable_parameters'] / 1e6:.1f} |"
+        )
+    meta = next(iter(found.values()))["meta"]
+    packages = ", ".join(f"{name} {version}" for name, version in meta["packages"].items())
+    lines += ["", f"Alignment, start-up included, on {meta['device']}; {packages}.", ""]
     return "\n".join(lines)
 
 

@@ -110,8 +110,17 @@ def environment() -> dict:
         "commit": commit(),
         "packages": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if cuda else f"{platform.processor() or 'CPU'}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {os.cpu_count()} cores",
     }
+
+
+def cpu_name() -> str:
+    """The processor's model name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "CPU"
 
 
 def commit() -> str | None:

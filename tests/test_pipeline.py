@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 import align_basemodel
 from config import TASKS
 from data.encoding import Collator
+from evaluator import report
 from models import llama_moe
 from models.loading import load_run
 
@@ -88,6 +89,15 @@ def test_the_fusion_is_aligned_under_the_papers_name_and_not_twice(results, caps
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and "learning_rate=0.0005" in error and "--run_name" in error
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_the_report_says_what_aligning_took(results):
+    table = report.cost_table(results, ["raw", *TASKS])
+    record = json.loads((results / "outputs" / "safety" / "run.json").read_text())
+    (row,) = [line for line in table.splitlines() if line.startswith("| safety ")]
+    assert f"| {record['train']['samples']} x 1 | {record['train']['seconds']:.0f} |" in row
+    # 3 layers x 3 projections x rank 8 x (32 + 48)
+    assert record["train"]["trainable_parameters"] == 3 * 3 * 8 * 80
 
 
 def test_method_flags_off_their_default_get_folders_of_their_own(results):
