@@ -70,9 +70,11 @@ def run_sources(
     if path is not None:
         run = read_run(path)
         recorded = {**(run["run"]["arguments"] if run else {}), "base_model": base_of_run(path)}
-    elif base_model is None:
+    else:
         runs = (read_run(Path(results_dir) / "outputs" / task) for task in TASKS)
         recorded = next((run["run"]["arguments"] for run in runs if run), {})
+        if recorded and base_model is not None and not base.same_base(base_model, recorded["base_model"]):
+            recorded = {}  # the raw form of another base than the experts' is a fair question
     given = base.default_base_model(base_model) if base_model else None
     settled = settle("base_model", given, recorded.get("base_model"), PAPER_BASE_MODEL)
     return settled, absolute_source(data_source) or recorded.get("data_source") or "hub"

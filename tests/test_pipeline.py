@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import align_basemodel
-from config import TASKS
+from config import TASKS, UserError
 from data.encoding import Collator
 from evaluator import report
-from models import llama_moe
+from models import llama_moe, loading
 from models.loading import load_run
 
 FAST = ["--num_train_epochs", "1", "--batch_size", "4", "--disable_tqdm", "1", "--dtype", "float32", "--use_cpu", "1"]
@@ -98,6 +98,16 @@ def test_the_report_says_what_aligning_took(results):
     assert f"| {record['train']['samples']} x 1 | {record['train']['seconds']:.0f} |" in row
     # 3 layers x 3 projections x rank 8 x (32 + 48)
     assert record["train"]["trainable_parameters"] == 3 * 3 * 8 * 80
+
+
+def test_the_raw_base_and_its_data_are_the_experts(results, base_dir):
+    source = str(results / "source")
+    assert loading.run_sources(None, None, None, str(results)) == (str(base_dir), source)
+    assert loading.run_sources(None, str(base_dir), None, str(results)) == (str(base_dir), source)
+    assert loading.run_sources(None, "another/base", None, str(results)) == ("another/base", "hub")
+    assert loading.run_sources(results / "moe", None, None, str(results)) == (str(base_dir), source)
+    with pytest.raises(UserError, match="--base_model another/base"):
+        loading.run_sources(results / "moe", "another/base", None, str(results))
 
 
 def test_method_flags_off_their_default_get_folders_of_their_own(results):
