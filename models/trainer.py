@@ -57,9 +57,11 @@ class MixtureTrainer(AlignmentTrainer):
 
     def create_optimizer(self, model=None):
         """AdamW as the Trainer makes it, with the router's matrices in a group of their own learning rate."""
+        if self.optimizer is not None:  # the caller's own: left as it is
+            return self.optimizer
         optimizer = super().create_optimizer(model)
         routers = {id(p) for n, p in (model or self.model).named_parameters() if ".router." in n and p.requires_grad}
-        if routers and len({group["lr"] for group in optimizer.param_groups}) == 1:
+        if routers:
             moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in routers]
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in routers]

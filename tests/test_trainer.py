@@ -103,6 +103,15 @@ def test_the_gating_loss_can_weigh_tasks_alike(fused_dir, samples, tmp_path):
     assert trainer.state.log_history[0]["gate_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_the_router_has_its_own_learning_rate_and_every_parameter_one_group(fused_dir, samples, tmp_path):
+    trainer = make_trainer(fused_dir, samples, tmp_path, router_lr=0.07)
+    rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {rates[id(p)] for name, p in trained.items() if ".router." in name} == {0.07}
+    assert {rates[id(p)] for name, p in trained.items() if ".router." not in name} == {5e-4}
+    assert len(rates) == len(trained) == sum(len(g["params"]) for g in trainer.optimizer.param_groups)
+
+
 def test_a_frozen_router_stays_and_the_rest_trains(fused_dir, samples, tmp_path):
     trainer = make_trainer(fused_dir, samples, tmp_path, gate=1.0, max_steps=2)
     for block in trainer.model.blocks:
