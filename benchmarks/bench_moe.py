@@ -79,27 +79,27 @@ class Layer(nn.Module):
                 self.mixtral.down_proj[i] = down
 
 
-def dense(layer: Layer, x: Tensor, weights: Tensor) -> Tensor:
+def dense(layer: Layer, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """The limit: the base FFN alone, without experts."""
     return layer.base["down_proj"](F.silu(layer.base["gate_proj"](x)) * layer.base["up_proj"](x))
 
 
-def ours(layer: Layer, x: Tensor, weights: Tensor) -> Tensor:
-    return layer.experts(x, weights, *(layer.base[name] for name in PROJECTIONS))
+def ours(layer: Layer, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    return layer.experts(x, index, weights, *(layer.base[name] for name in PROJECTIONS))
 
 
-def expert_loop(layer: Layer, x: Tensor, weights: Tensor) -> Tensor:
+def expert_loop(layer: Layer, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """As the released code has it: dense experts one by one, each on the tokens that chose it."""
     y = torch.zeros_like(x)
     for i in range(NUM_EXPERTS):
-        token = weights[:, i].nonzero()[:, 0]
+        token, slot = (index == i).nonzero(as_tuple=True)
         gate, up = F.linear(x[token], layer.mixtral.gate_up_proj[i]).chunk(2, dim=-1)
-        part = F.linear(F.silu(gate) * up, layer.mixtral.down_proj[i]) * weights[token, i, None]
+        part = F.linear(F.silu(gate) * up, layer.mixtral.down_proj[i]) * weights[token, slot, None]
         y.index_add_(0, token, part.to(y.dtype))
     return y
 
 
-def mixlora_sharing(layer: Layer, x: Tensor, weights: Tensor) -> Tensor:
+def mixlora_sharing(layer: Layer, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """As MixLoRA shares (https://arxiv.org/abs/2404.15159): W_g x and W_u x once, W_d for every chosen expert."""
     gate, up, y = layer.base["gate_proj"](x), layer.base["up_proj"](x), torch.zeros_like(x)
 
@@ -108,69 +108,75 @@ def mixlora_sharing(layer: Layer, x: Tensor, weights: Tensor) -> Tensor:
         return z @ a.T @ b.T * 0.5
 
     for i in range(NUM_EXPERTS):
-        token = weights[:, i].nonzero()[:, 0]
+        token, slot = (index == i).nonzero(as_tuple=True)
         hidden = F.silu(gate[token] + low_rank("gate_proj", i, x[token]))
         hidden = hidden * (up[token] + low_rank("up_proj", i, x[token]))
-        part = (layer.base["down_proj"](hidden) + low_rank("down_proj", i, hidden)) * weights[token, i, None]
+        part = (layer.base["down_proj"](hidden) + low_rank("down_proj", i, hidden)) * weights[token, slot, None]
         y = y.index_add(0, token, part.to(y.dtype))
     return y
 
 
-def mixtral_experts(backend: str, top_k: int) -> Callable:
+def mixtral_experts(backend: str) -> Callable:
     """transformers' own form with one of its backends."""
 
-    def forward(layer: Layer, x: Tensor, weights: Tensor) -> Tensor:
+    def forward(layer: Layer, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         layer.mixtral.config._experts_implementation = backend
-        kept, selected = weights.topk(top_k, dim=-1)
-        return layer.mixtral(x, selected, kept.to(x.dtype))
+        return layer.mixtral(x, index, weights.to(x.dtype))
 
     return forward
 
 
-def forms(top_k: int) -> dict[str, Callable]:
-    backends = {f"Mixtral {name}": mixtral_experts(name, top_k) for name in ("eager", "batched_mm", "grouped_mm")}
-    return {"dense": dense, "ours": ours, "expert loop": expert_loop, "MixLoRA": mixlora_sharing, **backends}
+def forms(compiled: bool) -> dict[str, Callable]:
+    """Every form by name; compiled by torch.compile as well: the limit and ours."""
+    found = {"dense": dense, "ours": ours}
+    if compiled:
+        torch.compiler.reset()
+        found |= {f"{name}, compiled": torch.compile(form, dynamic=False) for name, form in found.items()}
+    backends = {f"Mixtral {name}": mixtral_experts(name) for name in ("eager", "batched_mm", "grouped_mm")}
+    return found | {"expert loop": expert_loop, "MixLoRA": mixlora_sharing, **backends}
 
 
-def inputs(tokens: int, hidden_size: int, top_k: int, dtype: torch.dtype, place) -> tuple[Tensor, Tensor]:
-    """Fresh x (N, D) and routing weights (N, E) of random logits."""
-    weights = route(torch.randn(tokens, NUM_EXPERTS, device=place), top_k)
-    return torch.randn(tokens, hidden_size, device=place, dtype=dtype), weights
+def inputs(tokens: int, hidden_size: int, top_k: int, dtype: torch.dtype, place) -> tuple[Tensor, Tensor, Tensor]:
+    """Fresh x (N, D), top_k_index and top_k_weights (N, K) of random logits."""
+    choice = route(torch.randn(tokens, NUM_EXPERTS, device=place), top_k)
+    return torch.randn(tokens, hidden_size, device=place, dtype=dtype), *choice
 
 
-def left_out(layer: Layer, x: Tensor, weights: Tensor, top_k: int, dtype: str) -> dict[str, str]:
-    """Forms that cannot be timed here and why; UserError if one computes something else than the mixture."""
+def left_out(here: dict[str, Callable], layer: Layer, x: Tensor, index: Tensor, weights: Tensor) -> dict[str, str]:
+    """Those of the forms that cannot be timed here and why; UserError if one computes something else."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    routing_weights = torch.zeros(len(x), NUM_EXPERTS, device=x.device).scatter(1, index, weights)
     merged = [layer.mixtral.gate_up_proj.float(), layer.mixtral.down_proj.float()]
     exact = 0
     for i in range(NUM_EXPERTS):
         gate, up = F.linear(x.float(), merged[0][i]).chunk(2, dim=-1)
-        exact = exact + weights[:, i, None] * F.linear(F.silu(gate) * up, merged[1][i])
+        exact = exact + routing_weights[:, i, None] * F.linear(F.silu(gate) * up, merged[1][i])
     out = {}
-    for name, form in forms(top_k).items():
-        copies = len(x) * top_k * sum(w[0].numel() for w in layer.mixtral.parameters()) * x.element_size()
+    for name, form in here.items():
+        copies = index.numel() * sum(w[0].numel() for w in layer.mixtral.parameters()) * x.element_size()
         if "batched_mm" in name and copies > BATCHED_MM_LIMIT_BYTES:
             out[name] = f"would copy {copies / 1e9:.0f} GB of weights"
             continue
         try:
-            y = form(layer, x.clone().requires_grad_(), weights)
+            y = form(layer, x.clone().requires_grad_(), index, weights.clone().requires_grad_())
             y.sum().backward()
         except (RuntimeError, NotImplementedError, ImportError) as error:
             out[name] = " ".join(str(error).split())[:80]
             continue
         error = float((y.detach().float() - exact).norm() / exact.norm())
-        if name != "dense" and not error < TOLERANCES[dtype]:
+        if not name.startswith("dense") and not error < TOLERANCES[dtype]:
             raise UserError(f"{name} is not the mixture: relative error {error:.1e}; nothing was timed")
     return out
 
 
-def timed(form: Callable, layer: Layer, x: Tensor, weights: Tensor, grad_y: Tensor | None) -> float:
+def timed(form: Callable, layer: Layer, x: Tensor, index: Tensor, weights: Tensor, grad_y: Tensor | None) -> float:
     """Milliseconds of one forward, or with grad_y of forward + backward."""
     x, weights = (tensor.clone().requires_grad_(grad_y is not None) for tensor in (x, weights))
     synchronise = torch.cuda.synchronize if x.is_cuda else (lambda: None)
     synchronise()
     start = time.perf_counter()
     with torch.set_grad_enabled(grad_y is not None):
-        y = form(layer, x, weights)
+        y = form(layer, x, index, weights)
         if grad_y is not None:
             y.backward(grad_y)
     synchronise()
@@ -180,18 +186,18 @@ def timed(form: Callable, layer: Layer, x: Tensor, weights: Tensor, grad_y: Tens
 def compare(layer: Layer, tokens: int, top_k: int, args: BenchmarkArguments, place) -> list[dict]:
     """Time every form in turn; one row per form and pass: median and quartiles in ms, and ratio to the dense FFN."""
     dtype, hidden_size = getattr(torch, args.dtype), layer.base["gate_proj"].in_features
-    x, weights = inputs(tokens, hidden_size, top_k, dtype, place)
-    absent = left_out(layer, x, weights, top_k, args.dtype)
+    here = forms(compiled=not args.quick)
+    absent = left_out(here, layer, *inputs(tokens, hidden_size, top_k, dtype, place))
     rows = [{"form": name, "not_timed": reason} for name, reason in absent.items()]
-    here = {name: form for name, form in forms(top_k).items() if name not in absent}
+    here = {name: form for name, form in here.items() if name not in absent}
     for backward in (False, True):
         seconds = {name: [] for name in here}
         for repeat in range(args.repeats + 2):
-            x, weights = inputs(tokens, hidden_size, top_k, dtype, place)
+            x, *choice = inputs(tokens, hidden_size, top_k, dtype, place)
             grad_y = torch.randn_like(x) if backward else None
             for name, form in here.items():
                 layer.zero_grad(set_to_none=True)
-                took = timed(form, layer, x, weights, grad_y)
+                took = timed(form, layer, x, *choice, grad_y)
                 if repeat >= 2:
                     seconds[name].append(took)
         middle = {

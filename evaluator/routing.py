@@ -21,15 +21,18 @@ def routing_usage(model: LlamaMoeForCausalLM, tokenizer, prompts_and_answers: li
     (each row sums to 1), and selected, the share of tokens that select the expert (each row sums to K).
     """
     texts = sorted((prompt + answer for prompt, answer in prompts_and_answers), key=len)
-    weight = selected = tokens = 0
+    weight, selected = torch.zeros(2, len(model.blocks), model.config.num_experts, dtype=torch.float64)  # each (L, E)
+    tokens = 0
     for start in tqdm(range(0, len(texts), batch_size), desc="routing", unit="batch", disable=not progress):
         batch = tokenizer(texts[start : start + batch_size], padding=True, padding_side="right", return_tensors="pt")
         batch = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
         outputs = model.model(**batch, use_cache=False, output_router_logits=True)
         real = batch["attention_mask"].flatten().bool()
-        weights = torch.stack([route(x, model.config.num_experts_per_tok)[real] for x in outputs.router_logits])
-        weight = weight + weights.double().sum(1)  # (L, E)
-        selected = selected + (weights > 0).double().sum(1)
+        for layer, router_logits in enumerate(outputs.router_logits):
+            chosen = route(router_logits[real], model.config.num_experts_per_tok)
+            top_k_index, top_k_weights = (x.flatten().cpu() for x in chosen)
+            weight[layer].index_add_(0, top_k_index, top_k_weights.double())
+            selected[layer] += top_k_index.bincount(minlength=model.config.num_experts)
         tokens += int(real.sum())
     return {
         "experts": [expert["name"] for expert in model.config.experts],

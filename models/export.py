@@ -16,7 +16,6 @@ if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -220,11 +219,12 @@ def export_peft(model: LlamaMoeForCausalLM, tokenizer, folder: Path, args: Expor
         raise UserError(f"--expert {args.expert}: the experts of {args.cross_task} are {', '.join(names)}")
     number = names.index(args.expert)
     prompts = [tokenizer(render_prompt(text))["input_ids"] for text in INSTRUCTIONS]
-    alone = F.one_hot(torch.tensor(number), len(names)).float()
-    hooks = [
-        block.router.register_forward_hook(lambda _, __, out: (out[0], alone.expand_as(out[1])))
-        for block in model.blocks
-    ]
+
+    def to_it_alone(router, args, output):
+        router_logits, top_k_index, top_k_weights = output
+        return router_logits, torch.full_like(top_k_index[:, :1], number), torch.ones_like(top_k_weights[:, :1])
+
+    hooks = [block.router.register_forward_hook(to_it_alone) for block in model.blocks]
     ours = behaviour(model, prompts)
     for hook in hooks:
         hook.remove()

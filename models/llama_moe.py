@@ -56,11 +56,10 @@ class LlamaMoeConfig(LlamaConfig):
         return {expert["task"]: i for i, expert in enumerate(self.experts) if expert["task"]}
 
 
-def route(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """router_logits (N, E) fp32 -> routing_weights (N, E): softmax, its top-k kept and renormalised, the rest 0."""
-    probs = router_logits.softmax(-1)
-    kept, selected_experts = probs.topk(top_k, dim=-1)  # (N, K)
-    return torch.zeros_like(probs).scatter(1, selected_experts, kept / kept.sum(-1, keepdim=True))
+def route(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """router_logits (N, E) fp32 -> top_k_index, top_k_weights (N, K): softmax, its top-k kept and renormalised."""
+    top_k_weights, top_k_index = router_logits.softmax(-1).topk(top_k, dim=-1)
+    return top_k_index, top_k_weights / top_k_weights.sum(-1, keepdim=True)
 
 
 class LlamaMoeRouter(nn.Module):
@@ -78,14 +77,14 @@ class LlamaMoeRouter(nn.Module):
         nn.init.normal_(self.weight, std=config.initializer_range)
 
     def forward(self, x):
-        """x (N, D) -> router_logits (N, E), routing_weights (N, E)."""
+        """x (N, D) -> router_logits (N, E), top_k_index (N, K), top_k_weights (N, K)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             router_logits = F.linear(x.to(dtype), self.weight.to(dtype))  # (N, E)
-            routing_weights = route(router_logits, self.top_k)
+            top_k_index, top_k_weights = route(router_logits, self.top_k)
             if self.gate_gradient == "router" and x.requires_grad:
                 router_logits = F.linear(x.detach().to(dtype), self.weight.to(dtype))
-        return router_logits, routing_weights
+        return router_logits, top_k_index, top_k_weights
 
 
 class LlamaMoeBlock(LlamaMLP):
@@ -101,8 +100,9 @@ class LlamaMoeBlock(LlamaMLP):
     def forward(self, x):
         """x (B, T, D) -> (B, T, D)."""
         flat = x.flatten(0, -2)  # (N, D)
-        _, routing_weights = self.router(flat)
-        return self.experts(flat, routing_weights, self.gate_proj, self.up_proj, self.down_proj).view_as(x)
+        _, top_k_index, top_k_weights = self.router(flat)
+        base = self.gate_proj, self.up_proj, self.down_proj
+        return self.experts(flat, top_k_index, top_k_weights, *base).view_as(x)
 
 
 class LlamaMoeModel(LlamaModel):

@@ -13,13 +13,14 @@ from config import UserError
 def test_the_forms_are_one_function_and_one_that_is_not_is_refused(monkeypatch):
     torch.manual_seed(0)
     layer = bench_moe.Layer(32, 48, torch.float32)
-    x, weights = bench_moe.inputs(9, 32, 2, torch.float32, "cpu")
-    assert bench_moe.left_out(layer, x, weights, 2, "float32") == {}
+    inputs = bench_moe.inputs(9, 32, 2, torch.float32, "cpu")
+    forms = bench_moe.forms(compiled=False)
+    assert bench_moe.left_out(forms, layer, *inputs) == {}
     monkeypatch.setattr(bench_moe, "BATCHED_MM_LIMIT_BYTES", 1)
-    assert list(bench_moe.left_out(layer, x, weights, 2, "float32")) == ["Mixtral batched_mm"]
-    monkeypatch.setattr(bench_moe, "expert_loop", lambda *args: bench_moe.mixlora_sharing(*args) * 1.01)
+    assert list(bench_moe.left_out(forms, layer, *inputs)) == ["Mixtral batched_mm"]
+    forms["expert loop"] = lambda *args: bench_moe.mixlora_sharing(*args) * 1.01
     with pytest.raises(UserError, match="expert loop is not the mixture"):
-        bench_moe.left_out(layer, x, weights, 2, "float32")
+        bench_moe.left_out(forms, layer, *inputs)
 
 
 def test_quick_ffn_ends_in_json(capsys):

@@ -210,10 +210,11 @@ def test_experts_of_different_bases_or_shapes_are_refused(tmp_path, base_dir, ad
 
 
 def test_router_weights_are_top_k_renormalised():
-    logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
-    assert torch.allclose(llama_moe.route(logits, 1), torch.tensor([[1.0, 0.0, 0.0]]))
-    assert torch.allclose(llama_moe.route(logits, 2), torch.tensor([[0.625, 0.375, 0.0]]))
-    assert torch.allclose(llama_moe.route(logits, 3), torch.tensor([[0.5, 0.3, 0.2]]))
+    logits = torch.tensor([[0.3, 0.2, 0.5]]).log()
+    for top_k, experts, shares in ((1, [2], [1.0]), (2, [2, 0], [0.625, 0.375]), (3, [2, 0, 1], [0.5, 0.3, 0.2])):
+        top_k_index, top_k_weights = llama_moe.route(logits, top_k)
+        assert top_k_index.tolist() == [experts]
+        assert torch.allclose(top_k_weights, torch.tensor([shares]))
 
 
 def test_bfloat16_base_keeps_router_and_experts_in_fp32(fused_dir):
