@@ -26,45 +26,43 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class SharedBaseFFN(torch.autograd.Function):
-    """y (N, D) of the identity above, and its gradients for x, the routing weights and the experts.
+    """y (N, D) of the identity above, and its gradients for x, the routing weights and the experts' matrices.
 
-    x (N, D); top_k_index (N, K) distinct experts of each token and top_k_weights (N, K) fp32, each row summing to 1;
-    base = (W_g (F, D), b_g, W_u, b_u, W_d (D, F), b_d), biases or None, all frozen; per projection A (E, R, in) and
-    B (E, out, R) in any dtype; scaling (3, E). All runs in the dtype of x, as in a dense FFN.
+    x (N, D); top_k_weights (N, K) fp32, each row summing to 1; own (K, N, E R): 1 in the columns of the slot's expert,
+    else 0; base = (W_g (F, D), b_g, W_u, b_u, W_d (D, F), b_d), biases or None, all frozen; of all experts side by side
+    a_in = s A of gate, then of up (2 E R, D), b_gate and b_up = B^T (E R, F), a_down = A (E R, F), b_down = s B^T
+    (E R, D). All but top_k_weights are in one dtype, which all runs in, as in a dense FFN.
     """
 
     @staticmethod
-    def forward(ctx, x, top_k_index, top_k_weights, scaling, base, *matrices):
+    def forward(ctx, x, top_k_weights, own, base, a_in, b_gate, b_up, a_down, b_down):
         weight_gate, bias_gate, weight_up, bias_up, weight_down, bias_down = base
-        a_in, b_gate, b_up, a_down, b_down = _side_by_side(x.dtype, scaling, *matrices)
-        own, weights = _slots(x.dtype, top_k_index, top_k_weights, matrices[0].shape)
+        weights = _per_slot(top_k_weights, x.dtype)
         gate = F.linear(x, weight_gate, bias_gate)  # (N, F)
         up = F.linear(x, weight_up, bias_up)  # (N, F)
-        ax_gate, ax_up = (x @ a_in.T).view(len(x), 2, 1, -1).permute(1, 2, 0, 3) * own  # each (K, N, E R)
+        ax_gate, ax_up = (ax * own for ax in (x @ a_in.T).chunk(2, dim=1))  # each (K, N, E R)
         hidden = F.silu((ax_gate @ b_gate).add_(gate), inplace=True)  # (K, N, F)
         hidden.mul_((ax_up @ b_up).add_(up)).mul_(weights)  # w_i h_i
         ah = _sum_slots(hidden @ a_down.T * own)  # w_i A_i^d h_i of all experts (N, E R)
         y = F.linear(_sum_slots(hidden), weight_down, bias_down).addmm_(ah, b_down)
-        ctx.save_for_backward(x, top_k_index, top_k_weights, scaling, gate, up, ax_gate, ax_up, ah,
-                              weight_gate, weight_up, weight_down, *matrices)  # fmt: skip
+        ctx.save_for_backward(x, top_k_weights, own, gate, up, ax_gate, ax_up, ah,
+                              weight_gate, weight_up, weight_down, a_in, b_gate, b_up, a_down, b_down)  # fmt: skip
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        (x, top_k_index, top_k_weights, scaling, gate, up, ax_gate, ax_up, ah,
-         weight_gate, weight_up, weight_down, *matrices) = ctx.saved_tensors  # fmt: skip
-        a_in, b_gate, b_up, a_down, b_down = _side_by_side(x.dtype, scaling, *matrices)
-        own, weights = _slots(x.dtype, top_k_index, top_k_weights, matrices[0].shape)
+        (x, top_k_weights, own, gate, up, ax_gate, ax_up, ah,
+         weight_gate, weight_up, weight_down, a_in, b_gate, b_up, a_down, b_down) = ctx.saved_tensors  # fmt: skip
+        weights = _per_slot(top_k_weights, x.dtype)
         gate = (ax_gate @ b_gate).add_(gate)  # g_i (K, N, F)
         up = (ax_up @ b_up).add_(up)
         silu = F.silu(gate)
         hidden = silu * up
         grad_ah = grad_y @ b_down.T * own  # (K, N, E R)
         grad_hidden = (grad_ah @ a_down).add_(grad_y @ weight_down)  # dh_i / w_i: the one product with W_d
-        needs_experts = any(ctx.needs_input_grad[5:])
-        if needs_experts:
-            grad_a_down = _over_tokens(grad_ah * weights, hidden)
+        needs_experts = any(ctx.needs_input_grad[4:])
+        grad_a_down = _over_tokens(grad_ah * weights, hidden) if needs_experts else None
         grad_weights = hidden.mul_(grad_hidden).sum(-1, dtype=top_k_weights.dtype).T
         grad_hidden.mul_(weights)
         grad_up = silu.mul_(grad_hidden)
@@ -74,39 +72,14 @@ class SharedBaseFFN(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (_sum_slots(grad_gate) @ weight_gate).addmm_(_sum_slots(grad_up), weight_up).addmm_(grad_ax, a_in)
         if not needs_experts:
-            return grad_x, None, grad_weights, *[None] * 8
-        grad_a_gate, grad_a_up = (grad_ax.T @ x).chunk(2)
-        grads = (grad_a_gate, _over_tokens(ax_gate, grad_gate), grad_a_up, _over_tokens(ax_up, grad_up),
-                 grad_a_down, ah.T @ grad_y)  # fmt: skip
-        return grad_x, None, grad_weights, None, None, *_per_expert(grads, scaling, matrices)
+            return grad_x, grad_weights, *[None] * 7
+        grad_b_gate, grad_b_up = _over_tokens(ax_gate, grad_gate), _over_tokens(ax_up, grad_up)
+        return grad_x, grad_weights, None, None, grad_ax.T @ x, grad_b_gate, grad_b_up, grad_a_down, ah.T @ grad_y
 
 
-def _side_by_side(dtype, scaling, a_gate, b_gate, a_up, b_up, a_down, b_down):
-    """All experts' A of gate and up (2 E R, D); s B^T of gate, of up (E R, F); A of down (E R, F), s B^T of down
-    (E R, D)."""
-
-    def scaled(b, scale):
-        return (b * scale.to(b.dtype)[:, None, None]).to(dtype).mT.flatten(0, 1)
-
-    a_in = torch.stack((a_gate, a_up)).flatten(0, 2).to(dtype)
-    a_down = a_down.flatten(0, 1).to(dtype)
-    return a_in, scaled(b_gate, scaling[0]), scaled(b_up, scaling[1]), a_down, scaled(b_down, scaling[2])
-
-
-def _per_expert(grads, scaling, matrices):
-    """The gradients of what stood side by side, (E R, in or out), as those of A (E, R, in) and B (E, out, R)."""
-    for i, (grad, matrix) in enumerate(zip(grads, matrices, strict=True)):
-        num_experts = len(matrix)
-        grad = grad.unflatten(0, (num_experts, -1)).to(matrix.dtype)
-        yield grad if i % 2 == 0 else grad.mT * scaling[i // 2].to(matrix.dtype)[:, None, None]
-
-
-def _slots(dtype, top_k_index, top_k_weights, shape):
-    """(K, N, E R) 1 in the columns of the slot's own expert, else 0; (K, N, 1) routing weights."""
-    num_experts, rank = shape[:2]
-    expert_of_column = torch.arange(num_experts, device=top_k_index.device).repeat_interleave(rank)
-    own = top_k_index.T[:, :, None] == expert_of_column
-    return own.to(dtype), top_k_weights.T[:, :, None].to(dtype)
+def _per_slot(top_k_weights, dtype):
+    """(N, K) -> (K, N, 1)."""
+    return top_k_weights.T[:, :, None].to(dtype)
 
 
 def _sum_slots(parts):
@@ -122,9 +95,10 @@ def _over_tokens(left, right):
 class LowRankExperts(nn.Module):
     """The LoRA deltas of E experts on the three FFN projections of one layer.
 
-    For projection p: `{p}_A` (E, R, in), `{p}_B` (E, out, R); `scaling` (3, E), a float64 buffer: alpha / r or
-    alpha / sqrt(r) of each expert and projection. R is the largest rank: a smaller expert's matrices end in zeros,
-    which get zero gradients (each of A and B multiplies the other's) and so stay zero.
+    For projection p: `{p}_A` (E, R, in) and `{p}_B` (E, R, out), which is B transposed: the experts' B then lie side by
+    side in memory. `scaling` (3, E), a float64 buffer: alpha / r or alpha / sqrt(r) of each expert and projection.
+    R is the largest rank: a smaller expert's matrices end in zeros, which get zero gradients (each of A and B
+    multiplies the other's) and so stay zero.
     """
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, rank: int):
@@ -133,7 +107,7 @@ class LowRankExperts(nn.Module):
             sizes = (hidden_size, intermediate_size)
             size_in, size_out = sizes if projection != "down_proj" else sizes[::-1]
             self.register_parameter(f"{projection}_A", nn.Parameter(torch.zeros(num_experts, rank, size_in)))
-            self.register_parameter(f"{projection}_B", nn.Parameter(torch.zeros(num_experts, size_out, rank)))
+            self.register_parameter(f"{projection}_B", nn.Parameter(torch.zeros(num_experts, rank, size_out)))
         self.register_buffer("scaling", torch.ones(len(PROJECTIONS), num_experts, dtype=torch.float64))
 
     def masters(self) -> "LowRankExperts":
@@ -142,15 +116,29 @@ class LowRankExperts(nn.Module):
         self.float().scaling = scaling
         return self
 
-    def matrices(self, projection: str) -> tuple[nn.Parameter, nn.Parameter]:
-        """(A (E, R, in), B (E, out, R)) of one projection."""
-        return self.get_parameter(f"{projection}_A"), self.get_parameter(f"{projection}_B")
+    def matrices(self, projection: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A (E, R, in), B (E, out, R)) of one projection, B a view of its parameter."""
+        return self.get_parameter(f"{projection}_A"), self.get_parameter(f"{projection}_B").mT
 
     def merged(self, expert: int, projection: str, base_weight: torch.Tensor) -> torch.Tensor:
         """W + s_i B_i A_i of one projection, (out, in), in the dtype of the expert."""
         a, b = self.matrices(projection)
         scaling = self.scaling[PROJECTIONS.index(projection), expert].item()
         return torch.addmm(base_weight.to(a.dtype), b[expert], a[expert], alpha=scaling)
+
+    def side_by_side(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """The low-rank operands of SharedBaseFFN: each matrix of all experts as one, the scalings in those that meet
+        x and y, which are the smaller ones."""
+        scale_gate, scale_up, scale_down = self.scaling.to(self.gate_proj_A.dtype)[:, :, None, None]
+        a_in = torch.stack((self.gate_proj_A * scale_gate, self.up_proj_A * scale_up)).flatten(0, 1)
+        matrices = a_in, self.gate_proj_B, self.up_proj_B, self.down_proj_A, self.down_proj_B * scale_down
+        return [matrix.flatten(0, 1).to(dtype) for matrix in matrices]
+
+    def own_columns(self, top_k_index: torch.Tensor) -> torch.Tensor:
+        """top_k_index (N, K) -> (K, N, E R), which columns of what stands side by side are the slot's expert's."""
+        num_experts, rank = self.gate_proj_A.shape[:2]
+        expert_of_column = torch.arange(num_experts, device=top_k_index.device).repeat_interleave(rank)
+        return top_k_index.T.contiguous()[:, :, None] == expert_of_column  # in memory slot by slot, as products like it
 
     def forward(self, x, top_k_index, top_k_weights, gate_proj, up_proj, down_proj):
         """x (N, D), top_k_index and top_k_weights (N, K), the three base nn.Linear -> (N, D)."""
@@ -162,5 +150,5 @@ class LowRankExperts(nn.Module):
             dtype = torch.get_autocast_dtype(device_type)
             x, base = x.to(dtype), tuple(tensor if tensor is None else tensor.to(dtype) for tensor in base)
         with torch.autocast(device_type, enabled=False):
-            matrices = [matrix for projection in PROJECTIONS for matrix in self.matrices(projection)]
-            return SharedBaseFFN.apply(x, top_k_index, top_k_weights, self.scaling, base, *matrices)
+            own = self.own_columns(top_k_index).to(x.dtype)
+            return SharedBaseFFN.apply(x, top_k_weights, own, base, *self.side_by_side(x.dtype))

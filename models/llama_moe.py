@@ -171,7 +171,7 @@ class LlamaMoeForCausalLM(AnswerLossLlama):
         projections."""
         changes = [
             low_rank_change(
-                *block.experts.matrices(p), then[f"{p}_A"], then[f"{p}_B"], block.experts.scaling[i]
+                *block.experts.matrices(p), then[f"{p}_A"], then[f"{p}_B"].mT, block.experts.scaling[i]
             )
             for block, then in zip(self.blocks, start, strict=True)
             for i, p in enumerate(PROJECTIONS)

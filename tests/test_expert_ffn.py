@@ -13,17 +13,17 @@ from models.llama_moe import LlamaMoeConfig, LlamaMoeModel, route
 HIDDEN, WIDTH, RANK = 6, 10, 2
 
 
-def make(num_experts=3, top_k=2, dtype=torch.float64, bias=False, seed=0):
-    """(base linears, experts, x (5, D), top_k_index (5, K), top_k_weights (5, K)), the choices of a random router."""
+def make(num_experts=3, top_k=2, dtype=torch.float64, bias=False, seed=0, hidden=HIDDEN, width=WIDTH, tokens=5):
+    """(base linears, experts, x (N, D), top_k_index (N, K), top_k_weights (N, K)), the choices of a random router."""
     torch.manual_seed(seed)
-    sizes = {"gate_proj": (HIDDEN, WIDTH), "up_proj": (HIDDEN, WIDTH), "down_proj": (WIDTH, HIDDEN)}
+    sizes = {"gate_proj": (hidden, width), "up_proj": (hidden, width), "down_proj": (width, hidden)}
     base = [nn.Linear(*sizes[p], bias=bias, dtype=dtype).requires_grad_(False) for p in PROJECTIONS]
-    experts = LowRankExperts(HIDDEN, WIDTH, num_experts, RANK).to(dtype)
+    experts = LowRankExperts(hidden, width, num_experts, RANK).to(dtype)
     for parameter in experts.parameters():
         nn.init.normal_(parameter)
     experts.scaling.copy_(torch.rand(3, num_experts) + 0.5)
-    x = torch.randn(5, HIDDEN, dtype=dtype)
-    return base, experts, x, *route(torch.randn(5, num_experts, dtype=dtype), min(top_k, num_experts))
+    x = torch.randn(tokens, hidden, dtype=dtype)
+    return base, experts, x, *route(torch.randn(tokens, num_experts, dtype=dtype), min(top_k, num_experts))
 
 
 def dense_mixture(base, experts, x, index, weights):
@@ -62,13 +62,13 @@ def test_equals_the_dense_mixture_with_all_gradients(num_experts, top_k, bias):
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_gradcheck_of_every_input(top_k):
-    base, experts, x, index, weights = make(3, top_k)
-    inputs = [tensor.detach().requires_grad_() for tensor in (x[:2], weights[:2], *experts.parameters())]
+    base, experts, x, index, weights = make(3, top_k, tokens=2)
+    own = experts.own_columns(index).double()
+    inputs = [tensor.detach().requires_grad_() for tensor in (x, weights, *experts.side_by_side(x.dtype))]
     frozen = tuple(t for linear in base for t in (linear.weight, None))
     assert torch.autograd.gradcheck(
-        lambda x, w, *ab: SharedBaseFFN.apply(x, index[:2], w, experts.scaling, frozen, *ab),
-        inputs, eps=1e-6, atol=1e-8,
-    )  # fmt: skip
+        lambda x, w, *ab: SharedBaseFFN.apply(x, w, own, frozen, *ab), inputs, eps=1e-6, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("frozen", ["x", "weights", "experts"])
@@ -83,33 +83,34 @@ def test_each_part_may_be_frozen(frozen):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("dtype, epsilon", [(torch.float32, 2**-24), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
-def test_lower_precision_is_as_close_as_dense_experts_in_it(dtype, epsilon, top_k):
+@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 2**-24), (torch.float16, 2**-11), (torch.bfloat16, 2**-9)])
+def test_lower_precision_is_as_close_as_dense_experts_in_it(dtype, rounding, top_k):
     """Outputs and all gradients: a few roundings from the exact ones, and hardly further than the dense mixture's,
-    whose experts are merged in fp32 and rounded once (W + s B A)."""
-    base, experts, x, index, weights = make(top_k=top_k)
+    whose experts are merged in fp32 and rounded once (W + s B A). Deltas are smaller than the base, as LoRA's are."""
+    base, experts, x, index, weights = make(top_k=top_k, hidden=64, width=160, tokens=50)
+    with torch.no_grad():
+        for matrix in experts.parameters():
+            matrix *= 0.3
     grad_y = torch.randn_like(x)
-    errors = {}
     inputs = [x.requires_grad_(), weights.requires_grad_(), *experts.parameters()]
     exact_y = dense_mixture(base, experts, x, index, weights)
     exact = [exact_y, *torch.autograd.grad(exact_y, inputs, grad_y)]
     merged = dense_in(dtype, base, experts, index, weights)
     for linear in base:
         linear.to(dtype)
+    experts.float()
     low_x, low_weights = (t.detach().to(d).requires_grad_() for t, d in ((x, dtype), (weights, torch.float32)))
-    inputs = [low_x, low_weights, *experts.float().parameters()]
-    for name, form in (("ours", lambda: experts(low_x, index, low_weights, *base)), ("dense", lambda: merged(low_x))):
-        y = form()
+
+    def errors(y, inputs):
         assert y.dtype == dtype
-        found = [y, *torch.autograd.grad(y, inputs, grad_y.to(dtype), allow_unused=True)]
-        errors[name] = [
-            float((low.detach().double() - true.detach()).norm() / true.detach().norm())
-            for low, true in zip(found, exact, strict=True)
-            if low is not None
-        ]
-    assert max(errors["ours"]) < 6 * epsilon
-    assert errors["ours"][0] < 1.5 * errors["dense"][0] + epsilon
-    assert errors["ours"][1] < 1.5 * errors["dense"][1] + epsilon
+        found = [y, *torch.autograd.grad(y, inputs, grad_y.to(dtype))]
+        pairs = zip((t.detach().double() for t in found), (t.detach() for t in exact), strict=False)
+        return [float((low - true).norm() / true.norm()) / rounding for low, true in pairs]
+
+    ours = errors(experts(low_x, index, low_weights, *base), [low_x, low_weights, *experts.parameters()])
+    dense = errors(merged(low_x), [low_x])
+    assert max(ours) < 12  # fp32's and fp16's products on a CPU add up in that dtype, bf16's in fp32
+    assert all(mine < 2 * reference for mine, reference in zip(ours, dense, strict=False)), (ours, dense)
 
 
 def dense_in(dtype, base, experts, index, weights):

@@ -150,7 +150,9 @@ def test_routing_is_counted_by_tokens_not_by_calls(fused_dir):
         ids = torch.tensor([tokenizer(prompt + answer)["input_ids"]])
         with torch.no_grad():
             logits = model.model(input_ids=ids, output_router_logits=True).router_logits
-        total = total + torch.stack([route(x, 2).sum(0) for x in logits])
+        chosen = [route(x, 2) for x in logits]
+        weights = [torch.zeros(ids.shape[1], 3).scatter(1, index, weight) for index, weight in chosen]
+        total = total + torch.stack(weights).sum(1)
         tokens += ids.shape[1]
     assert usage["tokens"] == tokens
     assert torch.allclose(torch.tensor(usage["weight"]), total / tokens, atol=1e-5)
