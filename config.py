@@ -220,6 +220,8 @@ class InferArguments(SourceArguments):
     temperature: float = flag(0.6, "sampling temperature; 0: greedy")
     max_new_tokens: int = flag(512, "longest answer")
     seed: int = flag(42, "of the sampling")
+    cache_implementation: str = flag("dynamic", "generate's key-value cache; on a GPU it compiles the model for a "
+                                     "static one", choices=["dynamic", "static"])  # fmt: skip
     server_url: str | None = flag(None, "an OpenAI-compatible server that runs the model (vLLM, SGLang, llama.cpp, "
                                   "transformers serve), such as http://localhost:8000/v1")  # fmt: skip
     server_model: str | None = flag(None, "the model's name on that server")

@@ -111,7 +111,8 @@ def local_arguments(args: InferArguments, path: Path | None) -> dict:
     weights = weights_file(path)
     dtype = str(base.pick_dtype(args.dtype)).removeprefix("torch.")
     weights_sha256 = run_dir.sha256(weights) if weights else None
-    return {"batch_size": args.batch_size, "dtype": dtype, "weights_sha256": weights_sha256}
+    return {"batch_size": args.batch_size, "dtype": dtype, "weights_sha256": weights_sha256,
+            "cache_implementation": args.cache_implementation}  # fmt: skip
 
 
 def server_arguments(args: InferArguments) -> dict:
@@ -150,7 +151,7 @@ def generate(model, tokenizer, batch: list[Record], args: InferArguments, seed: 
     settings = GenerationConfig(
         max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, stop_strings=[STOP_STRING],
-        **sampling,
+        cache_implementation=args.cache_implementation, **sampling,
     )  # fmt: skip
     torch.manual_seed(seed)
     generated = model.generate(

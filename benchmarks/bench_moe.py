@@ -2,6 +2,7 @@
 
     python benchmarks/bench_moe.py              one FFN layer: forward, and forward + backward
     python benchmarks/bench_moe.py --model 1    the whole model: training, prefill, decoding, answers per minute
+    python benchmarks/bench_moe.py --model 1 --random_init Llama-2-7B    the same of random weights, for a GPU
     python benchmarks/bench_moe.py --quick 1    seconds instead of minutes: does it run at all
 
 Same weights and inputs for all forms, in one process, in turn; fresh inputs in every repeat; first all outputs are
@@ -56,6 +57,8 @@ class BenchmarkArguments:
     repeats: int = flag(15, "timed repeats, after two that are not")
     dtype: str = flag("bfloat16", "of base and inputs", choices=["bfloat16", "float32"])
     base_model: str = flag(config.EMBEDDED_MODEL, "with --model 1: the base")
+    random_init: str | None = flag(None, "with --model 1: a randomly initialised model of this shape instead",
+                                   choices=list(whole_model.RANDOM_SHAPES))  # fmt: skip
 
 
 class Layer(nn.Module):
@@ -274,7 +277,10 @@ def main(argv: list[str] | None = None) -> None:
     (args,) = config.parse(argv, BenchmarkArguments)
     if args.quick:
         args.shapes, args.top_k, args.tokens, args.repeats = "tiny", "2", "1,8", 2
-    if args.model:
+    if args.model and args.random_init:
+        found = whole_model.bench_random(args.random_init, bool(args.quick))
+        result = keep(f"random {args.random_init}", found, args)
+    elif args.model:
         result = keep("model", whole_model.bench_model(args.base_model, bool(args.quick)), args)
     else:
         result = keep("ffn", bench_ffn(args), args)

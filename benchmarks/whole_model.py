@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM, MixtralForCausalLM, pipeline
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, pipeline
 from transformers.utils import logging
 
 from config import TASKS, UserError, keep_freed_memory
 from models import base, export, llama_moe
 from models.expert_ffn import PROJECTIONS
+from models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM
 from models.loading import device, load_run
 
 FORMS = ("dense base", "exported Mixtral", "ours")
@@ -28,23 +29,72 @@ SIZES = {  # full, quick
     "train": ((8, 256), (2, 16)), "prefill": ((8, 512), (2, 16)), "decode_batches": ((1, 8, 32), (1, 2)),
     "new_tokens": (64, 4), "prompts": (64, 4), "repeats": (5, 2),
 }  # fmt: skip
+RANDOM_SHAPES = {
+    "Llama-2-7B": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                       num_key_value_heads=32, vocab_size=32000),
+    "tiny": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, vocab_size=64),
+}  # fmt: skip
 
 
 def bench_model(base_model: str, quick: bool) -> dict:
     """Figures of each form, and of 64 prompts answered by ours in batches and one at a time as released."""
     sizes = {name: pair[quick] for name, pair in SIZES.items()}
-    found = {}
+    found = {"Llama-2-7B, counted": counted_bytes("Llama-2-7B")}
+    print("Llama-2-7B, counted: " + ", ".join(f"{k} {v:,.4g}" for k, v in found["Llama-2-7B, counted"].items()))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_fusion(folder, base_model)
         for form in FORMS:
-            found[form] = in_own_process(measure, form, folder, base_model, sizes)
-            print(f"{form:<18} " + ", ".join(f"{name} {value:,.4g}" for name, value in found[form].items()))
+            found[form] = measured(form, folder, base_model, sizes)
         for way in ("ours, batches of 16", "as released"):
             found[way] = in_own_process(answer, way, folder, base_model, sizes)
             print(f"{way:<18} {found[way]['answers_per_minute']:.1f} answers/min")
     speed_up = found["ours, batches of 16"]["answers_per_minute"] / found["as released"]["answers_per_minute"]
     print(f"answers per minute, ours / as released: {speed_up:.1f}")
+    return found
+
+
+def bench_random(shape: str, quick: bool) -> dict:
+    """Figures of each form of a randomly initialised model; for speed and memory, on a GPU that it fits."""
+    sizes = {name: pair[quick] for name, pair in SIZES.items()}
+    return {form: measured(form, shape, None, sizes) for form in FORMS}
+
+
+def measured(form: str, source: Path | str, base_model: str | None, sizes: dict) -> dict[str, float]:
+    found = in_own_process(measure, form, source, base_model, sizes)
+    print(f"{form:<18} " + ", ".join(f"{name} {value:,.4g}" for name, value in found.items()))
+    return found
+
+
+def build(form: str, shape: str):
+    """A randomly initialised model of the form, with torch's default device and dtype; ours keeps its experts fp32."""
+    sizes = RANDOM_SHAPES[shape]
+    if form == "dense base":
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+    if form == "exported Mixtral":
+        return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=len(TASKS), sliding_window=None))
+    experts = [{"name": task, "task": task} for task in TASKS]
+    model = LlamaMoeForCausalLM(LlamaMoeConfig(**sizes, experts=experts, expert_rank=8))
+    for block in model.blocks:
+        block.router.float(), block.experts.masters()
+    model.seal_base()
+    return model
+
+
+def counted_bytes(shape: str) -> dict[str, float]:
+    """Bytes of a model's weights in half precision, ours with fp32 experts, by counting those of models without any."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"):
+            models = {form: build(form, shape) for form in FORMS}
+    finally:
+        torch.set_default_dtype(before)
+    found = {f"{form} bytes": sum(p.nbytes for p in model.parameters()) for form, model in models.items()}
+    found["fused file bytes"] = sum(models["ours"].state_dict()[key].nbytes for key in models["ours"].own_state_keys())
+    found["memory, ours / dense base"] = found["ours bytes"] / found["dense base bytes"]
+    found["fused file / exported Mixtral"] = found["fused file bytes"] / found["exported Mixtral bytes"]
     return found
 
 
@@ -78,17 +128,23 @@ def quiet() -> None:
     logging.disable_progress_bar()
 
 
-def load(form: str, folder: Path, base_model: str):
-    """(model on the device, bytes of its checkpoint in the dtype it runs in; of ours: base + fused file)."""
+def load(form: str, source: Path | str, base_model: str | None):
+    """(model on the device, bytes of its weights in the dtype it runs in; of ours: base + fused file). source: the
+    folder of make_fusion, or the name of a random shape."""
     dtype = base.pick_dtype("auto")
+    if isinstance(source, str):
+        torch.set_default_dtype(dtype)  # this process's own
+        with device():
+            model = build(form, source)
+        return model.eval(), sum(p.nbytes for p in model.parameters())
     if form == "exported Mixtral":
-        model = MixtralForCausalLM.from_pretrained(folder / "mixtral", dtype=dtype)
-        num_bytes = sum(file.stat().st_size for file in (folder / "mixtral").glob("*.safetensors"))
+        model = MixtralForCausalLM.from_pretrained(source / "mixtral", dtype=dtype)
+        num_bytes = sum(file.stat().st_size for file in (source / "mixtral").glob("*.safetensors"))
     else:
-        model, _ = load_run(folder / "moe" if form == "ours" else None, base_model, dtype)
+        model, _ = load_run(source / "moe" if form == "ours" else None, base_model, dtype)
         own = model.own_state_keys() if form == "ours" else set()
         num_bytes = sum(p.nbytes for name, p in model.named_parameters() if name not in own)
-        num_bytes += fused_file(folder).stat().st_size if form == "ours" else 0
+        num_bytes += fused_file(source).stat().st_size if form == "ours" else 0
     return model.to(device()).eval(), num_bytes
 
 
@@ -96,13 +152,13 @@ def fused_file(folder: Path) -> Path:
     return folder / "moe" / "model.safetensors"
 
 
-def measure(form: str, folder: Path, base_model: str, sizes: dict) -> dict[str, float]:
+def measure(form: str, source: Path | str, base_model: str | None, sizes: dict) -> dict[str, float]:
     """Checkpoint bytes, prefill and decode tokens/s, training step s, and the peak memory of either, of one form."""
     torch.manual_seed(0)
-    model, num_bytes = load(form, folder, base_model)
+    model, num_bytes = load(form, source, base_model)
     found = {"checkpoint_bytes": num_bytes}
-    if form == "ours":
-        found["of_which_fused_file_bytes"] = fused_file(folder).stat().st_size
+    if form == "ours" and isinstance(source, Path):
+        found["of_which_fused_file_bytes"] = fused_file(source).stat().st_size
     ids = random_ids(model, *sizes["prefill"])
     with torch.inference_mode():
         found["prefill_tokens_per_s"] = ids.numel() / seconds(
@@ -112,7 +168,14 @@ def measure(form: str, folder: Path, base_model: str, sizes: dict) -> dict[str, 
             prompt = random_ids(model, batch, 32)
             took = seconds(lambda prompt=prompt: generate(model, prompt, sizes["new_tokens"]), 3)
             found[f"decode_tokens_per_s_batch_{batch}"] = batch * sizes["new_tokens"] / took
+            if torch.cuda.is_available():  # where generate compiles the model for a static cache
+                took = seconds(
+                    lambda p=prompt: generate(model, p, sizes["new_tokens"], cache_implementation="static"), 3
+                )
+                found[f"decode_tokens_per_s_batch_{batch}_static"] = batch * sizes["new_tokens"] / took
     found["inference_peak_bytes"] = peak_bytes()
+    if form == "exported Mixtral" and not isinstance(source, Path):
+        return found  # AdamW on every expert's own weights fits no single GPU at 7B
     model.train()
     if form == "dense base":
         model = get_peft_model(model, LoraConfig(r=8, target_modules=list(PROJECTIONS)))
@@ -165,11 +228,11 @@ def answer(way: str, folder: Path, base_model: str, sizes: dict) -> dict[str, fl
     return {"answers_per_minute": 60 * len(prompts) / took}
 
 
-def generate(model, ids, new_tokens: int, mask=None, **sampling):
+def generate(model, ids, new_tokens: int, mask=None, **more):
     """Exactly `new_tokens` for each row of ids (B, T)."""
     mask = torch.ones_like(ids) if mask is None else mask
     settings = dict(max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0)
-    return model.generate(ids, attention_mask=mask, **settings, **{"do_sample": False, **sampling})
+    return model.generate(ids, attention_mask=mask, **settings, **{"do_sample": False, **more})
 
 
 def random_ids(model, *shape: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import run_script
 
-from benchmarks import bench_moe
+from benchmarks import bench_moe, whole_model
 from config import UserError
 
 
@@ -41,3 +41,20 @@ def test_quick_model_ends_in_json(base_dir):
     peaks = {form: found[form]["inference_peak_bytes"] for form in ("dense base", "exported Mixtral", "ours")}
     assert len(set(peaks.values())) == 3  # each process's own, not their parent's
     assert all(value > 0 for form in found.values() for value in form.values())
+
+
+@pytest.mark.slow
+def test_a_randomly_initialised_model_ends_in_json():
+    result = run_script("benchmarks/bench_moe.py", "--model", 1, "--quick", 1, "--random_init", "tiny")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])["random tiny"]["results"]
+    assert set(found) == {"dense base", "exported Mixtral", "ours"}
+    assert found["ours"]["training_step_s"] > 0 and found["exported Mixtral"]["prefill_tokens_per_s"] > 0
+
+
+def test_llama_2_7b_costs_what_the_documents_say():
+    found = whole_model.counted_bytes("Llama-2-7B")
+    assert found["dense base bytes"] == 2 * 6_738_415_616
+    assert found["fused file bytes"] == 32 * 4 * (3 * 8 * 3 * (4096 + 11008) + 3 * 4096) + 32 * 8 * 9  # scalings: fp64
+    assert found["memory, ours / dense base"] < 1.02
+    assert found["fused file / exported Mixtral"] < 0.006

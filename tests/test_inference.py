@@ -37,6 +37,18 @@ def test_greedy_answers_do_not_depend_on_the_batch(fused_dir):
         assert alone == answer
 
 
+def test_a_static_cache_gives_the_same_answers(fused_dir):
+    model, tokenizer = load_run(fused_dir, dtype="float32")
+    answers = [
+        inference.generate(model, tokenizer, RECORDS, args, seed=0)
+        for args in (
+            InferArguments(task_name="safety", temperature=0.0, max_new_tokens=10, cache_implementation=cache)
+            for cache in ("dynamic", "static")
+        )
+    ]
+    assert answers[0] == answers[1]
+
+
 def test_sampling_is_seeded(fused_dir):
     model, tokenizer = load_run(fused_dir, dtype="float32")
     args = InferArguments(task_name="safety", max_new_tokens=12)
