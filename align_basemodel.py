@@ -49,21 +49,16 @@ def main(argv: list[str] | None = None) -> None:
     dtype = base.pick_dtype(args.dtype)
     trainer = mixture_trainer(args, training, samples, dtype) if args.moe_flag else expert_trainer(
         args, training, samples, dtype)  # fmt: skip
-    checkpoint = run_dir.last_checkpoint(folder) if state == "resume" else None
-    if checkpoint:
-        print(f"Going on from {checkpoint}")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    if not trainer.is_world_process_zero():
+    trained = trainer.train_into(folder, resume=state == "resume")
+    if trained is None:
         return
-    trainer.model.save_pretrained(folder)
     train = {
         "samples": len(samples),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": round(time.perf_counter() - started, 1),
         "peak_memory_bytes": peak_memory_bytes(),
-        **{key: value for key, value in result.metrics.items() if isinstance(value, int | float)},
-        "log": trainer.state.log_history,
+        **trained,
     }
     files = [path for task in args.tasks for path in source_files(task, "train", args.data_source)]
     meta = {"data_sha256": {path.name: run_dir.sha256(path) for path in files}}

@@ -67,21 +67,16 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.kind}: {len(rows)} training and {len(held_out)} held-out rows, no question in both, from {origin}")
     tokenizer = base.load_tokenizer(args.base_model)
     trainer = judge_trainer(args, training, samples(args, rows, tokenizer), dtype)
-    checkpoint = run_dir.last_checkpoint(folder) if state == "resume" else None
-    if checkpoint:
-        print(f"Going on from {checkpoint}")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    if not trainer.is_world_process_zero():
+    trained = trainer.train_into(folder, resume=state == "resume")
+    if trained is None:
         return
-    trainer.model.save_pretrained(folder)
     trained_s = time.perf_counter() - started
     model = trainer.model.to(device()).eval()
     found = measure(args, model, tokenizer, rows, held_out, training.per_device_train_batch_size)
     write_judge(folder, args, held_out, *found)
     train = {"samples": len(rows), "held_out": len(held_out), "train_seconds": round(trained_s, 1),
              "seconds": round(time.perf_counter() - started, 1), **found[0],
-             **{key: value for key, value in result.metrics.items() if isinstance(value, int | float)},
-             "log": trainer.state.log_history}  # fmt: skip
+             **trained}  # fmt: skip
     files = {path.name: run_dir.sha256(path) for path in judge_files(args.kind, args.data_source)}
     run_dir.finish(folder, SCRIPT, arguments, train, {"data_sha256": files})
     for name, value in found[0].items():

@@ -1,17 +1,35 @@
 """transformers.Trainer with the fusion's three losses, their logging, and the router's own learning rate."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from transformers import Trainer
 
 from config import TASKS
 from data.encoding import LengthGroupedSampler
+from models import run_dir
 from models.llama_moe import LlamaMoeForCausalLM
 from models.losses import gate_loss, mean_routing_probs, routing_hits
 
 
 class AlignmentTrainer(Trainer):
-    """Trainer whose length-grouped batches come in random order."""
+    """Trainer whose length-grouped batches come in random order, and which goes on from where it was stopped."""
+
+    def train_into(self, folder: Path, resume: bool) -> dict | None:
+        """Train, with `resume` from the folder's last checkpoint if it has one, and save the model there.
+
+        Returns the numbers of the training and its log; None in every process but the first.
+        """
+        checkpoint = run_dir.last_checkpoint(folder) if resume else None
+        if checkpoint:
+            print(f"Going on from {checkpoint}")
+        result = self.train(resume_from_checkpoint=checkpoint)
+        if not self.is_world_process_zero():
+            return None
+        self.model.save_pretrained(folder)
+        numbers = {key: value for key, value in result.metrics.items() if isinstance(value, int | float)}
+        return {**numbers, "log": self.state.log_history}
 
     def _get_train_sampler(self, train_dataset=None):
         samples = train_dataset if train_dataset is not None else self.train_dataset
