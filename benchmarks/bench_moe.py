@@ -230,6 +230,9 @@ def bench_ffn(args: BenchmarkArguments) -> list[dict]:
                          for row in compare(layer, count, top_k, args, place)]  # fmt: skip
                 print_rows(found)
                 rows += found
+    for top_k in map(int, args.top_k.split(",")):
+        print("", *markdown(rows, top_k), sep="\n")
+    print()
     print_bars(rows)
     return rows
 
@@ -258,6 +261,25 @@ def print_bars(rows: list[dict]) -> None:
                 best = min(row["ms"] for name, row in here.items() if name.startswith("Mixtral")) / here[form]["ms"]
                 print(f"{shape}, {tokens} tokens, {kind}, {form}: {ratio:.2f} x dense (bar {limit:.2f}: "
                       f"{'met' if ratio <= limit else 'missed'}), {best:.2f} x faster than MixtralExperts")  # fmt: skip
+
+
+def markdown(rows: list[dict], top_k: int) -> list[str]:
+    """The lines of a table of one top-k: milliseconds of the dense FFN, and every other form as a multiple of them."""
+    columns = ("ours", "ours, compiled", "expert loop", "MixLoRA")
+    lines = [
+        f"| one FFN, top-{top_k} of {NUM_EXPERTS} | pass | dense, ms | {' | '.join(columns)} | best of Mixtral |",
+        "| --- | --- |" + " --- |" * (len(columns) + 2),
+    ]
+    groups = {}
+    for row in rows:
+        if row["top_k"] == top_k and "ms" in row:
+            groups.setdefault((row["shape"], row["tokens"], row["pass"]), {})[row["form"]] = row
+    for (shape, tokens, kind), here in groups.items():
+        best = min(row["ratio"] for form, row in here.items() if form.startswith("Mixtral"))
+        cells = [f"{here[form]['ratio']:.2f}" if form in here else "–" for form in columns]
+        lines.append(f"| {shape}, {tokens} token{'s' * (tokens > 1)} | {kind} | {here['dense']['ms']:.1f} | "
+                     f"{' | '.join(cells)} | {best:.2f} |")  # fmt: skip
+    return lines
 
 
 def keep(part: str, found: dict | list, args: BenchmarkArguments) -> dict:

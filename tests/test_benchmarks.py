@@ -1,13 +1,14 @@
 """The benchmarks run, compare outputs before they time anything, and end in one line of JSON."""
 
 import json
+import re
 
 import pytest
 import torch
 from conftest import run_script
 
 from benchmarks import bench_moe, whole_model
-from config import UserError
+from config import ROOT, UserError
 
 
 def test_the_forms_are_one_function_and_one_that_is_not_is_refused(monkeypatch):
@@ -29,6 +30,16 @@ def test_quick_ffn_ends_in_json(capsys):
     assert {row["pass"] for row in rows} == {"forward", "forward + backward"}
     assert {"dense", "ours", "expert loop", "MixLoRA", "Mixtral eager"} <= {row["form"] for row in rows}
     assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows)
+
+
+def test_the_tables_of_the_documents_are_the_committed_figures():
+    (path,) = (ROOT / "benchmarks" / "results").glob("*.json")
+    rows = json.loads(path.read_text())["ffn"]["results"]
+    every = [line for top_k in (1, 2, 3) for line in bench_moe.markdown(rows, top_k)]
+    for name in ("README.md", "docs/reproduction.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        quoted = [line for line in text.splitlines() if re.match(r"\| (SmolLM2-135M|Llama-2-7B), \d+ token", line)]
+        assert quoted and set(quoted) <= set(every), name
 
 
 @pytest.mark.slow
