@@ -185,7 +185,7 @@ def measure(form: str, source: Path | str, base_model: str | None, sizes: dict) 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = random_ids(model, *sizes["train"])
     labels = ids.clone()
-    labels[:, : ids.shape[1] // 2] = -100  # the prompt
+    labels[:, : round(0.65 * ids.shape[1])] = -100  # the prompt: its share in data/sample's three tasks together
 
     def step(all_logits: bool) -> None:
         if all_logits:

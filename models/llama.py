@@ -26,6 +26,12 @@ def answer_log_probs(hidden: Tensor, lm_head: torch.nn.Module, labels: Tensor) -
 class AnswerLossLlama(LlamaForCausalLM):
     """LlamaForCausalLM; with `labels`, `forward` returns the loss alone and never the logits of the prompt."""
 
+    def __init__(self, config):
+        super().__init__(config)
+        # Of a frozen weight and a slice (the last position), PyTorch makes a batched product, with a copy of the
+        # weight for every sample: gigabytes and seconds at each prompt.
+        self.lm_head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+
     def forward(
         self,
         input_ids=None,

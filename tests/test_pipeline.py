@@ -135,6 +135,23 @@ def test_gradient_checkpointing_trains_the_router_too(results, capsys):
     assert "must be false" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_compiled_training_is_the_same_training(results):
+    """--torch_compile with accelerate's regional compilation: each decoder layer once, for all lengths."""
+    names = ("compiled", "as_it_is")
+    for name, more in zip(names, (["--torch_compile", "true"], []), strict=True):
+        result = run_script(
+            "align_basemodel.py", "--moe_flag", 1, "--gate_loss_weight", 1, "--run_name", name,
+            "--moe_dir", results / "moe", "--results_dir", results, *FAST, *more,
+            ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION="true", ACCELERATE_DYNAMO_USE_DYNAMIC="true",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+    compiled, plain = (load_file(results / "outputs" / name / "model.safetensors") for name in names)
+    assert set(compiled) == set(plain)
+    assert all(torch.allclose(compiled[key], plain[key], atol=1e-4) for key in plain)
+    load_run(results / "outputs" / "compiled", dtype="float32")
+
+
 def test_a_token_is_never_taken_where_a_checkpoint_would_keep_it(results, capsys):
     with pytest.raises(SystemExit) as exit_:
         fused(results, "--hub_token", "hf_secret")
