@@ -177,6 +177,8 @@ def measure(form: str, source: Path | str, base_model: str | None, sizes: dict) 
     if form == "exported Mixtral" and not isinstance(source, Path):
         return found  # AdamW on every expert's own weights fits no single GPU at 7B
     model.train()
+    if not torch.cuda.is_available():
+        model.set_attn_implementation("eager")  # as align_basemodel.py trains on a CPU
     if form == "dense base":
         model = get_peft_model(model, LoraConfig(r=8, target_modules=list(PROJECTIONS)))
     elif form == "exported Mixtral":  # what is ours as low-rank experts is here whole: every expert's weights train

@@ -47,8 +47,9 @@ def load_run(path: Path | str | None, base_model: str | None = None, dtype: torc
         model = llama_moe.load_fused(path, base_model, dtype)
     else:
         model = base.load_weights(AnswerLossLlama, base_model, base.load_base_config(base_model), dtype)
-        if path is not None and (path / "adapter_config.json").exists():
-            model = PeftModel.from_pretrained(model, str(path))
+    model.set_attn_implementation("sdpa")  # without gradients the faster one on a CPU too
+    if path is not None and (path / "adapter_config.json").exists():
+        model = PeftModel.from_pretrained(model, str(path))
     return model.eval(), base.load_tokenizer(base_model)
 
 
