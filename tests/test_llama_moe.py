@@ -1,13 +1,14 @@
 """The fused model against three models merged by PEFT itself and mixed by hand."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FFN, run_script, save_adapter, tiny_config
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 from config import UserError
@@ -124,6 +125,16 @@ def test_the_folder_holds_router_and_experts_only(fused_dir, base_dir):
     assert settings["base_model_name_or_path"] == str(base_dir)
     assert [e["task"] for e in settings["experts"]] == ["helpfulness", "safety", "truthfulness"]
     assert [e["rank"] for e in settings["experts"]] == [4, 8, 6]
+
+
+@pytest.mark.parametrize("damage", ["missing", "transposed"])
+def test_a_file_that_does_not_fit_its_configuration_is_refused(tmp_path, fused_dir, damage):
+    folder = shutil.copytree(fused_dir, tmp_path / "moe")
+    tensors, key = load_file(folder / "model.safetensors"), "model.layers.1.mlp.experts.up_proj_B"
+    tensor = tensors.pop(key)
+    save_file(tensors | ({key: tensor.mT.contiguous()} if damage == "transposed" else {}), folder / "model.safetensors")
+    with pytest.raises(UserError, match=f"tensor {key}\\); fuse again"):
+        load_run(folder)
 
 
 def test_fusing_again_says_so_and_other_arguments_are_refused(fused_dir, adapter_dirs, capsys):
