@@ -62,6 +62,7 @@ def bench_random(shape: str, quick: bool) -> dict:
 
 
 def measured(form: str, source: Path | str, base_model: str | None, sizes: dict) -> dict[str, float]:
+    """The figures of `measure`, made in a process of their own, and printed."""
     found = in_own_process(measure, form, source, base_model, sizes)
     print(f"{form:<18} " + ", ".join(f"{name} {value:,.4g}" for name, value in found.items()))
     return found
@@ -175,7 +176,7 @@ def measure(form: str, source: Path | str, base_model: str | None, sizes: dict) 
                 found[f"decode_tokens_per_s_batch_{batch}_static"] = batch * sizes["new_tokens"] / took
     found["inference_peak_bytes"] = peak_bytes()
     if form == "exported Mixtral" and not isinstance(source, Path):
-        return found  # AdamW on every expert's own weights fits no single GPU at 7B
+        return found  # AdamW on every expert's own weights: over 100 GB at 7B
     model.train()
     if not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # as align_basemodel.py trains on a CPU

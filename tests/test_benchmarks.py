@@ -33,9 +33,9 @@ def test_quick_ffn_ends_in_json(capsys):
 
 
 def test_the_tables_of_the_documents_are_the_committed_figures():
-    (path,) = (ROOT / "benchmarks" / "results").glob("*.json")
-    rows = json.loads(path.read_text())["ffn"]["results"]
-    every = [line for top_k in (1, 2, 3) for line in bench_moe.markdown(rows, top_k)]
+    kept = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")]
+    rows = [device["ffn"]["results"] for device in kept if "ffn" in device]
+    every = [line for found in rows for top_k in (1, 2, 3) for line in bench_moe.markdown(found, top_k)]
     for name in ("README.md", "docs/reproduction.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         quoted = [line for line in text.splitlines() if re.match(r"\| (SmolLM2-135M|Llama-2-7B), \d+ token", line)]
