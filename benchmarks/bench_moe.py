@@ -7,9 +7,11 @@
 
 Same weights and inputs for all forms, in one process, in turn; fresh inputs in every repeat; first all outputs are
 compared. The base is frozen; gradients reach the input and the routing weights, and in the low-rank forms the experts.
+A forward alone has the low-rank experts in the base's dtype, as models.loading.load_run does; with a backward they are fp32.
 Prints a table, keeps benchmarks/results/<device>.json, and prints that as one line of JSON last.
 """
 
+import copy
 import json
 import re
 import sys
@@ -72,14 +74,21 @@ class Layer(nn.Module):
         for matrix in self.experts.parameters():
             nn.init.normal_(matrix, std=matrix.shape[-1] ** -0.5 * 0.3)
         self.experts.scaling.fill_(0.5)
+        self.trained = self.experts  # fp32, cast in every forward; and as load_run brings them for inference:
+        self.loaded = copy.deepcopy(self.experts)
+        self.loaded.fold_scaling(dtype)
         self.base.to(dtype).requires_grad_(False)
         settings = MixtralConfig(hidden_size=hidden_size, intermediate_size=width, num_local_experts=NUM_EXPERTS)
         self.mixtral = MixtralExperts(settings).to(dtype).requires_grad_(False)
+        self.use(self.trained)
         with torch.no_grad():
             for i in range(NUM_EXPERTS):
                 gate, up, down = (self.experts.merged(i, name, self.base[name].weight) for name in PROJECTIONS)
                 self.mixtral.gate_up_proj[i] = torch.cat((gate, up))
                 self.mixtral.down_proj[i] = down
+
+    def use(self, experts: LowRankExperts) -> None:
+        self.experts, self.scaling = experts, experts.scaling.max().item()
 
 
 def dense(layer: Layer, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -108,7 +117,7 @@ def mixlora_sharing(layer: Layer, x: Tensor, index: Tensor, weights: Tensor) -> 
 
     def low_rank(name: str, i: int, z: Tensor) -> Tensor:
         a, b = (matrix[i].to(z.dtype) for matrix in layer.experts.matrices(name))
-        return z @ a.T @ b.T * 0.5
+        return z @ a.T @ b.T * layer.scaling
 
     for i in range(NUM_EXPERTS):
         token, slot = (index == i).nonzero(as_tuple=True)
@@ -194,6 +203,7 @@ def compare(layer: Layer, tokens: int, top_k: int, args: BenchmarkArguments, pla
     rows = [{"form": name, "not_timed": reason} for name, reason in absent.items()]
     here = {name: form for name, form in here.items() if name not in absent}
     for backward in (False, True):
+        layer.use(layer.trained if backward else layer.loaded)
         seconds = {name: [] for name in here}
         for repeat in range(args.repeats + 2):
             x, *choice = inputs(tokens, hidden_size, top_k, dtype, place)

@@ -41,10 +41,10 @@ class SharedBaseFFN(torch.autograd.Function):
         gate = F.linear(x, weight_gate, bias_gate)  # (N, F)
         up = F.linear(x, weight_up, bias_up)  # (N, F)
         ax_gate, ax_up = (ax * own for ax in (x @ a_in.T).chunk(2, dim=1))  # each (K, N, E R)
-        hidden = F.silu((ax_gate @ b_gate).add_(gate), inplace=True)  # (K, N, F)
-        hidden.mul_((ax_up @ b_up).add_(up)).mul_(weights)  # w_i h_i
-        ah = _sum_slots(hidden @ a_down.T * own)  # w_i A_i^d h_i of all experts (N, E R)
-        y = F.linear(_sum_slots(hidden), weight_down, bias_down).addmm_(ah, b_down)
+        hidden = F.silu((ax_gate @ b_gate).add_(gate), inplace=True)
+        hidden.mul_((ax_up @ b_up).add_(up))  # h_i (K, N, F)
+        ah = _sum_slots(hidden @ a_down.T * (own * weights))  # w_i A_i^d h_i of all experts (N, E R)
+        y = F.linear(_mix(hidden, weights), weight_down, bias_down).addmm_(ah, b_down)
         ctx.save_for_backward(x, top_k_weights, own, gate, up, ax_gate, ax_up, ah,
                               weight_gate, weight_up, weight_down, a_in, b_gate, b_up, a_down, b_down)  # fmt: skip
         return y
@@ -63,17 +63,18 @@ class SharedBaseFFN(torch.autograd.Function):
         grad_hidden = (grad_ah @ a_down).add_(grad_y @ weight_down)  # dh_i / w_i: the one product with W_d
         needs_experts = any(ctx.needs_input_grad[4:])
         grad_a_down = _over_tokens(grad_ah * weights, hidden) if needs_experts else None
-        grad_weights = hidden.mul_(grad_hidden).sum(-1, dtype=top_k_weights.dtype).T
-        grad_hidden.mul_(weights)
-        grad_up = silu.mul_(grad_hidden)
+        grad_weights = hidden.mul_(grad_hidden).sum(-1).T.to(top_k_weights.dtype)
+        grad_up = silu.mul_(grad_hidden)  # du_i / w_i, as grad_gate is dg_i / w_i
         grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
-        grad_ax = torch.cat([_sum_slots(grad_gate @ b_gate.T * own), _sum_slots(grad_up @ b_up.T * own)], dim=1)
+        shares = own * weights
+        grad_ax = torch.cat([_sum_slots(grad_gate @ b_gate.T * shares), _sum_slots(grad_up @ b_up.T * shares)], dim=1)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (_sum_slots(grad_gate) @ weight_gate).addmm_(_sum_slots(grad_up), weight_up).addmm_(grad_ax, a_in)
+            grad_x = _mix(grad_gate, weights) @ weight_gate
+            grad_x.addmm_(_mix(grad_up, weights), weight_up).addmm_(grad_ax, a_in)
         if not needs_experts:
             return grad_x, grad_weights, *[None] * 7
-        grad_b_gate, grad_b_up = _over_tokens(ax_gate, grad_gate), _over_tokens(ax_up, grad_up)
+        grad_b_gate, grad_b_up = _over_tokens(ax_gate * weights, grad_gate), _over_tokens(ax_up * weights, grad_up)
         return grad_x, grad_weights, None, None, grad_ax.T @ x, grad_b_gate, grad_b_up, grad_a_down, ah.T @ grad_y
 
 
@@ -85,6 +86,14 @@ def _per_slot(top_k_weights, dtype):
 def _sum_slots(parts):
     """(K, N, ...) -> (N, ...). Much faster on a CPU than sum(0)."""
     return reduce(torch.add, parts)
+
+
+def _mix(parts, weights):
+    """sum_i w_i part_i: (K, N, F), (K, N, 1) -> (N, F)."""
+    mixed = parts[0] * weights[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        mixed.addcmul_(part, weight)
+    return mixed
 
 
 def _over_tokens(left, right):
@@ -115,6 +124,14 @@ class LowRankExperts(nn.Module):
         scaling = self.scaling.double()
         self.float().scaling = scaling
         return self
+
+    def fold_scaling(self, dtype: torch.dtype) -> None:
+        """For inference: multiply the scalings in and keep the matrices in `dtype`, rounded once and not at each call."""
+        with torch.no_grad():
+            for projection, scaling in zip(PROJECTIONS, self.scaling.float(), strict=True):
+                side = "B" if projection == "down_proj" else "A"  # as in side_by_side
+                self.get_parameter(f"{projection}_{side}").mul_(scaling[:, None, None])
+        self.to(dtype).scaling = torch.ones_like(self.scaling, dtype=torch.float64)
 
     def matrices(self, projection: str) -> tuple[torch.Tensor, torch.Tensor]:
         """(A (E, R, in), B (E, out, R)) of one projection, B a view of its parameter."""

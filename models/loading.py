@@ -37,7 +37,7 @@ def load_run(path: Path | str | None, base_model: str | None = None, dtype: torc
     """(model, tokenizer) of a run's folder, in evaluation mode on the CPU.
 
     path: an aligned expert (a PEFT adapter), a fused model, one of their checkpoint-N folders, a base model's folder,
-    or None for the raw `base_model`. `dtype` is the base weights'; adapters, experts and routers are fp32.
+    or None for the raw `base_model`. `dtype` is the base weights' and the fused experts'; adapters and routers are fp32.
     """
     dtype = base.pick_dtype(dtype) if isinstance(dtype, str) else dtype
     path = Path(path) if path is not None else None
@@ -45,6 +45,9 @@ def load_run(path: Path | str | None, base_model: str | None = None, dtype: torc
         base_model = base_of_run(path)
     if is_fused(path):
         model = llama_moe.load_fused(path, base_model, dtype)
+        if dtype != torch.float32:
+            for block in model.blocks:
+                block.experts.fold_scaling(dtype)
     else:
         model = base.load_weights(AnswerLossLlama, base_model, base.load_base_config(base_model), dtype)
     model.set_attn_implementation("sdpa")  # without gradients the faster one on a CPU too

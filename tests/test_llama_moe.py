@@ -154,7 +154,7 @@ def test_two_experts_and_half_precision_on_disk(tmp_path, adapter_dirs):
                     "--output", str(tmp_path / "moe"), "--save_dtype", "float16"])  # fmt: skip
     saved = load_file(tmp_path / "moe" / "model.safetensors")
     assert {t.dtype for key, t in saved.items() if key.endswith(("_A", "_B"))} == {torch.float16}
-    model, _ = load_run(tmp_path / "moe")
+    model, _ = load_run(tmp_path / "moe", dtype="float32")
     assert model.config.expert_of_task == {"truthfulness": 0, "helpfulness": 1}
     assert {p.dtype for b in model.blocks for p in b.experts.parameters()} == {torch.float32}
 
@@ -228,9 +228,16 @@ def test_router_weights_are_top_k_renormalised():
         assert torch.allclose(top_k_weights, torch.tensor([shares]))
 
 
-def test_bfloat16_base_keeps_router_and_experts_in_fp32(fused_dir):
-    model, _ = load_run(fused_dir, dtype="bfloat16")
-    dtypes = {name.split(".mlp.")[-1].split(".")[0]: p.dtype for name, p in model.named_parameters() if ".mlp." in name}
-    assert dtypes["router"] == dtypes["experts"] == torch.float32
-    assert dtypes["gate_proj"] == torch.bfloat16
-    assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+def test_training_keeps_router_and_experts_in_fp32_and_inference_rounds_the_experts_once(fused_dir, base_dir):
+    trained = llama_moe.load_fused(fused_dir, str(base_dir), torch.bfloat16)
+    loaded, _ = load_run(fused_dir, dtype="bfloat16")
+    trained.set_attn_implementation(loaded.config._attn_implementation)
+    for model, dtype in ((trained, torch.float32), (loaded, torch.bfloat16)):
+        for block in model.blocks:
+            assert {p.dtype for p in block.experts.parameters()} == {dtype}
+            assert (block.router.weight.dtype, block.gate_proj.weight.dtype) == (torch.float32, torch.bfloat16)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(trained(ids).logits, loaded(ids).logits)
+    state, kept = loaded.blocks[0].experts.state_dict(), trained.blocks[0].experts.state_dict()
+    assert not torch.equal(state["up_proj_A"].float(), kept["up_proj_A"]), "nothing was scaled"
