@@ -7,7 +7,7 @@
 
 Same weights and inputs for all forms, in one process, in turn; fresh inputs in every repeat; first all outputs are
 compared. The base is frozen; gradients reach the input and the routing weights, and in the low-rank forms the experts.
-A forward alone has the low-rank experts in the base's dtype, as models.loading.load_run does; with a backward they are fp32.
+A forward alone has the low-rank experts in the base's dtype, as load_run brings them; with a backward they are fp32.
 Prints a table, keeps benchmarks/results/<device>.json, and prints that as one line of JSON last.
 """
 

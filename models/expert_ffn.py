@@ -126,7 +126,7 @@ class LowRankExperts(nn.Module):
         return self
 
     def fold_scaling(self, dtype: torch.dtype) -> None:
-        """For inference: multiply the scalings in and keep the matrices in `dtype`, rounded once and not at each call."""
+        """For inference: multiply the scalings in and round the matrices to `dtype`, once and not at each call."""
         with torch.no_grad():
             for projection, scaling in zip(PROJECTIONS, self.scaling.float(), strict=True):
                 side = "B" if projection == "down_proj" else "A"  # as in side_by_side

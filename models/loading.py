@@ -37,7 +37,7 @@ def load_run(path: Path | str | None, base_model: str | None = None, dtype: torc
     """(model, tokenizer) of a run's folder, in evaluation mode on the CPU.
 
     path: an aligned expert (a PEFT adapter), a fused model, one of their checkpoint-N folders, a base model's folder,
-    or None for the raw `base_model`. `dtype` is the base weights' and the fused experts'; adapters and routers are fp32.
+    or None for the raw `base_model`. `dtype`: of base weights and fused experts; adapters and routers are fp32.
     """
     dtype = base.pick_dtype(dtype) if isinstance(dtype, str) else dtype
     path = Path(path) if path is not None else None
