@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -94,22 +95,30 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
         input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=False,
         **routing,
     )  # fmt: skip
+    answers = [(i, number) for i, row in enumerate(rows) for number in range(1, len(row.answers) + 1)]
+    samples = torch.tensor([i for i, _ in answers])
+    lengths = [len(rows[i].answers[number - 1]) for i, number in answers]
+    sources = []  # position t predicts t + 1
+    for i, number in answers:
+        places = (part[i] == number).nonzero()[:, 0]
+        sources.append(torch.cat((torch.tensor([len(rows[i].prompt) - 1]), places[:-1])))
+    hidden = outputs.last_hidden_state[samples.repeat_interleave(torch.tensor(lengths)), torch.cat(sources)]
+    tokens = torch.tensor([token for i, number in answers for token in rows[i].answers[number - 1]], device=device)
+    log_probs = torch.cat([
+        -F.cross_entropy(base.lm_head(some).float(), targets, reduction="none")  # (512, V) at most
+        for some, targets in zip(hidden.split(512), tokens.split(512), strict=True)
+    ]).cpu().split(lengths)  # fmt: skip
+    probs = [None] * len(answers)
+    if fused:
+        openings = torch.tensor([row.opening for row in rows])
+        of_prompt = (part == 0) & (torch.arange(length) >= openings[:, None])
+        counted = torch.stack([of_prompt[i] | (part[i] == number) for i, number in answers])  # (answers, T)
+        router_logits = [x.view(len(rows), length, -1)[samples] for x in outputs.router_logits]
+        probs = mean_routing_probs(router_logits, counted.to(device)).cpu()
     scored = {}
-    for i, row in enumerate(rows):
-        last_of_prompt = len(row.prompt) - 1
-        for number, (record, answer) in enumerate(zip(row.records, row.answers, strict=True), start=1):
-            places = (part[i] == number).nonzero()[:, 0]
-            sources = torch.cat((torch.tensor([last_of_prompt]), places[:-1])).to(device)  # t predicts t + 1
-            logits = base.lm_head(outputs.last_hidden_state[i, sources]).float()  # (A, V)
-            tokens = torch.tensor(answer, device=device)
-            log_probs = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0].cpu()
-            probs = None
-            if fused:
-                counted = ((part[i] == number) | ((part[i] == 0) & (torch.arange(length) >= row.opening)))[None]
-                logits_of_row = tuple(x.view(len(rows), length, -1)[i] for x in outputs.router_logits)
-                probs = mean_routing_probs(logits_of_row, counted.to(device))[0].cpu()
-            ended = not row.cut[number - 1]
-            scored[record] = Scored(
-                log_probs[:-1] if ended else log_probs, log_probs[-1].item() if ended else None, probs
-            )
+    for (i, number), of_answer, routing_probs in zip(answers, log_probs, probs, strict=True):
+        ended = not rows[i].cut[number - 1]
+        scored[rows[i].records[number - 1]] = Scored(
+            of_answer[:-1] if ended else of_answer, of_answer[-1].item() if ended else None, routing_probs
+        )
     return scored
