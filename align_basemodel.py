@@ -46,16 +46,14 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     tokenizer = base.load_tokenizer(args.base_model)
     samples = training_samples(args, training.seed, tokenizer)
-    dtype = base.pick_dtype(args.dtype)
-    trainer = mixture_trainer(args, training, samples, dtype) if args.moe_flag else expert_trainer(
-        args, training, samples, dtype)  # fmt: skip
+    trainer = (mixture_trainer if args.moe_flag else expert_trainer)(args, training, samples)
     trained = trainer.train_into(folder, resume=state == "resume")
     if trained is None:
         return
     train = {
         "samples": len(samples),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": arguments["dtype"],
         "seconds": round(time.perf_counter() - started, 1),
         "peak_memory_bytes": peak_memory_bytes(),
         **trained,
@@ -141,7 +139,7 @@ def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     """What run.json records and a later command with the same folder must repeat."""
     ours = ("base_model", "data_source", *SHARED, *(MIXTURE if args.moe_flag else EXPERT))
     arguments = {name: getattr(args, name) for name in ours}
-    arguments["dtype"] = str(base.pick_dtype(args.dtype)).removeprefix("torch.")
+    arguments["dtype"] = base.dtype_name(args.dtype)
     if args.moe_flag:
         arguments["fused_sha256"] = run_dir.sha256(Path(args.moe_dir) / "model.safetensors")
     training_arguments = training.to_dict()
@@ -162,9 +160,9 @@ def training_samples(args: AlignArguments, seed: int, tokenizer) -> list[dict]:
     return samples
 
 
-def expert_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict], dtype: torch.dtype) -> Trainer:
+def expert_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict]) -> Trainer:
     """A Trainer of LoRA on the FFN of the base, its attention frozen."""
-    model = base.load_weights(AnswerLossLlama, args.base_model, base.load_base_config(args.base_model), dtype)
+    model = base.load_weights(AnswerLossLlama, args.base_model, base.load_base_config(args.base_model), args.dtype)
     torch.manual_seed(training.seed)
     lora = LoraConfig(task_type="CAUSAL_LM", r=args.rank, lora_alpha=args.alpha, lora_dropout=args.lora_dropout,
                       target_modules=list(PROJECTIONS))  # fmt: skip
@@ -172,9 +170,9 @@ def expert_trainer(args: AlignArguments, training: TrainArguments, samples: list
     return AlignmentTrainer(model, training, train_dataset=samples, data_collator=Collator())
 
 
-def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict], dtype: torch.dtype) -> Trainer:
+def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict]) -> Trainer:
     """A Trainer of the fused model's router and experts, its base frozen."""
-    model = load_fused(Path(args.moe_dir), args.base_model, dtype)
+    model = load_fused(Path(args.moe_dir), args.base_model, args.dtype)
     model.set_top_k(args.expert_topk)
     if args.tune_attention:
         torch.manual_seed(training.seed)

@@ -22,6 +22,8 @@ TASKS = ("helpfulness", "safety", "truthfulness")  # the order of the experts
 XSTEST = "xstest"  # prompts that only look unsafe, and unsafe ones: answered and scored, never trained on
 PAPER_BASE_MODEL = "meta-llama/Llama-2-7b-hf"
 EMBEDDED_MODEL = "smollm2"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+NF4 = "nf4"  # QLoRA's 4-bit data type (https://arxiv.org/abs/2305.14314)
 BEAVER_DAM_JUDGE = "PKU-Alignment/beaver-dam-7b"  # the paper's safety judge
 
 # A Hugging Face token for gated models. Assign it here or set HF_TOKEN; it is never written to disk.
@@ -93,16 +95,22 @@ def flag(default, text: str, **metadata):
 
 
 @dataclass
-class SourceArguments:
-    """Where the base model and the data come from. None: as the earlier stage recorded, else the paper's."""
+class BaseArguments:
+    """The base model (None: as the earlier stage recorded, else the paper's) and the place of all results."""
 
     base_model: str | None = flag(
         None, f"hub id, local folder, or '{EMBEDDED_MODEL}' for the embedded model (default: {PAPER_BASE_MODEL})"
     )
-    data_source: str | None = flag(None, "'hub' (default), 'sample' (in this repository), or a folder of jsonl files")
-    dtype: str = flag("auto", "of the base weights: auto (bfloat16 where the device is fast in it), float32, ...",
-                      choices=["auto", "bfloat16", "float16", "float32"])  # fmt: skip
     results_dir: str = flag(str(RESULTS_DIR), "where every run is written and looked for")
+
+
+@dataclass
+class SourceArguments(BaseArguments):
+    """And the data (None: as the earlier stage recorded), and the precision of the base."""
+
+    data_source: str | None = flag(None, "'hub' (default), 'sample' (in this repository), or a folder of jsonl files")
+    dtype: str = flag("auto", "of the base weights: auto (bfloat16 where the device is fast in it), float32, ...; nf4: "
+                      "4 bits by bitsandbytes, multiplied in what auto says", choices=[*DTYPES, NF4])  # fmt: skip
 
 
 @dataclass
@@ -296,7 +304,7 @@ class EvaluateArguments:
                         choices=[0, 1])  # fmt: skip
     batch_size: int = flag(16, "texts per batch of a local judge")
     dtype: str = flag("auto", "of a local judge's weights: auto (bfloat16 where the device is fast in it), ...",
-                      choices=["auto", "bfloat16", "float16", "float32"])  # fmt: skip
+                      choices=list(DTYPES))  # fmt: skip
     results_dir: str = flag(str(RESULTS_DIR), "where answers are read and scores written")
 
     def __post_init__(self):
@@ -381,6 +389,8 @@ class JudgeArguments(SourceArguments):
     num_held_out: int = flag(1000, "held-out rows the judge is measured on, evenly spaced; -1: all")
     max_length: int = flag(192, "tokens; of a longer text the middle of the answer is cut")
     batch_size: int | None = flag(None, "short for --per_device_train_batch_size")
+    dtype: str = flag("auto", "of the base weights: auto (bfloat16 where the device is fast in it), float32, ...",
+                      choices=list(DTYPES))  # fmt: skip
     rank: int = flag(16, "LoRA rank r")
     alpha: float = flag(32, "LoRA alpha")
     lora_dropout: float = flag(0.05, "LoRA dropout")
@@ -412,7 +422,7 @@ class JudgeTrainArguments(TrainArguments):
 
 
 @dataclass
-class FuseArguments(SourceArguments):
+class FuseArguments(BaseArguments):
     """Flags of models/llama_moe.py."""
 
     experts_dir: str | None = flag(None, "folder of the experts (default: outputs in --results_dir)")

@@ -109,7 +109,7 @@ def answer_task(args: InferArguments, path: Path | None, base_model: str, data_s
 def local_arguments(args: InferArguments, path: Path | None) -> dict:
     """What else decides the answers of a model that runs here."""
     weights = weights_file(path)
-    dtype = str(base.pick_dtype(args.dtype)).removeprefix("torch.")
+    dtype = base.dtype_name(args.dtype)
     weights_sha256 = run_dir.sha256(weights) if weights else None
     return {"batch_size": args.batch_size, "dtype": dtype, "weights_sha256": weights_sha256,
             "cache_implementation": args.cache_implementation}  # fmt: skip

@@ -101,7 +101,7 @@ def counted_bytes(shape: str) -> dict[str, float]:
 
 def make_fusion(folder: Path, base_model: str) -> None:
     """A fused model of three random adapters of rank 8, and its export in the dtype of this device."""
-    path, dtype = base.base_path(base_model), str(base.pick_dtype("auto")).removeprefix("torch.")
+    path, dtype = base.base_path(base_model), base.dtype_name("auto")
     lora = LoraConfig(r=8, lora_alpha=4, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
     for seed, task in enumerate(TASKS):
         torch.manual_seed(seed)
@@ -142,7 +142,7 @@ def load(form: str, source: Path | str, base_model: str | None):
         model = MixtralForCausalLM.from_pretrained(source / "mixtral", dtype=dtype)
         num_bytes = sum(file.stat().st_size for file in (source / "mixtral").glob("*.safetensors"))
     else:
-        model, _ = load_run(source / "moe" if form == "ours" else None, base_model, dtype)
+        model, _ = load_run(source / "moe" if form == "ours" else None, base_model)
         own = model.own_state_keys() if form == "ours" else set()
         num_bytes = sum(p.nbytes for name, p in model.named_parameters() if name not in own)
         num_bytes += fused_file(source).stat().st_size if form == "ours" else 0

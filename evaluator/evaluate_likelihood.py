@@ -49,7 +49,7 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
     weights = weights_file(path)
     arguments = {
         "base_model": base_model, "data_source": data_source, "num_samples": args.num_samples,
-        "max_length": args.max_length, "dtype": str(base.pick_dtype(args.dtype)).removeprefix("torch."),
+        "max_length": args.max_length, "dtype": base.dtype_name(args.dtype),
         "weights_sha256": run_dir.sha256(weights) if weights else None,
     }  # fmt: skip
     folders = {t: evaluation_folder(args.results_dir, t, args.dataset_type, label, JUDGE) for t in args.tasks}

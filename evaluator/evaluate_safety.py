@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = {"judge": args.judge, "judge_protocol": protocol, "judge_version": version, "judge_model": engine,
                  "answers_sha256": answers.checksum,
                  "num_samples": args.num_samples, "max_length": args.max_length if protocol == "beaver-dam" else None,
-                 "dtype": None if engine else str(base.pick_dtype(args.dtype)).removeprefix("torch.")}  # fmt: skip
+                 "dtype": None if engine else base.dtype_name(args.dtype)}  # fmt: skip
     if run_dir.begin(folder, SCRIPT, arguments, REMEDY) == "complete":
         print(f"{folder}: judged already")
     else:

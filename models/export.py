@@ -230,7 +230,7 @@ def export_peft(model: LlamaMoeForCausalLM, tokenizer, folder: Path, args: Expor
         hook.remove()
     base_model = model.config.base_model_name_or_path
     write_adapter(model, number, folder)
-    llama = base.load_weights(LlamaForCausalLM, base_model, base.load_base_config(base_model), torch.float32)
+    llama = base.load_weights(LlamaForCausalLM, base_model, base.load_base_config(base_model), "float32")
     return compare(ours, behaviour(PeftModel.from_pretrained(llama, str(folder)).eval(), prompts), "float32")
 
 

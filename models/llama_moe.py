@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 import config
 from config import FuseArguments, UserError, check
-from models import base, run_dir
+from models import base, four_bit, run_dir
 from models.adapters import Expert
 from models.expert_ffn import PROJECTIONS, LowRankExperts
 from models.llama import AnswerLossLlama
@@ -179,11 +179,12 @@ class LlamaMoeForCausalLM(AnswerLossLlama):
         return torch.stack([change.to(changes[0].device) for change in changes]).mean(0)
 
 
-def load_fused(folder: Path, base_model: str, dtype: torch.dtype) -> LlamaMoeForCausalLM:
-    """The fused model of a folder: base weights in `dtype` from the named base, router and experts (fp32) from here."""
+def load_fused(folder: Path, base_model: str, dtype: str) -> LlamaMoeForCausalLM:
+    """The fused model of a folder: the named base's weights as --dtype has them, fp32 router and experts from here."""
     moe_config = LlamaMoeConfig.from_pretrained(folder)
     attention_lora, moe_config.attention_lora = moe_config.attention_lora, None
     model = base.load_weights(LlamaMoeForCausalLM, base_model, moe_config, dtype)
+    four_bit.make_trainable(model)
     if attention_lora:
         model.add_attention_lora(**attention_lora)
     saved = load_file(folder / "model.safetensors")

@@ -33,21 +33,21 @@ def is_fused(folder: Path | None) -> bool:
     return settings["model_type"] == llama_moe.LlamaMoeConfig.model_type
 
 
-def load_run(path: Path | str | None, base_model: str | None = None, dtype: torch.dtype | str = "auto"):
+def load_run(path: Path | str | None, base_model: str | None = None, dtype: str = "auto"):
     """(model, tokenizer) of a run's folder, in evaluation mode on the CPU.
 
     path: an aligned expert (a PEFT adapter), a fused model, one of their checkpoint-N folders, a base model's folder,
-    or None for the raw `base_model`. `dtype`: of base weights and fused experts; adapters and routers are fp32.
+    or None for the raw `base_model`. `dtype`: of the base, as --dtype has it; fused experts get the one that the base
+    computes in, adapters and routers are fp32.
     """
-    dtype = base.pick_dtype(dtype) if isinstance(dtype, str) else dtype
     path = Path(path) if path is not None else None
     if path is not None:
         base_model = base_of_run(path)
     if is_fused(path):
         model = llama_moe.load_fused(path, base_model, dtype)
-        if dtype != torch.float32:
+        if (kind := base.pick_dtype(dtype)) != torch.float32:
             for block in model.blocks:
-                block.experts.fold_scaling(dtype)
+                block.experts.fold_scaling(kind)
     else:
         model = base.load_weights(AnswerLossLlama, base_model, base.load_base_config(base_model), dtype)
     model.set_attn_implementation("sdpa")  # without gradients the faster one on a CPU too

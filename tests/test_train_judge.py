@@ -129,6 +129,7 @@ def test_the_same_again_is_done_and_other_arguments_are_named(trained, judge_bas
     assert "rank=16" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_and_ends_alike(trained, tmp_path, judge_base_dir, toy_source, monkeypatch, capsys):
     """Stopped at a checkpoint in the middle; the same command goes on from there and gives the same judge."""
     from transformers import TrainerCallback

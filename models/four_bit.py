@@ -1,0 +1,56 @@
+"""The base's weights in 4 bits (NF4, by bitsandbytes): dense only for the length of one product, never kept so."""
+
+import importlib.util
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from config import UserError
+
+PACKAGE = "bitsandbytes==0.50.2"
+
+
+def quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """What `from_pretrained` takes for a base in NF4 whose products run in `dtype`; UserError without the package."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"--dtype nf4: get 4-bit weights with: pip install {PACKAGE}")
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, bnb_4bit_use_double_quant=True
+    )
+
+
+def make_trainable(model: PreTrainedModel) -> None:
+    """Let the Trainer train what in `model` is not quantised, which it allows to PEFT's adapters only, and keep the
+    base's precision, which is each command's own, out of the saved configuration."""
+    if quantizer := getattr(model, "hf_quantizer", None):
+        quantizer.remove_quantization_config(model)
+
+
+def is_quantized(linear: nn.Linear) -> bool:
+    return hasattr(linear.weight, "quant_state")
+
+
+def dense_weight(linear: nn.Linear) -> Tensor:
+    """The weight (out, in) of a linear layer, dequantised if it is in 4 bits."""
+    if not is_quantized(linear):
+        return linear.weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+
+
+def dequantised_again(linears: Sequence[nn.Linear], weights: Sequence[Tensor]) -> AbstractContextManager:
+    """Within it, autograd saves the 4-bit linear for each of these dense weights, and makes the dense one again."""
+    linear_at = {weight.data_ptr(): linear for linear, weight in zip(linears, weights, strict=True)}
+
+    def unpack(saved: Tensor | tuple[nn.Linear, torch.dtype]) -> Tensor:
+        return saved if isinstance(saved, Tensor) else dense_weight(saved[0]).to(saved[1])
+
+    def pack(tensor: Tensor) -> Tensor | tuple[nn.Linear, torch.dtype]:
+        linear = linear_at.get(tensor.data_ptr())
+        return tensor if linear is None else (linear, tensor.dtype)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

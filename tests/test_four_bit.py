@@ -1,0 +1,131 @@
+"""--dtype nf4: the base in 4 bits. bitsandbytes is optional and every import of PEFT would load it, so it lies beside
+the environment (see the Makefile) and only these tests' processes see it."""
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script, save_adapter, tiny_config
+from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
+
+import inference
+from evaluator import train_judge
+from models import four_bit, llama_moe
+
+BESIDE = Path(sys.prefix) / "four_bit"
+
+EXACTNESS = """
+import gc, sys, weakref
+from pathlib import Path
+import torch
+import inference
+from evaluator import train_judge
+from models import four_bit, llama_moe
+from models.loading import load_run
+
+folder, base_model = Path(sys.argv[1]), sys.argv[2]
+ids = torch.randint(3, 600, (2, 24), generator=torch.Generator().manual_seed(0))
+made, dense_weight = [], four_bit.dense_weight
+def watched(linear):
+    weight = dense_weight(linear)
+    made.append(weakref.ref(weight))
+    return weight
+four_bit.dense_weight = watched
+
+def gradients(model):
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+small = llama_moe.load_fused(folder, base_model, "nf4")
+loss = small.train()(input_ids=ids, labels=ids).loss
+gc.collect()
+assert len(made) == 9 and not any(weight() is not None for weight in made), "dense weights outlive the forward"
+loss.backward()
+assert len(made) == 18
+found = {name: p.grad for name, p in small.named_parameters() if p.requires_grad}
+
+same = llama_moe.load_fused(folder, base_model, "bfloat16")
+for (_, small_module), (_, dense_module) in zip(small.named_modules(), same.named_modules(), strict=True):
+    if isinstance(small_module, torch.nn.Linear) and four_bit.is_quantized(small_module):
+        dense_module.weight.data = dense_weight(small_module)
+expected = gradients(same)
+assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+assert all(found[f"model.layers.{i}.mlp.router.weight"].any() for i in range(3))
+
+full = llama_moe.load_fused(folder, base_model, "bfloat16")
+assert not torch.equal(full.blocks[0].gate_proj.weight, dense_weight(small.blocks[0].gate_proj)), "nothing was rounded"
+num_bytes = [sum(linear.weight.nbytes for block in model.blocks for linear in (block.gate_proj, block.up_proj))
+             for model in (small, full)]
+assert num_bytes[0] * 4 == num_bytes[1]
+loaded, _ = load_run(folder, base_model, "nf4")
+assert torch.isfinite(loaded(ids).logits).all()
+print("exact")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")
+def test_without_bitsandbytes_one_line_says_how_to_get_it(fused_dir, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        inference.main(["--prompt", "Hello", "--cross_task", str(fused_dir), "--dtype", "nf4"])
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"error: --dtype nf4: get 4-bit weights with: pip install {four_bit.PACKAGE}\n"
+
+
+def test_a_judge_is_not_trained_in_four_bits(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        train_judge.main(["--kind", "truth", "--dtype", "nf4"])
+    assert exit_.value.code == 2 and "invalid choice: 'nf4'" in capsys.readouterr().err
+
+
+def test_the_same_version_is_named_everywhere():
+    for name in ("Makefile", "README.md"):
+        versions = re.findall(r"bitsandbytes==[\d.]+\d", (ROOT / name).read_text())
+        assert versions and set(versions) == {four_bit.PACKAGE}, name
+
+
+@pytest.fixture(scope="module")
+def base_of_64(tmp_path_factory, tokenizer):
+    """4-bit blocks are 64 weights long."""
+    folder = tmp_path_factory.mktemp("base") / "tiny-64"
+    LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(*command):
+    """A command of the project with bitsandbytes in sight; its output."""
+    assert (BESIDE / "bitsandbytes").is_dir(), f"pip install --no-deps --target {BESIDE} {four_bit.PACKAGE}"
+    result = run_script(*command, PYTHONPATH=f"{BESIDE}:{ROOT}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_the_whole_method_in_four_bits(tmp_path, base_of_64):
+    data = ["--data_source", "sample", "--num_samples", "8", "--num_train_epochs", "1", "--batch_size", "4"]
+    here = ["--results_dir", tmp_path, "--dtype", "nf4"]
+    run("align_basemodel.py", "--moe_flag", 0, "--task_name", "safety", "--base_model", base_of_64, *data, *here)
+    for seed, task in enumerate(("helpfulness", "truthfulness")):
+        save_adapter(tmp_path / "outputs" / task, base_of_64, seed)
+    moe = tmp_path / "moe"
+    llama_moe.main(["--results_dir", str(tmp_path), "--output", str(moe)])
+    assert run("-c", EXACTNESS, moe, base_of_64).endswith("exact\n")
+    fusion = ["--moe_flag", 1, "--moe_dir", moe, "--gate_loss_weight", 0.1, *data, *here]
+    run("align_basemodel.py", *fusion, "--gradient_checkpointing", 1, "--save_steps", 2, "--max_steps", 4)
+    name = "mix_moe_reg_00000_00000_00000_gate_01000"
+    folder = tmp_path / "outputs" / name
+    before, after = (load_file(path / "model.safetensors") for path in (moe, folder))
+    assert before.keys() == after.keys() and all(".router." in key or ".experts." in key for key in after)
+    assert all(not before[key].equal(after[key]) for key in after if "router" in key or key.endswith("_A"))
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    assert json.loads((folder / "run.json").read_text())["run"]["arguments"]["dtype"] == "nf4"
+
+    asked = ["--task_name", "safety", "--cross_task", name, "--num_samples", 2, "--max_new_tokens", 4]
+    run("inference.py", *asked, *here)
+    run("evaluator/evaluate_likelihood.py", "--run", f"safety,{name}", "--num_samples", 2, *here)
+    scores = tmp_path / "evaluation" / "safety" / "test" / name / "likelihood" / "metrics.json"
+    assert json.loads(scores.read_text())["metrics"]["nll_per_token"]["n"] == 2
