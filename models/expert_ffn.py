@@ -48,7 +48,7 @@ class SharedBaseFFN(torch.autograd.Function):
         hidden = F.silu((ax_gate @ b_gate).add_(gate), inplace=True)
         hidden.mul_((ax_up @ b_up).add_(up))  # h_i (K, N, F)
         ah = _sum_slots(hidden @ a_down.T * (own * weights))  # w_i A_i^d h_i of all experts (N, E R)
-        y = F.linear(_mix(hidden, weights), weight_down, bias_down).addmm_(ah, b_down)
+        y = F.linear(_mix(hidden, top_k_weights), weight_down, bias_down).addmm_(ah, b_down)
         ctx.save_for_backward(x, top_k_weights, own, gate, up, ax_gate, ax_up, ah,
                               weight_gate, weight_up, weight_down, a_in, b_gate, b_up, a_down, b_down)  # fmt: skip
         return y
@@ -74,8 +74,8 @@ class SharedBaseFFN(torch.autograd.Function):
         grad_ax = torch.cat([_sum_slots(grad_gate @ b_gate.T * shares), _sum_slots(grad_up @ b_up.T * shares)], dim=1)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _mix(grad_gate, weights) @ weight_gate
-            grad_x.addmm_(_mix(grad_up, weights), weight_up).addmm_(grad_ax, a_in)
+            grad_x = _mix(grad_gate, top_k_weights) @ weight_gate
+            grad_x.addmm_(_mix(grad_up, top_k_weights), weight_up).addmm_(grad_ax, a_in)
         if not needs_experts:
             return grad_x, grad_weights, *[None] * 7
         grad_b_gate, grad_b_up = _over_tokens(ax_gate * weights, grad_gate), _over_tokens(ax_up * weights, grad_up)
@@ -92,11 +92,12 @@ def _sum_slots(parts):
     return reduce(torch.add, parts)
 
 
-def _mix(parts, weights):
-    """sum_i w_i part_i: (K, N, F), (K, N, 1) -> (N, F)."""
-    mixed = parts[0] * weights[0]
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        mixed.addcmul_(part, weight)
+def _mix(parts, top_k_weights):
+    """sum_i w_i part_i, as a running mean: (K, N, F), (N, K) with rows summing to 1 -> (N, F)."""
+    shares = _per_slot(top_k_weights / top_k_weights.cumsum(-1), parts.dtype)
+    mixed = parts[0]
+    for part, share in zip(parts[1:], shares[1:], strict=True):
+        mixed = torch.lerp(mixed, part, share)
     return mixed
 
 
