@@ -202,7 +202,8 @@ def measure(form: str, source: Path | str, base_model: str | None, sizes: dict) 
     found["training_step_s"] = seconds(lambda: step(False), sizes["repeats"])
     found["training_peak_bytes"] = peak_bytes()
     if form == "ours":
-        found["training_step_all_logits_s"] = seconds(lambda: step(True), sizes["repeats"])
+        labelled, every = seconds_in_turn([lambda: step(False), lambda: step(True)], sizes["repeats"])
+        found["training_step_in_turn_s"], found["training_step_all_logits_s"] = labelled, every
     return found
 
 
@@ -244,14 +245,20 @@ def random_ids(model, *shape: int) -> torch.Tensor:
 
 def seconds(work, repeats: int) -> float:
     """Median seconds of `repeats` runs, after one that is not counted."""
-    taken = []
+    return seconds_in_turn([work], repeats)[0]
+
+
+def seconds_in_turn(works: list, repeats: int) -> list[float]:
+    """Median seconds of each of several works done in turn, after one round that is not counted."""
+    taken = [[] for _ in works]
     for _ in range(repeats + 1):
-        start = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken[1:])
+        for work, times in zip(works, taken, strict=True):
+            start = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+    return [statistics.median(times[1:]) for times in taken]
 
 
 def peak_bytes() -> int:
