@@ -23,10 +23,10 @@ python inference.py --task_name truthfulness --cross_task mix_moe_reg_00010_0001
 # 5. Scores that need no judge
 python evaluator/evaluate_likelihood.py --run raw,helpfulness,safety,truthfulness,models/moe,mix_moe_reg_00010_00010_00010_gate_10000
 
-# 6. Small local judges, trained on the spot (without dropout: a CPU draws its random numbers slowly), and the answers' scores by them
-python evaluator/train_judge.py --kind safety --base_model smollm2 --data_source sample --num_samples 120 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1 --lora_dropout 0
-python evaluator/train_judge.py --kind truth --base_model smollm2 --data_source sample --num_samples 160 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1 --lora_dropout 0
-python evaluator/train_judge.py --kind information --base_model smollm2 --data_source sample --num_samples 80 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1 --lora_dropout 0
+# 6. Small local judges, trained on the spot, and the answers' scores by them
+python evaluator/train_judge.py --kind safety --base_model smollm2 --data_source sample --num_samples 120 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1
+python evaluator/train_judge.py --kind truth --base_model smollm2 --data_source sample --num_samples 160 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1
+python evaluator/train_judge.py --kind information --base_model smollm2 --data_source sample --num_samples 80 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1
 python evaluator/evaluate_safety.py --task_name cross_mix_moe_reg_00010_00010_00010_gate_10000 --judge results/judges/safety
 python evaluator/evaluate_truth_and_info.py --task_name cross_mix_moe_reg_00010_00010_00010_gate_10000 --mode 0 --judge results/judges/truth
 python evaluator/evaluate_truth_and_info.py --task_name cross_mix_moe_reg_00010_00010_00010_gate_10000 --mode 1 --judge results/judges/information
