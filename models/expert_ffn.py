@@ -15,7 +15,6 @@ Plain autograd would keep g_i, u_i, silu(g_i) and h_i of every slot; the backwar
 computes the rest again.
 """
 
-from contextlib import nullcontext
 from functools import reduce
 from itertools import chain
 
@@ -174,9 +173,8 @@ class LowRankExperts(nn.Module):
         weights = [four_bit.dense_weight(linear).to(x.dtype) for linear in linears]
         biases = [linear.bias if linear.bias is None else linear.bias.to(x.dtype) for linear in linears]
         base = tuple(chain.from_iterable(zip(weights, biases, strict=True)))
-        in_4_bit = any(map(four_bit.is_quantized, linears))
         with torch.autocast(device_type, enabled=False):
             own = self.own_columns(top_k_index).to(x.dtype)
             operands = x, top_k_weights, own, base, *self.side_by_side(x.dtype)
-            with four_bit.dequantised_again(linears, weights) if in_4_bit else nullcontext():
+            with four_bit.dequantised_again(linears, weights):
                 return SharedBaseFFN.apply(*operands)

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +43,12 @@ def dense_weight(linear: nn.Linear) -> Tensor:
 
 
 def dequantised_again(linears: Sequence[nn.Linear], weights: Sequence[Tensor]) -> AbstractContextManager:
-    """Within it, autograd saves the 4-bit linear for each of these dense weights, and makes the dense one again."""
-    linear_at = {weight.data_ptr(): linear for linear, weight in zip(linears, weights, strict=True)}
+    """Within it, autograd saves a 4-bit linear in place of its dense weight, and makes the dense one again. Of linears
+    that are not in 4 bits: no change."""
+    pairs = [(linear, weight) for linear, weight in zip(linears, weights, strict=True) if is_quantized(linear)]
+    if not pairs:
+        return nullcontext()
+    linear_at = {weight.data_ptr(): linear for linear, weight in pairs}
 
     def unpack(saved: Tensor | tuple[nn.Linear, torch.dtype]) -> Tensor:
         return saved if isinstance(saved, Tensor) else dense_weight(saved[0]).to(saved[1])

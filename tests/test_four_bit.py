@@ -22,8 +22,6 @@ EXACTNESS = """
 import gc, sys, weakref
 from pathlib import Path
 import torch
-import inference
-from evaluator import train_judge
 from models import four_bit, llama_moe
 from models.loading import load_run
 
