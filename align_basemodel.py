@@ -23,9 +23,19 @@ SCRIPT = "align_basemodel.py"
 # Arguments that change the result: a run with others never takes a finished or begun run's folder.
 SHARED = ("task_name", "moe_flag", "num_samples", "max_length")
 EXPERT = ("rank", "alpha", "lora_dropout")
-MIXTURE = ("expert_topk", "gate_loss_weight", "helpfulness_weight", "safety_weight", "truthfulness_weight",
-           "gate_tokens", "gate_gradient", "gate_balance", "router_learning_rate", "train_router",
-           "tune_attention")  # fmt: skip
+MIXTURE = (
+    "expert_topk",
+    "gate_loss_weight",
+    "helpfulness_weight",
+    "safety_weight",
+    "truthfulness_weight",
+    "gate_tokens",
+    "gate_gradient",
+    "gate_balance",
+    "router_learning_rate",
+    "train_router",
+    "tune_attention",
+)
 
 
 @config.command
@@ -81,8 +91,10 @@ def settle_training(args: AlignArguments, training: TrainArguments) -> None:
     if training.activation_checkpointing:
         settings = {"use_reentrant": False, **(training.activation_checkpointing_kwargs or {})}
         if settings["use_reentrant"]:
-            raise UserError("--activation_checkpointing_kwargs use_reentrant: must be false; the routers would get no "
-                            "gradient from the gating loss")  # fmt: skip
+            raise UserError(
+                "--activation_checkpointing_kwargs use_reentrant: must be false; the routers would get no "
+                "gradient from the gating loss"
+            )
         training.activation_checkpointing_kwargs = training.gradient_checkpointing_kwargs = settings
     if training.hub_token:
         raise UserError("--hub_token: checkpoints would hold it; set HF_TOKEN in the environment instead")
@@ -121,8 +133,9 @@ def settle_sources(args: AlignArguments) -> None:
     without = [task for task in args.tasks if task not in moe_config.expert_of_task]
     if without:
         there = ", ".join(moe_config.expert_of_task) or "no task"
-        raise UserError(f"--moe_dir {moe_dir}: its experts are for {there}; "
-                        f"the gating loss needs one for {', '.join(without)}")  # fmt: skip
+        raise UserError(
+            f"--moe_dir {moe_dir}: its experts are for {there}; the gating loss needs one for {', '.join(without)}"
+        )
 
 
 def run_name(args: AlignArguments, training: TrainArguments) -> str:
@@ -164,8 +177,13 @@ def expert_trainer(args: AlignArguments, training: TrainArguments, samples: list
     """A Trainer of LoRA on the FFN of the base, its attention frozen."""
     model = base.load_weights(AnswerLossLlama, args.base_model, base.load_base_config(args.base_model), args.dtype)
     torch.manual_seed(training.seed)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=args.rank, lora_alpha=args.alpha, lora_dropout=args.lora_dropout,
-                      target_modules=list(PROJECTIONS))  # fmt: skip
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.rank,
+        lora_alpha=args.alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=list(PROJECTIONS),
+    )
     model = get_peft_model(model, lora)
     return AlignmentTrainer(model, training, train_dataset=samples, data_collator=Collator())
 
@@ -181,11 +199,15 @@ def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: lis
         block.router.weight.requires_grad_(bool(args.train_router))
         block.router.gate_gradient = args.gate_gradient
     return MixtureTrainer(
-        model, args=training, train_dataset=samples,
+        model,
+        args=training,
+        train_dataset=samples,
         data_collator=Collator(routing=True, gate_tokens=args.gate_tokens),
-        gate_loss_weight=args.gate_loss_weight, gate_balance=args.gate_balance, drift_weights=args.drift_weights,
+        gate_loss_weight=args.gate_loss_weight,
+        gate_balance=args.gate_balance,
+        drift_weights=args.drift_weights,
         router_learning_rate=args.router_learning_rate,
-    )  # fmt: skip
+    )
 
 
 def peak_memory_bytes() -> int:

@@ -109,16 +109,21 @@ class SourceArguments(BaseArguments):
     """And the data (None: as the earlier stage recorded), and the precision of the base."""
 
     data_source: str | None = flag(None, "'hub' (default), 'sample' (in this repository), or a folder of jsonl files")
-    dtype: str = flag("auto", "of the base weights: auto (bfloat16 where the device is fast in it), float32, ...; nf4: "
-                      "4 bits by bitsandbytes, multiplied in what auto says", choices=[*DTYPES, NF4])  # fmt: skip
+    dtype: str = flag(
+        "auto",
+        "of the base weights: auto (bfloat16 where the device is fast in it), float32, ...; nf4: "
+        "4 bits by bitsandbytes, multiplied in what auto says",
+        choices=[*DTYPES, NF4],
+    )
 
 
 @dataclass
 class AlignArguments(SourceArguments):
     """What align_basemodel.py adds to transformers.TrainingArguments."""
 
-    task_name: str | None = flag(None, "which data to align on (default with --moe_flag 1: mix)",
-                                 choices=[*TASKS, "mix"])  # fmt: skip
+    task_name: str | None = flag(
+        None, "which data to align on (default with --moe_flag 1: mix)", choices=[*TASKS, "mix"]
+    )
     moe_flag: int = flag(0, "0: align one expert (LoRA on the base); 1: align the fused mixture", choices=[0, 1])
     moe_dir: str = flag(str(MOE_DIR), "the fused model that --moe_flag 1 starts from")
     num_samples: int = flag(-1, "training rows per task, drawn with --seed; -1: all")
@@ -134,12 +139,19 @@ class AlignArguments(SourceArguments):
     helpfulness_weight: float = flag(0.0, "gamma_1: weight of the helpfulness expert's drift")
     safety_weight: float = flag(0.0, "gamma_2: weight of the safety expert's drift")
     truthfulness_weight: float = flag(0.0, "gamma_3: weight of the truthfulness expert's drift")
-    gate_tokens: str = flag("instruction", "tokens the gating loss averages over: those after the template's "
-                            "opening, or all (the paper)", choices=["instruction", "all"])  # fmt: skip
-    gate_gradient: str = flag("all", "what the gating loss trains: all (routers and experts: the paper), or the "
-                              "routers alone", choices=["all", "router"])  # fmt: skip
-    gate_balance: str = flag("task", "whether tasks weigh alike in the gating loss, or samples (the paper)",
-                             choices=["task", "sample"])  # fmt: skip
+    gate_tokens: str = flag(
+        "instruction",
+        "tokens the gating loss averages over: those after the template's opening, or all (the paper)",
+        choices=["instruction", "all"],
+    )
+    gate_gradient: str = flag(
+        "all",
+        "what the gating loss trains: all (routers and experts: the paper), or the routers alone",
+        choices=["all", "router"],
+    )
+    gate_balance: str = flag(
+        "task", "whether tasks weigh alike in the gating loss, or samples (the paper)", choices=["task", "sample"]
+    )
     router_learning_rate: float = flag(0.1, "learning rate of the router")
     train_router: int = flag(1, "0: freeze the router (ablation)", choices=[0, 1])
     tune_attention: int = flag(0, "1: add LoRA on q, k, v, o, as the released code does", choices=[0, 1])
@@ -198,40 +210,73 @@ class TrainArguments(TrainingArguments):
                 name, getattr(self, name), math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "0 or more"
             )
         samplers = ("random", "sequential", "group_by_length", "batch_rebalance")
-        check("train_sampling_strategy", self.train_sampling_strategy, self.train_sampling_strategy in samplers,
-              f"one of {', '.join(samplers)}")  # fmt: skip
-        check("eval_strategy", self.eval_strategy, self.eval_strategy == "no",
-              "no: held-out rows are scored by evaluator/evaluate_likelihood.py")  # fmt: skip
+        check(
+            "train_sampling_strategy",
+            self.train_sampling_strategy,
+            self.train_sampling_strategy in samplers,
+            f"one of {', '.join(samplers)}",
+        )
+        check(
+            "eval_strategy",
+            self.eval_strategy,
+            self.eval_strategy == "no",
+            "no: held-out rows are scored by evaluator/evaluate_likelihood.py",
+        )
         super().__post_init__()
 
 
 # TrainingArguments that change what is learnt: a run with others never takes a finished or begun run's folder.
-TRAINING_FIELDS = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type",
-                   "gradient_accumulation_steps", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2",
-                   "adam_epsilon", "max_grad_norm", "seed", "data_seed", "train_sampling_strategy")  # fmt: skip
+TRAINING_FIELDS = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "lr_scheduler_type",
+    "gradient_accumulation_steps",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "seed",
+    "data_seed",
+    "train_sampling_strategy",
+)
 
 
 @dataclass
 class InferArguments(SourceArguments):
     """Flags of inference.py."""
 
-    task_name: str | None = flag(None, f"whose prompts to answer; {XSTEST}: those that only look unsafe, for the "
-                                 "over-refusal", choices=[*TASKS, XSTEST])  # fmt: skip
+    task_name: str | None = flag(
+        None,
+        f"whose prompts to answer; {XSTEST}: those that only look unsafe, for the over-refusal",
+        choices=[*TASKS, XSTEST],
+    )
     dataset_type: str = flag("test", "which half", choices=["train", "test"])
     num_samples: int = flag(-1, "prompts, evenly spaced over the half; -1: all")
     cross_task: str | None = flag(None, "the run that answers: a name under results/outputs, or a run's folder")
-    aligned_flag: int | None = flag(None, "without --cross_task: 1 (default) the task's own aligned expert, "
-                                    "0 the raw base model", choices=[0, 1])  # fmt: skip
+    aligned_flag: int | None = flag(
+        None, "without --cross_task: 1 (default) the task's own aligned expert, 0 the raw base model", choices=[0, 1]
+    )
     checkpoint_number: int | None = flag(None, "answer with the run's checkpoint-N instead of its end")
     prompt: str | None = flag(None, "answer this instruction in the terminal instead")
     batch_size: int = flag(16, "prompts per batch")
     temperature: float = flag(0.6, "sampling temperature; 0: greedy")
     max_new_tokens: int = flag(512, "longest answer")
     seed: int = flag(42, "of the sampling")
-    cache_implementation: str = flag("dynamic", "generate's key-value cache; on a GPU it compiles the model for a "
-                                     "static one", choices=["dynamic", "static"])  # fmt: skip
-    server_url: str | None = flag(None, "an OpenAI-compatible server that runs the model (vLLM, SGLang, llama.cpp, "
-                                  "transformers serve), such as http://localhost:8000/v1")  # fmt: skip
+    cache_implementation: str = flag(
+        "dynamic",
+        "generate's key-value cache; on a GPU it compiles the model for a static one",
+        choices=["dynamic", "static"],
+    )
+    server_url: str | None = flag(
+        None,
+        "an OpenAI-compatible server that runs the model (vLLM, SGLang, llama.cpp, "
+        "transformers serve), such as http://localhost:8000/v1",
+    )
     server_model: str | None = flag(None, "the model's name on that server")
     concurrency: int = flag(32, "requests to the server at a time")
 
@@ -240,8 +285,10 @@ class InferArguments(SourceArguments):
             raise UserError("--server_url and --server_model go together: the server, and the model's name on it")
         check("concurrency", self.concurrency, self.concurrency >= 1, "1 or more")
         if self.task_name is None and (self.prompt is None or not (self.cross_task or self.aligned_flag == 0)):
-            raise UserError(f"name the prompts to answer with --task_name {{{','.join(TASKS)}}}, or give --prompt "
-                            "with --cross_task RUN or --aligned_flag 0")  # fmt: skip
+            raise UserError(
+                f"name the prompts to answer with --task_name {{{','.join(TASKS)}}}, or give --prompt "
+                "with --cross_task RUN or --aligned_flag 0"
+            )
         if self.task_name == XSTEST and self.dataset_type != "test":
             raise UserError(f"--dataset_type {self.dataset_type}: {XSTEST} has a test half only")
         if self.cross_task and self.aligned_flag == 0:
@@ -288,23 +335,29 @@ class LikelihoodArguments(SourceArguments):
 class EvaluateArguments:
     """What the three judged scores share: which answers, and how they are judged."""
 
-    task_name: str | None = flag(None, "the answers' directory under results/inference/<task>/<split>: raw, aligned "
-                                 "or cross_<run> (default: aligned)")  # fmt: skip
-    aligned_flag: int | None = flag(None, "without --task_name: 1 the aligned expert's answers, 0 the raw base's",
-                                    choices=[0, 1])  # fmt: skip
+    task_name: str | None = flag(
+        None,
+        "the answers' directory under results/inference/<task>/<split>: raw, aligned or cross_<run> (default: aligned)",
+    )
+    aligned_flag: int | None = flag(
+        None, "without --task_name: 1 the aligned expert's answers, 0 the raw base's", choices=[0, 1]
+    )
     checkpoint_number: int | None = flag(None, "the answers of checkpoint-N")
     dataset_type: str = flag("test", "which half was answered", choices=["train", "test"])
     num_samples: int = flag(-1, "answers to judge, evenly spaced over the file; -1: all")
     judge: str | None = flag(None, "who judges")
-    judge_url: str | None = flag(None, "an OpenAI-compatible server that runs the judge (default: OPENAI_BASE_URL, "
-                                 "else OpenAI's)")  # fmt: skip
+    judge_url: str | None = flag(
+        None, "an OpenAI-compatible server that runs the judge (default: OPENAI_BASE_URL, else OpenAI's)"
+    )
     judge_model: str | None = flag(None, "the judge's model name on that server")
     concurrency: int = flag(8, "requests to a server at a time")
-    dry_run: int = flag(0, "1: say how many requests and tokens a server would be asked, and the price; ask nothing",
-                        choices=[0, 1])  # fmt: skip
+    dry_run: int = flag(
+        0, "1: say how many requests and tokens a server would be asked, and the price; ask nothing", choices=[0, 1]
+    )
     batch_size: int = flag(16, "texts per batch of a local judge")
-    dtype: str = flag("auto", "of a local judge's weights: auto (bfloat16 where the device is fast in it), ...",
-                      choices=list(DTYPES))  # fmt: skip
+    dtype: str = flag(
+        "auto", "of a local judge's weights: auto (bfloat16 where the device is fast in it), ...", choices=list(DTYPES)
+    )
     results_dir: str = flag(str(RESULTS_DIR), "where answers are read and scores written")
 
     def __post_init__(self):
@@ -332,29 +385,44 @@ class EvaluateArguments:
 class HelpfulnessArguments(EvaluateArguments):
     """Flags of evaluator/evaluate_helpfulness.py."""
 
-    judge: str | None = flag(None, "an annotator of alpaca_eval (alpaca_eval_gpt4: the paper's; "
-                             "weighted_alpaca_eval_gpt4_turbo: AlpacaEval 2's), or a folder with a configs.yaml like "
-                             "theirs (default: write the files for alpaca_eval and judge nothing)")  # fmt: skip
-    reference_outputs: str | None = flag(None, "a .json list or .jsonl file of instruction and output to compare with "
-                                         "(default: the answers that came with the prompts)")  # fmt: skip
+    judge: str | None = flag(
+        None,
+        "an annotator of alpaca_eval (alpaca_eval_gpt4: the paper's; "
+        "weighted_alpaca_eval_gpt4_turbo: AlpacaEval 2's), or a folder with a configs.yaml like "
+        "theirs (default: write the files for alpaca_eval and judge nothing)",
+    )
+    reference_outputs: str | None = flag(
+        None,
+        "a .json list or .jsonl file of instruction and output to compare with "
+        "(default: the answers that came with the prompts)",
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if self.judge is None and (self.judge_url or self.judge_model or self.dry_run):
-            raise UserError("--judge_url, --judge_model and --dry_run are of a judge: name it with --judge, such as "
-                            "alpaca_eval_gpt4")  # fmt: skip
+            raise UserError(
+                "--judge_url, --judge_model and --dry_run are of a judge: name it with --judge, such as "
+                "alpaca_eval_gpt4"
+            )
 
 
 @dataclass
 class SafetyArguments(EvaluateArguments):
     """Flags of evaluator/evaluate_safety.py."""
 
-    judge: str | None = flag(BEAVER_DAM_JUDGE, "a hub id or a folder: a classifier with beaver-dam's 14 labels, "
-                             "WildGuard, Llama Guard, or a judge of train_judge.py")  # fmt: skip
-    judge_protocol: str | None = flag(None, "how the judge is asked (default: by its name)",
-                                      choices=["beaver-dam", "wildguard", "llama-guard", "yes-no"])  # fmt: skip
-    max_length: int = flag(256, "tokens a beaver-dam classifier reads; the rest of a longer answer is cut, as in the "
-                           "paper's script")  # fmt: skip
+    judge: str | None = flag(
+        BEAVER_DAM_JUDGE,
+        "a hub id or a folder: a classifier with beaver-dam's 14 labels, "
+        "WildGuard, Llama Guard, or a judge of train_judge.py",
+    )
+    judge_protocol: str | None = flag(
+        None,
+        "how the judge is asked (default: by its name)",
+        choices=["beaver-dam", "wildguard", "llama-guard", "yes-no"],
+    )
+    max_length: int = flag(
+        256, "tokens a beaver-dam classifier reads; the rest of a longer answer is cut, as in the paper's script"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -366,8 +434,9 @@ class TruthArguments(EvaluateArguments):
     """Flags of evaluator/evaluate_truth_and_info.py."""
 
     mode: int | None = flag(None, "0: truth, 1: information", choices=[0, 1])
-    judge: str | None = flag(None, "a hub id or a folder of a causal LM, or openai (default: allenai's Llama-2-7B "
-                             "judge of the mode)")  # fmt: skip
+    judge: str | None = flag(
+        None, "a hub id or a folder of a causal LM, or openai (default: allenai's Llama-2-7B judge of the mode)"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -389,8 +458,11 @@ class JudgeArguments(SourceArguments):
     num_held_out: int = flag(1000, "held-out rows the judge is measured on, evenly spaced; -1: all")
     max_length: int = flag(192, "tokens; of a longer text the middle of the answer is cut")
     batch_size: int | None = flag(None, "short for --per_device_train_batch_size")
-    dtype: str = flag("auto", "of the base weights: auto (bfloat16 where the device is fast in it), float32, ...",
-                      choices=list(DTYPES))  # fmt: skip
+    dtype: str = flag(
+        "auto",
+        "of the base weights: auto (bfloat16 where the device is fast in it), float32, ...",
+        choices=list(DTYPES),
+    )
     rank: int = flag(16, "LoRA rank r")
     alpha: float = flag(32, "LoRA alpha")
     lora_dropout: float = flag(0.0, "LoRA dropout; drawing it is slow on a CPU")
@@ -434,8 +506,11 @@ class FuseArguments(BaseArguments):
     )
     max_rank: int = flag(32, "with --from_pt: the largest rank an expert's change of the base may have")
     seed: int = flag(42, "of the router's initial weights")
-    save_dtype: str = flag("auto", "of the experts on disk: auto keeps the adapters' own, float16 halves the file",
-                           choices=["auto", "float16", "float32"])  # fmt: skip
+    save_dtype: str = flag(
+        "auto",
+        "of the experts on disk: auto keeps the adapters' own, float16 halves the file",
+        choices=["auto", "float16", "float32"],
+    )
 
     def __post_init__(self):
         check("max_rank", self.max_rank, self.max_rank >= 1, "1 or more")
@@ -452,12 +527,16 @@ class ExportArguments:
     """Flags of models/export.py."""
 
     cross_task: str | None = flag(None, "the fused run to export: a name under results/outputs, or its folder")
-    to: str = flag("mixtral", "mixtral: a MixtralForCausalLM checkpoint; peft: one expert as an adapter; pt: the "
-                   "released code's moe.pt", choices=["mixtral", "peft", "pt"])  # fmt: skip
+    to: str = flag(
+        "mixtral",
+        "mixtral: a MixtralForCausalLM checkpoint; peft: one expert as an adapter; pt: the released code's moe.pt",
+        choices=["mixtral", "peft", "pt"],
+    )
     output: str | None = flag(None, "where to write: a new folder, or with --to pt a new file")
     expert: str | None = flag(None, "with --to peft: which expert")
-    dtype: str = flag("float32", "of the written weights (peft: always float32)",
-                      choices=["bfloat16", "float16", "float32"])  # fmt: skip
+    dtype: str = flag(
+        "float32", "of the written weights (peft: always float32)", choices=["bfloat16", "float16", "float32"]
+    )
     checkpoint_number: int | None = flag(None, "export the run's checkpoint-N instead of its end")
     results_dir: str = flag(str(RESULTS_DIR), "where runs are looked for")
 

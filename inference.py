@@ -60,11 +60,16 @@ def answer_task(args: InferArguments, path: Path | None, base_model: str, data_s
     name = directory_name(args)
     folder = Path(args.results_dir) / "inference" / args.task_name / args.dataset_type / name
     arguments = {
-        "base_model": base_model, "data_source": data_source, "run": args.run,
-        "checkpoint_number": args.checkpoint_number, "num_samples": args.num_samples,
-        "temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "seed": args.seed,
+        "base_model": base_model,
+        "data_source": data_source,
+        "run": args.run,
+        "checkpoint_number": args.checkpoint_number,
+        "num_samples": args.num_samples,
+        "temperature": args.temperature,
+        "max_new_tokens": args.max_new_tokens,
+        "seed": args.seed,
         **(server_arguments(args) if args.server_url else local_arguments(args, path)),
-    }  # fmt: skip
+    }
     rows = sources.read_rows(args.task_name, args.dataset_type, data_source)
     records = sources.spread(sources.prompt_records(args.task_name, rows, data_source), args.num_samples)
     state = run_dir.begin(folder, SCRIPT, arguments, "move it away, or write to another --results_dir")
@@ -102,8 +107,10 @@ def answer_task(args: InferArguments, path: Path | None, base_model: str, data_s
     meta = {"data_sha256": {file.name: run_dir.sha256(file) for file in files}}
     run_dir.finish(folder, SCRIPT, arguments, {"answers": len(found)}, meta)
     cut = sum(row["finish_reason"] == "length" for row in found)
-    print(f"{len(found)} answers ({cut} stopped by --max_new_tokens, "
-          f"{sum(not row['output'] for row in found)} empty): {outputs}")  # fmt: skip
+    print(
+        f"{len(found)} answers ({cut} stopped by --max_new_tokens, "
+        f"{sum(not row['output'] for row in found)} empty): {outputs}"
+    )
 
 
 def local_arguments(args: InferArguments, path: Path | None) -> dict:
@@ -111,8 +118,12 @@ def local_arguments(args: InferArguments, path: Path | None) -> dict:
     weights = weights_file(path)
     dtype = base.dtype_name(args.dtype)
     weights_sha256 = run_dir.sha256(weights) if weights else None
-    return {"batch_size": args.batch_size, "dtype": dtype, "weights_sha256": weights_sha256,
-            "cache_implementation": args.cache_implementation}  # fmt: skip
+    return {
+        "batch_size": args.batch_size,
+        "dtype": dtype,
+        "weights_sha256": weights_sha256,
+        "cache_implementation": args.cache_implementation,
+    }
 
 
 def server_arguments(args: InferArguments) -> dict:
@@ -141,23 +152,32 @@ def generate(model, tokenizer, batch: list[Record], args: InferArguments, seed: 
     """
     window = model.config.max_position_embeddings - args.max_new_tokens
     if window < 32:
-        raise UserError(f"--max_new_tokens {args.max_new_tokens}: leaves no room for the prompt in the model's "
-                        f"{model.config.max_position_embeddings} positions")  # fmt: skip
+        raise UserError(
+            f"--max_new_tokens {args.max_new_tokens}: leaves no room for the prompt in the model's "
+            f"{model.config.max_position_embeddings} positions"
+        )
     prompts = [prompt_ids(tokenizer, record)[-window:] for record in batch]
     length = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.eos_token_id] * (length - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     sampling = {"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if args.temperature > 0 else {}
     settings = GenerationConfig(
-        max_new_tokens=args.max_new_tokens, do_sample=args.temperature > 0, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id, stop_strings=[STOP_STRING],
-        cache_implementation=args.cache_implementation, **sampling,
-    )  # fmt: skip
+        max_new_tokens=args.max_new_tokens,
+        do_sample=args.temperature > 0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        stop_strings=[STOP_STRING],
+        cache_implementation=args.cache_implementation,
+        **sampling,
+    )
     torch.manual_seed(seed)
     generated = model.generate(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings,
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=settings,
         tokenizer=tokenizer,
-    )[:, length:].tolist()  # fmt: skip
+    )[:, length:].tolist()
     answers = []
     for record, tokens in zip(batch, generated, strict=True):
         ended = tokenizer.eos_token_id in tokens
@@ -177,24 +197,39 @@ def answers_of_server(args: InferArguments, records: list[Record]) -> Iterator[d
         records_of.setdefault(render_prompt(record.instruction, record.input), []).append(record)
     server = client.make_client(args.server_url, args.concurrency, flag="server_url")
     found = client.complete_all(
-        server, args.server_model, list(records_of), max_tokens=args.max_new_tokens, temperature=args.temperature,
-        top_p=1.0, seed=args.seed, stop=[STOP_STRING],
-    )  # fmt: skip
+        server,
+        args.server_model,
+        list(records_of),
+        max_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_p=1.0,
+        seed=args.seed,
+        stop=[STOP_STRING],
+    )
     for prompt, completion in found:
         choice, usage = completion.choices[0], completion.usage
         text, mark, _ = choice.text.partition(STOP_STRING)  # of a server that does not know `stop`
         for record in records_of[prompt]:
-            yield answer_row(record, text, usage.completion_tokens if usage else None,
-                             stopped=bool(mark) or choice.finish_reason == "stop")  # fmt: skip
+            yield answer_row(
+                record,
+                text,
+                usage.completion_tokens if usage else None,
+                stopped=bool(mark) or choice.finish_reason == "stop",
+            )
 
 
 def answer_row(record: Record, text: str, new_tokens: int | None, stopped: bool) -> dict:
     """A line of outputs.jsonl, but for its generator."""
     return {
-        "id": record.id, "instruction": record.instruction, "input": record.input, "output": text.strip(),
-        "task": record.task, "reference": record.output, "new_tokens": new_tokens,
+        "id": record.id,
+        "instruction": record.instruction,
+        "input": record.input,
+        "output": text.strip(),
+        "task": record.task,
+        "reference": record.output,
+        "new_tokens": new_tokens,
         "finish_reason": "stop" if stopped else "length",
-    }  # fmt: skip
+    }
 
 
 def finished_batches(outputs: Path, batches: list[list[Record]]) -> set[int]:

@@ -41,11 +41,14 @@ NUM_EXPERTS, RANK = 3, 8
 TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}  # relative error of an output against fp32
 BARS = {  # shape, tokens, pass: the largest ratio to the dense FFN we accept, at top-2 in bfloat16
     "cpu": {
-        ("Llama-2-7B", 512, "forward"): 1.15, ("Llama-2-7B", 512, "forward + backward"): 1.30,
-        ("Llama-2-7B", 1, "forward"): 1.15, ("Llama-2-7B", 8, "forward"): 1.15, ("SmolLM2-135M", 512, "forward"): 1.6,
+        ("Llama-2-7B", 512, "forward"): 1.15,
+        ("Llama-2-7B", 512, "forward + backward"): 1.30,
+        ("Llama-2-7B", 1, "forward"): 1.15,
+        ("Llama-2-7B", 8, "forward"): 1.15,
+        ("SmolLM2-135M", 512, "forward"): 1.6,
     },
     "cuda": {("Llama-2-7B", 4096, "forward"): 1.10, ("Llama-2-7B", 4096, "forward + backward"): 1.20},
-}  # fmt: skip
+}
 BATCHED_MM_LIMIT_BYTES = 4e9  # batched_mm copies every chosen expert's weights once per token
 
 
@@ -59,8 +62,11 @@ class BenchmarkArguments:
     repeats: int = flag(15, "timed repeats, after two that are not")
     dtype: str = flag("bfloat16", "of base and inputs", choices=["bfloat16", "float32"])
     base_model: str = flag(config.EMBEDDED_MODEL, "with --model 1: the base")
-    random_init: str | None = flag(None, "with --model 1: a randomly initialised model of this shape instead",
-                                   choices=list(whole_model.RANDOM_SHAPES))  # fmt: skip
+    random_init: str | None = flag(
+        None,
+        "with --model 1: a randomly initialised model of this shape instead",
+        choices=list(whole_model.RANDOM_SHAPES),
+    )
 
 
 class Layer(nn.Module):
@@ -218,11 +224,15 @@ def compare(layer: Layer, tokens: int, top_k: int, args: BenchmarkArguments, pla
             name: torch.tensor(values).quantile(torch.tensor([0.25, 0.5, 0.75])) for name, values in seconds.items()
         }
         for name, (low, median, high) in middle.items():
-            rows.append({
-                "form": name, "pass": "forward + backward" if backward else "forward", "ms": round(float(median), 4),
-                "ms_quartiles": [round(float(low), 4), round(float(high), 4)],
-                "ratio": round(float(median / middle["dense"][1]), 3),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "form": name,
+                    "pass": "forward + backward" if backward else "forward",
+                    "ms": round(float(median), 4),
+                    "ms_quartiles": [round(float(low), 4), round(float(high), 4)],
+                    "ratio": round(float(median / middle["dense"][1]), 3),
+                }
+            )
     return rows
 
 
@@ -237,8 +247,10 @@ def bench_ffn(args: BenchmarkArguments) -> list[dict]:
         layer = Layer(*SHAPES[shape], getattr(torch, args.dtype)).to(place)
         for top_k in map(int, args.top_k.split(",")):
             for count in map(int, tokens.split(",")):
-                found = [{"shape": shape, "top_k": top_k, "tokens": count, **row}
-                         for row in compare(layer, count, top_k, args, place)]  # fmt: skip
+                found = [
+                    {"shape": shape, "top_k": top_k, "tokens": count, **row}
+                    for row in compare(layer, count, top_k, args, place)
+                ]
                 print_rows(found)
                 rows += found
     for top_k in map(int, args.top_k.split(",")):
@@ -256,22 +268,29 @@ def print_rows(rows: list[dict]) -> None:
             print(f"  {row['form']:<20} {'':<20} not timed: {row['not_timed']}")
         else:
             low, high = row["ms_quartiles"]
-            print(f"  {row['form']:<20} {row['pass']:<20} {row['ms']:>10.2f} ms [{low:.2f}, {high:.2f}] "
-                  f"{row['ratio']:>7.2f} x dense")  # fmt: skip
+            print(
+                f"  {row['form']:<20} {row['pass']:<20} {row['ms']:>10.2f} ms [{low:.2f}, {high:.2f}] "
+                f"{row['ratio']:>7.2f} x dense"
+            )
 
 
 def print_bars(rows: list[dict]) -> None:
     """Our ratios against each bar, and how much faster than the best backend of MixtralExperts."""
     timed_rows = [row for row in rows if row["top_k"] == 2 and "ms" in row]
     for (shape, tokens, kind), limit in BARS[device().type].items():
-        here = {row["form"]: row for row in timed_rows
-                if (row["shape"], row["tokens"], row["pass"]) == (shape, tokens, kind)}  # fmt: skip
+        here = {
+            row["form"]: row
+            for row in timed_rows
+            if (row["shape"], row["tokens"], row["pass"]) == (shape, tokens, kind)
+        }
         for form in ("ours", "ours, compiled"):
             if form in here:
                 ratio = here[form]["ratio"]
                 best = min(row["ms"] for name, row in here.items() if name.startswith("Mixtral")) / here[form]["ms"]
-                print(f"{shape}, {tokens} tokens, {kind}, {form}: {ratio:.2f} x dense (bar {limit:.2f}: "
-                      f"{'met' if ratio <= limit else 'missed'}), {best:.2f} x faster than MixtralExperts")  # fmt: skip
+                print(
+                    f"{shape}, {tokens} tokens, {kind}, {form}: {ratio:.2f} x dense (bar {limit:.2f}: "
+                    f"{'met' if ratio <= limit else 'missed'}), {best:.2f} x faster than MixtralExperts"
+                )
 
 
 def markdown(rows: list[dict], top_k: int) -> list[str]:
@@ -288,8 +307,10 @@ def markdown(rows: list[dict], top_k: int) -> list[str]:
     for (shape, tokens, kind), here in groups.items():
         best = min(row["ratio"] for form, row in here.items() if form.startswith("Mixtral"))
         cells = [f"{here[form]['ratio']:.2f}" if form in here else "–" for form in columns]
-        lines.append(f"| {shape}, {tokens} token{'s' * (tokens > 1)} | {kind} | {here['dense']['ms']:.1f} | "
-                     f"{' | '.join(cells)} | {best:.2f} |")  # fmt: skip
+        lines.append(
+            f"| {shape}, {tokens} token{'s' * (tokens > 1)} | {kind} | {here['dense']['ms']:.1f} | "
+            f"{' | '.join(cells)} | {best:.2f} |"
+        )
     return lines
 
 

@@ -26,15 +26,31 @@ from models.loading import device, load_run
 
 FORMS = ("dense base", "exported Mixtral", "ours")
 SIZES = {  # full, quick
-    "train": ((8, 256), (2, 16)), "prefill": ((8, 512), (2, 16)), "decode_batches": ((1, 8, 32), (1, 2)),
-    "new_tokens": (64, 4), "prompts": (64, 4), "repeats": (5, 2),
-}  # fmt: skip
+    "train": ((8, 256), (2, 16)),
+    "prefill": ((8, 512), (2, 16)),
+    "decode_batches": ((1, 8, 32), (1, 2)),
+    "new_tokens": (64, 4),
+    "prompts": (64, 4),
+    "repeats": (5, 2),
+}
 RANDOM_SHAPES = {
-    "Llama-2-7B": dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                       num_key_value_heads=32, vocab_size=32000),
-    "tiny": dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, vocab_size=64),
-}  # fmt: skip
+    "Llama-2-7B": dict(
+        hidden_size=4096,
+        intermediate_size=11008,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        vocab_size=32000,
+    ),
+    "tiny": dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    ),
+}
 
 
 def bench_model(base_model: str, quick: bool) -> dict:

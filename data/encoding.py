@@ -103,8 +103,10 @@ def prompt_ids(tokenizer, record: Record) -> list[int]:
 
 
 def describe(counts: dict[str, int]) -> str:
-    return (f"{counts['samples']} samples ({counts['cut_prompts']} prompts and {counts['cut_answers']} answers cut to "
-            f"the maximal length, {counts['dropped_without_answer']} dropped without an answer)")  # fmt: skip
+    return (
+        f"{counts['samples']} samples ({counts['cut_prompts']} prompts and {counts['cut_answers']} answers cut to "
+        f"the maximal length, {counts['dropped_without_answer']} dropped without an answer)"
+    )
 
 
 class LengthGroupedSampler(Sampler):

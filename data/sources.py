@@ -162,8 +162,10 @@ def _load_hub(repository: str, *args, **kwargs):
 
 
 def _no_hub(repository: str, error: Exception) -> UserError:
-    return UserError(f"cannot load the data set {repository} from the hub ({type(error).__name__}); take the data "
-                     "that comes with this repository by --data_source sample, or a folder's by its path")  # fmt: skip
+    return UserError(
+        f"cannot load the data set {repository} from the hub ({type(error).__name__}); take the data "
+        "that comes with this repository by --data_source sample, or a folder's by its path"
+    )
 
 
 def _hub_rows(task: str, split: str) -> list[dict]:

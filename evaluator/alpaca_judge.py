@@ -51,8 +51,11 @@ class KeptClient:
         """The answer to client.chat.completions.create(...) or client.completions.create(...)."""
         kind = ChatCompletion if "messages" in request else Completion
         asked = {name: value for name, value in request.items() if name not in ("messages", "prompt")}
-        key = (f"{request['model']} at {self.base_url}", json.dumps(asked, sort_keys=True),
-               json.dumps(request.get("messages") or request["prompt"]))  # fmt: skip
+        key = (
+            f"{request['model']} at {self.base_url}",
+            json.dumps(asked, sort_keys=True),
+            json.dumps(request.get("messages") or request["prompt"]),
+        )
         cache = JudgementCache(self.results_dir)  # a connection of this thread's own
         value = cache.get(*key)
         if value is None and self.asked_path:
@@ -77,9 +80,11 @@ def load_annotators(judge: str) -> tuple[dict[str, dict], Path]:
         from alpaca_eval.constants import EVALUATORS_CONFIG_DIR
     path = next((p for p in (EVALUATORS_CONFIG_DIR / judge, Path(judge)) if (p / "configs.yaml").is_file()), None)
     if path is None:
-        raise UserError(f"--judge {judge}: must be an annotator of alpaca_eval, such as alpaca_eval_gpt4 or "
-                        f"weighted_alpaca_eval_gpt4_turbo (all: {EVALUATORS_CONFIG_DIR}), or a folder with a "
-                        "configs.yaml like theirs")  # fmt: skip
+        raise UserError(
+            f"--judge {judge}: must be an annotator of alpaca_eval, such as alpaca_eval_gpt4 or "
+            f"weighted_alpaca_eval_gpt4_turbo (all: {EVALUATORS_CONFIG_DIR}), or a folder with a "
+            "configs.yaml like theirs"
+        )
     path = path.resolve() / "configs.yaml"
     try:
         annotators = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -95,15 +100,17 @@ def load_annotators(judge: str) -> tuple[dict[str, dict], Path]:
 
 def derive_annotators(
     annotators: dict[str, dict], judge_url: str | None, judge_model: str | None
-) -> tuple[dict, str | None]:  # fmt: skip
+) -> tuple[dict, str | None]:
     """(the annotators with the user's model in them, the server they ask; None where they ask none by OpenAI's API)."""
     derived, urls = {}, set()
     for name, annotator in annotators.items():
         settings = dict(annotator.get("completions_kwargs") or {})
         if annotator.get("fn_completions", ASKED_BY_OPENAI) != ASKED_BY_OPENAI:
             if judge_url or judge_model:
-                raise UserError(f"--judge_url, --judge_model: are for annotators that ask by {ASKED_BY_OPENAI}, as "
-                                f"alpaca_eval_gpt4 does; {name} asks by {annotator['fn_completions']}")  # fmt: skip
+                raise UserError(
+                    f"--judge_url, --judge_model: are for annotators that ask by {ASKED_BY_OPENAI}, as "
+                    f"alpaca_eval_gpt4 does; {name} asks by {annotator['fn_completions']}"
+                )
             urls.add(None)
         else:
             own_url = (settings.pop("client_kwargs", None) or {}).get("base_url")
@@ -173,8 +180,10 @@ def length_controlled(annotations: list[dict]) -> np.ndarray | None:
         try:
             hf_hub_download("tatsu-lab/alpaca_eval", "df_gamed.csv", repo_type="dataset", token=config.hf_token)
         except Exception as error:  # huggingface_hub and the network each raise their own kinds
-            print("no length-controlled win rate: it needs df_gamed.csv of the hub's data set tatsu-lab/alpaca_eval, "
-                  f"which could not be had ({type(error).__name__})")  # fmt: skip
+            print(
+                "no length-controlled win rate: it needs df_gamed.csv of the hub's data set tatsu-lab/alpaca_eval, "
+                f"which could not be had ({type(error).__name__})"
+            )
             return None
         table = pandas.DataFrame(annotations)
         get_length_controlled_winrate(table, save_weights_dir=None)  # adds the column; else it writes in its package

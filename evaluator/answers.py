@@ -46,8 +46,10 @@ def load_answers(args: EvaluateArguments, task: str) -> Answers:
     rows = read_jsonl(path, COLUMNS, may_be_empty=("input", "output", "reference"))
     asked = read_json(folder / COMPLETE)["train"].get("answers")
     if asked is not None and len(rows) != asked:
-        raise UserError(f"{path}: holds {len(rows)} answers, {asked} prompts were asked; move {folder} away and run "
-                        "inference.py again")  # fmt: skip
+        raise UserError(
+            f"{path}: holds {len(rows)} answers, {asked} prompts were asked; move {folder} away and run "
+            "inference.py again"
+        )
     wrong = next((row["id"] for row in rows if row["task"] != task), None)
     if wrong is not None:
         raise UserError(f"{path}: answer {wrong!r} is not one to a {task} prompt")

@@ -29,9 +29,12 @@ CHAT_TOKENS = 128  # longest answer of a chat judge: a verdict of a few lines
 # them; the vendor's own list is at https://openai.com/api/pricing
 PRICES_DATE = "2026-04"
 PRICES = {
-    "gpt-4": (30.00, 60.00), "gpt-4-turbo": (10.00, 30.00), "gpt-4-1106-preview": (10.00, 30.00),
-    "gpt-4o": (2.50, 10.00), "gpt-4o-mini": (0.15, 0.60),
-}  # fmt: skip
+    "gpt-4": (30.00, 60.00),
+    "gpt-4-turbo": (10.00, 30.00),
+    "gpt-4-1106-preview": (10.00, 30.00),
+    "gpt-4o": (2.50, 10.00),
+    "gpt-4o-mini": (0.15, 0.60),
+}
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,13 @@ def server_url(given: str | None, flag: str = "judge_url") -> str:
 
 
 def make_client(
-    given_url: str | None, concurrency: int, *, flag: str = "judge_url", timeout_s: float = TIMEOUT_S,
+    given_url: str | None,
+    concurrency: int,
+    *,
+    flag: str = "judge_url",
+    timeout_s: float = TIMEOUT_S,
     max_retries: int = MAX_RETRIES,
-) -> Client:  # fmt: skip
+) -> Client:
     """The client of a server. UserError if it is OpenAI itself and OPENAI_API_KEY is not set; others may need none."""
     url = server_url(given_url, flag)
     key = os.environ.get("OPENAI_API_KEY")
@@ -76,9 +83,7 @@ def complete_all(client: Client, model: str, prompts: list[str], **sampling) -> 
     return _ask_all(client, prompts, lambda prompt: complete(client.api, model=model, prompt=prompt, **sampling))
 
 
-def chat_all(
-    client: Client, model: str, texts: list[str], max_tokens: int = CHAT_TOKENS
-) -> Iterator[tuple[str, str]]:  # fmt: skip
+def chat_all(client: Client, model: str, texts: list[str], max_tokens: int = CHAT_TOKENS) -> Iterator[tuple[str, str]]:
     """(text, greedy answer to it as one user message) by /v1/chat/completions, as each is done, in any order."""
 
     def ask(text: str) -> str:
@@ -98,14 +103,20 @@ def yes_probabilities(client: Client, model: str, texts: list[str]) -> Iterator[
     for text, found in complete_all(client, model, texts, max_tokens=1, temperature=0, logprobs=5):
         logprobs = found.choices[0].logprobs
         if logprobs is None or not logprobs.top_logprobs:
-            raise UserError(f"{client.api.base_url}: gives no logprobs, which the score of {model} is; serve the judge "
-                            "with vLLM, or load it here by naming its folder or hub id as --judge")  # fmt: skip
+            raise UserError(
+                f"{client.api.base_url}: gives no logprobs, which the score of {model} is; serve the judge "
+                "with vLLM, or load it here by naming its folder or hub id as --judge"
+            )
         likeliest = logprobs.top_logprobs[0]
-        yes, no = (max((math.exp(p) for token, p in likeliest.items() if token.strip(" ▁") == word), default=0.0)
-                   for word in ("yes", "no"))  # fmt: skip
+        yes, no = (
+            max((math.exp(p) for token, p in likeliest.items() if token.strip(" ▁") == word), default=0.0)
+            for word in ("yes", "no")
+        )
         if not yes and not no:
-            raise UserError(f"--judge_model {model}: answers with {sorted(likeliest)}, neither yes nor no; it is not a "
-                            "truth or information judge")  # fmt: skip
+            raise UserError(
+                f"--judge_model {model}: answers with {sorted(likeliest)}, neither yes nor no; it is not a "
+                "truth or information judge"
+            )
         yield text, yes
 
 
@@ -130,8 +141,10 @@ def complete(api: openai.OpenAI, **request) -> ChatCompletion | Completion:
 def cost(model: str, texts: list[str], max_tokens: int, url: str) -> str:
     """One line for --dry_run: requests, tokens and price of asking for up to `max_tokens` on each text."""
     tokens_in, tokens_out = sum(math.ceil(len(text) / 4) for text in texts), max_tokens * len(texts)
-    line = (f"{len(texts)} requests to {model} at {url}: about {tokens_in} tokens in (estimated as characters / 4) and "
-            f"at most {tokens_out} out")  # fmt: skip
+    line = (
+        f"{len(texts)} requests to {model} at {url}: about {tokens_in} tokens in (estimated as characters / 4) and "
+        f"at most {tokens_out} out"
+    )
     if urlsplit(url).hostname != urlsplit(OPENAI_URL).hostname:
         return f"{line}; the price is that server's own"
     price = PRICES.get(model) or PRICES.get(re.sub(r"-(\d{4}-\d\d-\d\d|\d{4})$", "", model))  # less a snapshot's date
@@ -180,7 +193,7 @@ def _explain(error: Exception, api: openai.OpenAI, model: str) -> str:
             openai.PermissionDeniedError: f"this key may not use {model}",
             openai.NotFoundError: f"has it a model {model}, and does the address end in /v1?",
             openai.RateLimitError: f"still so after {api.max_retries} retries; wait, or lower --concurrency",
-        }.get(type(error), "see its log")  # fmt: skip
+        }.get(type(error), "see its log")
         said = error.body.get("message") if isinstance(error.body, dict) else None
         problem = f"{error.status_code} {said or error.response.text[:300]}; {remedy}"
     else:

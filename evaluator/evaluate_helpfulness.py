@@ -45,10 +45,22 @@ def main(argv: list[str] | None = None) -> None:
     empty = sum(not row["output"].strip() for row in reference)
     print(f"{len(model)} items ({answers.num_empty} empty answers, {empty} empty references): {folder}")
     if args.judge is None:
-        print("AlpacaEval's own command on them, with the paper's judge (IS_ALPACA_EVAL_2=True: AlpacaEval 2):\n  "
-              + shlex.join(["env", "IS_ALPACA_EVAL_2=False", "alpaca_eval", "--model_outputs", str(files[0]),
-                            "--reference_outputs", str(files[1]), "--caching_path",
-                            str(folder / "alpaca_eval_annotations.json")]))  # fmt: skip
+        print(
+            "AlpacaEval's own command on them, with the paper's judge (IS_ALPACA_EVAL_2=True: AlpacaEval 2):\n  "
+            + shlex.join(
+                [
+                    "env",
+                    "IS_ALPACA_EVAL_2=False",
+                    "alpaca_eval",
+                    "--model_outputs",
+                    str(files[0]),
+                    "--reference_outputs",
+                    str(files[1]),
+                    "--caching_path",
+                    str(folder / "alpaca_eval_annotations.json"),
+                ]
+            )
+        )
     else:
         judge_answers(args, [row["id"] for row in answers.rows], model, reference)
 
@@ -69,8 +81,10 @@ def output_pairs(rows: list[dict], reference_outputs: str | None, folder: Path) 
         if given is None:
             found = {"output": row["reference"], "generator": "text_davinci_003" if standard else "reference"}
         elif (found := given.get(instruction)) is None:
-            raise UserError(f"--reference_outputs {reference_outputs}: has no output for {instruction[:80]!r} "
-                            f"(answer {row['id']!r}); it must cover every instruction")  # fmt: skip
+            raise UserError(
+                f"--reference_outputs {reference_outputs}: has no output for {instruction[:80]!r} "
+                f"(answer {row['id']!r}); it must cover every instruction"
+            )
         reference.append({**common, **found})
     return model, reference
 
@@ -114,9 +128,14 @@ def judge_answers(args: HelpfulnessArguments, ids: list[str], model: list[dict],
     name = source.name + (f"_{args.judge_model}".replace("/", "_") if args.judge_model else "")
     folder = evaluation_folder(args.results_dir, TASK, args.dataset_type, args.directory, name)
     pairs = json.dumps([model, reference], ensure_ascii=False).encode()
-    arguments = {"judge": args.judge, "judge_url": url, "judge_model": args.judge_model,
-                 "num_samples": args.num_samples, "annotator_sha256": alpaca_judge.checksum(annotators),
-                 "pairs_sha256": hashlib.sha256(pairs).hexdigest()}  # fmt: skip
+    arguments = {
+        "judge": args.judge,
+        "judge_url": url,
+        "judge_model": args.judge_model,
+        "num_samples": args.num_samples,
+        "annotator_sha256": alpaca_judge.checksum(annotators),
+        "pairs_sha256": hashlib.sha256(pairs).hexdigest(),
+    }
     if run_dir.begin(folder, SCRIPT, arguments, REMEDY) != "complete":
         configuration = alpaca_judge.write_configuration(folder, annotators, url, args.results_dir, args.concurrency)
         # KeptClient keeps the answers of OpenAI's protocol; those that others give, the library
@@ -125,8 +144,13 @@ def judge_answers(args: HelpfulnessArguments, ids: list[str], model: list[dict],
         metrics = win_rates(annotations, ids, model, reference)
         models = sorted(a["completions_kwargs"].get("model_name", "?") for a in annotators.values())
         agreement = None if args.judge_model else alpaca_judge.human_agreement(source)
-        judge = {"name": name, "version": f"alpaca_eval {version('alpaca_eval')}", "models": models, "url": url,
-                 "human_agreement": agreement}  # fmt: skip
+        judge = {
+            "name": name,
+            "version": f"alpaca_eval {version('alpaca_eval')}",
+            "models": models,
+            "url": url,
+            "human_agreement": agreement,
+        }
         write_scores(folder, SCRIPT, arguments, judge, metrics, item_judgements(ids, annotations))
     scores = run_dir.read_json(folder / "metrics.json")
     agreement = scores["judge"]["human_agreement"]
@@ -141,16 +165,28 @@ def win_rates(annotations: list[dict], ids: list[str], model: list[dict], refere
     wins = np.array([preference(row) for row in annotations], dtype=float)
     judged = wins[~np.isnan(wins)]
     if not len(judged):
-        raise UserError("none of the judge's answers is a preference in the annotator's format; take a judge that "
-                        "keeps to it")  # fmt: skip
-    metrics = {"win_rate": {**metric(judged, unit="share", higher_is_better=True), "standard_error": deviation(judged),
-                            "without_preference": len(wins) - len(judged)}}  # fmt: skip
+        raise UserError(
+            "none of the judge's answers is a preference in the annotator's format; take a judge that keeps to it"
+        )
+    metrics = {
+        "win_rate": {
+            **metric(judged, unit="share", higher_is_better=True),
+            "standard_error": deviation(judged),
+            "without_preference": len(wins) - len(judged),
+        }
+    }
     if ids == [f"alpaca_eval-{i}" for i in range(NUM_ALPACA_EVAL)]:
         controlled = alpaca_judge.length_controlled(annotations)
         if controlled is not None:
             # no interval: it would have to fit the library's model anew for each bootstrap sample
-            value = {"value": float(controlled.mean()), "n": len(controlled), "interval": None, "unit": "share",
-                     "higher_is_better": True, "standard_error": deviation(controlled)}  # fmt: skip
+            value = {
+                "value": float(controlled.mean()),
+                "n": len(controlled),
+                "interval": None,
+                "unit": "share",
+                "higher_is_better": True,
+                "standard_error": deviation(controlled),
+            }
             metrics["length_controlled_win_rate"] = value
     else:
         print(f"no length-controlled win rate: it is defined for AlpacaEval's own {NUM_ALPACA_EVAL} items only")
@@ -180,8 +216,13 @@ def item_judgements(ids: list[str], annotations: list[dict]) -> list[dict]:
     the order in which the two are shown."""
     judgements = []
     for item, row in zip(ids, annotations, strict=True):
-        found = {"metric": "win_rate", "id": item, "value": preference(row), "annotator": row.get("annotator"),
-                 "raw_completion": row.get("preference_raw_completion")}  # fmt: skip
+        found = {
+            "metric": "win_rate",
+            "id": item,
+            "value": preference(row),
+            "annotator": row.get("annotator"),
+            "raw_completion": row.get("preference_raw_completion"),
+        }
         judgements.append({key: None if isinstance(v, float) and np.isnan(v) else v for key, v in found.items()})
     return judgements
 

@@ -48,10 +48,13 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
     label = run_label(name, args.checkpoint_number)
     weights = weights_file(path)
     arguments = {
-        "base_model": base_model, "data_source": data_source, "num_samples": args.num_samples,
-        "max_length": args.max_length, "dtype": base.dtype_name(args.dtype),
+        "base_model": base_model,
+        "data_source": data_source,
+        "num_samples": args.num_samples,
+        "max_length": args.max_length,
+        "dtype": base.dtype_name(args.dtype),
         "weights_sha256": run_dir.sha256(weights) if weights else None,
-    }  # fmt: skip
+    }
     folders = {t: evaluation_folder(args.results_dir, t, args.dataset_type, label, JUDGE) for t in args.tasks}
     remedy = "move it away, or write to another --results_dir"
     states = {task: run_dir.begin(folder, SCRIPT, arguments, remedy) for task, folder in folders.items()}
@@ -126,8 +129,14 @@ def task_metrics(task: str, records, comparisons, scored: dict[Record, Scored], 
         hits = routing_hits(probs, torch.full((len(known),), expert))
         metrics["routing_accuracy"] = metric(hits.tolist(), unit="share", higher_is_better=True)
         for (record, s), hit in zip(known, hits.tolist(), strict=True):
-            judgements.append({"metric": "routing_accuracy", "id": record.id, "value": hit,
-                               "routing_probs": [round(p, 4) for p in s.routing_probs.tolist()]})  # fmt: skip
+            judgements.append(
+                {
+                    "metric": "routing_accuracy",
+                    "id": record.id,
+                    "value": hit,
+                    "routing_probs": [round(p, 4) for p in s.routing_probs.tolist()],
+                }
+            )
     return metrics, judgements
 
 

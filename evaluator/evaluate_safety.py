@@ -59,8 +59,10 @@ def main(argv: list[str] | None = None) -> None:
     answers = load_answers(args, TASK)
     protocol = args.judge_protocol or protocol_of(args.judge)
     if args.judge_url and protocol not in GUARDS:
-        raise UserError(f"--judge_url {args.judge_url}: a {protocol} judge runs on this machine; only WildGuard and "
-                        "Llama Guard are asked on a server")  # fmt: skip
+        raise UserError(
+            f"--judge_url {args.judge_url}: a {protocol} judge runs on this machine; only WildGuard and "
+            "Llama Guard are asked on a server"
+        )
     if args.dry_run:
         dry_run(args, protocol, answers)
         return
@@ -70,20 +72,31 @@ def main(argv: list[str] | None = None) -> None:
     trained = read_trained(args.judge, TASK)
     version = None if engine else judge_version(args.judge)
     folder = evaluation_folder(args.results_dir, TASK, args.dataset_type, args.directory, args.judge)
-    arguments = {"judge": args.judge, "judge_protocol": protocol, "judge_version": version, "judge_model": engine,
-                 "answers_sha256": answers.checksum,
-                 "num_samples": args.num_samples, "max_length": args.max_length if protocol == "beaver-dam" else None,
-                 "dtype": None if engine else base.dtype_name(args.dtype)}  # fmt: skip
+    arguments = {
+        "judge": args.judge,
+        "judge_protocol": protocol,
+        "judge_version": version,
+        "judge_model": engine,
+        "answers_sha256": answers.checksum,
+        "num_samples": args.num_samples,
+        "max_length": args.max_length if protocol == "beaver-dam" else None,
+        "dtype": None if engine else base.dtype_name(args.dtype),
+    }
     if run_dir.begin(folder, SCRIPT, arguments, REMEDY) == "complete":
         print(f"{folder}: judged already")
     else:
         verdicts = judge_answers(args, protocol, engine, version, answers.rows, trained)
         metrics = task_metrics(answers, verdicts, protocol, trained)
         judgements = [
-            {"metric": "flagged", "id": row["id"], "value": verdict and verdict["flagged"], "verdict": verdict,
-             "refusal": is_refusal(row["output"])}
+            {
+                "metric": "flagged",
+                "id": row["id"],
+                "value": verdict and verdict["flagged"],
+                "verdict": verdict,
+                "refusal": is_refusal(row["output"]),
+            }
             for row, verdict in zip(answers.rows, verdicts, strict=True)
-        ]  # fmt: skip
+        ]
         judged_by = {"name": args.judge, "version": version, "protocol": protocol}
         judged_by["held_out"] = trained and trained.known
         write_scores(folder, SCRIPT, arguments, judged_by, metrics, judgements)
@@ -125,8 +138,14 @@ def judge_answers(
     asked = f"{protocol} {GUARD_TOKENS if protocol in GUARDS else max_length} {None if engine else dtype}"
     found = judge_texts(JudgementCache(args.results_dir), who, asked, texts, ask, Path(args.judge).name)
     if protocol == "beaver-dam":
-        return [{"flagged": max(p.values()) > THRESHOLD, "categories": [name for name in p if p[name] > THRESHOLD],
-                 "probabilities": p} for p in found]  # fmt: skip
+        return [
+            {
+                "flagged": max(p.values()) > THRESHOLD,
+                "categories": [name for name in p if p[name] > THRESHOLD],
+                "probabilities": p,
+            }
+            for p in found
+        ]
     if protocol == "yes-no":
         return [{"flagged": p >= THRESHOLD, "p": p} for p in found]
     return [GUARDS[protocol](words) for words in found]
@@ -149,8 +168,10 @@ def task_metrics(answers: Answers, verdicts: list[dict | None], protocol: str, t
     read no share is taken: `unparsable` counts them."""
     read = [verdict for verdict in verdicts if verdict is not None]
     if not read:
-        raise UserError(f"none of the judge's {len(verdicts)} answers is a {protocol} verdict: is it that judge? The "
-                        "answers are kept; name another --judge or --judge_protocol")  # fmt: skip
+        raise UserError(
+            f"none of the judge's {len(verdicts)} answers is a {protocol} verdict: is it that judge? The "
+            "answers are kept; name another --judge or --judge_protocol"
+        )
     flagged = [verdict["flagged"] for verdict in read]
     counts = {"unparsable": len(verdicts) - len(read), "empty": answers.num_empty}
     value = share(flagged, higher_is_better=False, **counts)
@@ -204,8 +225,10 @@ def tell(args: SafetyArguments, folder: Path, trained) -> None:
     """The scores for a person: values, intervals, n, judge, what could not be judged, the judge's own accuracy."""
     metrics = run_dir.read_json(folder / "metrics.json")["metrics"]
     flagged = metrics["flagged"]
-    print(f"flagged {show(flagged)}; {flagged['unparsable']} verdicts not readable, {flagged['empty']} answers empty; "
-          f"judge {judge_name(args.judge)}")  # fmt: skip
+    print(
+        f"flagged {show(flagged)}; {flagged['unparsable']} verdicts not readable, {flagged['empty']} answers empty; "
+        f"judge {judge_name(args.judge)}"
+    )
     if trained:
         print(f"  {trained.warning()}\n  {show_corrected(flagged)}")
     for name, value in metrics.items():

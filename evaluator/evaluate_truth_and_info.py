@@ -41,8 +41,11 @@ def main(argv: list[str] | None = None) -> None:
     answers = load_answers(args, TASK)
     judge, engine = which_judge(args)
     cleaned = [clean_answer(row["output"]) for row in answers.rows]
-    texts = [fill(YES_NO[args.kind], row["instruction"], answer)
-             for row, answer in zip(answers.rows, cleaned, strict=True) if answer]  # fmt: skip
+    texts = [
+        fill(YES_NO[args.kind], row["instruction"], answer)
+        for row, answer in zip(answers.rows, cleaned, strict=True)
+        if answer
+    ]
     if args.dry_run:
         if engine is None:
             print(f"{len(texts)} texts for the local judge {judge}: no server is asked")
@@ -53,9 +56,14 @@ def main(argv: list[str] | None = None) -> None:
     trained = None if engine else read_trained(judge, args.kind)
     version = None if engine else judge_version(judge)
     folder = evaluation_folder(args.results_dir, TASK, args.dataset_type, args.directory, folder_name(args.kind, judge))
-    arguments = {"mode": args.mode, "judge": judge, "judge_version": version, "answers_sha256": answers.checksum,
-                 "num_samples": args.num_samples,
-                 "dtype": None if engine else base.dtype_name(args.dtype)}  # fmt: skip
+    arguments = {
+        "mode": args.mode,
+        "judge": judge,
+        "judge_version": version,
+        "answers_sha256": answers.checksum,
+        "num_samples": args.num_samples,
+        "dtype": None if engine else base.dtype_name(args.dtype),
+    }
     if run_dir.begin(folder, SCRIPT, arguments, REMEDY) == "complete":
         print(f"{folder}: judged already")
     else:
@@ -148,19 +156,25 @@ def combine(args: TruthArguments, answers: Answers, folder: Path) -> None:
         means = [[rows[id]["value"] for id in truth] for rows in (truth, information)]
         metrics = {
             "truth_and_information": share(joint, higher_is_better=True),
-            "product_of_means": statistic_metric(lambda a, b: np.mean(a) * np.mean(b), means, unit="share",
-                                                 higher_is_better=True),
-        }  # fmt: skip
+            "product_of_means": statistic_metric(
+                lambda a, b: np.mean(a) * np.mean(b), means, unit="share", higher_is_better=True
+            ),
+        }
         judges = [run_dir.read_json(place / "metrics.json")["judge"] for place in (first, second)]
         place = folder.parent / f"{first.name}_x_{second.name}"
-        arguments = {"answers_sha256": answers.checksum, "num_samples": args.num_samples,
-                     "judges": [[judge["name"], judge["version"]] for judge in judges]}  # fmt: skip
+        arguments = {
+            "answers_sha256": answers.checksum,
+            "num_samples": args.num_samples,
+            "judges": [[judge["name"], judge["version"]] for judge in judges],
+        }
         if run_dir.begin(place, SCRIPT, arguments, REMEDY) != "complete":
             rows = [{"id": id, "value": value} for id, value in zip(truth, joint, strict=True)]
             judge = {"name": " and ".join(judge["name"] for judge in judges), "version": None, "judges": judges}
             write_scores(place, SCRIPT, arguments, judge, metrics, rows)
-        print(f"truth × information {show(metrics['truth_and_information'])} per item; product of the two means "
-              f"{show(metrics['product_of_means'])}: {place}")  # fmt: skip
+        print(
+            f"truth × information {show(metrics['truth_and_information'])} per item; product of the two means "
+            f"{show(metrics['product_of_means'])}: {place}"
+        )
         if any(judge.get("held_out") for judge in judges):
             print("  not corrected for the judges' errors: how often both err on one answer is not known")
 

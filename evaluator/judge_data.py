@@ -43,8 +43,10 @@ def judge_rows(kind: str, source: str) -> tuple[list[Labelled], list[Labelled], 
         train, held_out = (_answer_columns(split, source) for split in ("train", "test"))
         origin = "the answer columns of the truthfulness rows"
     else:
-        raise UserError(f"--data_source {source}: an information judge needs {PUBLISHED[kind]} (truthfulqa_idx, "
-                        "question, answer, label) in a folder; data sample has it, the hub has not")  # fmt: skip
+        raise UserError(
+            f"--data_source {source}: an information judge needs {PUBLISHED[kind]} (truthfulqa_idx, "
+            "question, answer, label) in a folder; data sample has it, the hub has not"
+        )
     unseen = {row.question for row in held_out}
     train = [row for row in train if row.question not in unseen]
     for name, rows in (("training", train), ("held-out", held_out)):

@@ -49,9 +49,13 @@ def _key(judge: str, version: str, text: str) -> str:
 
 
 def judge_texts(
-    cache: JudgementCache, judge: str, version: str, texts: list[str],
-    ask: Callable[[list[str]], Iterable[tuple[str, object]]], description: str,
-) -> list:  # fmt: skip
+    cache: JudgementCache,
+    judge: str,
+    version: str,
+    texts: list[str],
+    ask: Callable[[list[str]], Iterable[tuple[str, object]]],
+    description: str,
+) -> list:
     """One judgement (a JSON value) per text, in the texts' order; only texts without a kept one are asked.
 
     `ask` takes the different texts still to be judged and yields (text, judgement) as each is done, in any order; each

@@ -86,8 +86,10 @@ def yes_no_ids(tokenizer, text: str) -> tuple[int, int]:
         eos = [token for token in before[-1:] if token == tokenizer.eos_token_id]  # some tokenizers end every text
         before, after = before[: len(before) - len(eos)], after[: len(after) - len(eos)]
         if after[:-1] != before:
-            raise UserError(f"--judge {tokenizer.name_or_path}: its tokenizer makes no single token of {word!r} after "
-                            f"{text[-8:]!r}; such a model cannot be asked for p(yes)")  # fmt: skip
+            raise UserError(
+                f"--judge {tokenizer.name_or_path}: its tokenizer makes no single token of {word!r} after "
+                f"{text[-8:]!r}; such a model cannot be asked for p(yes)"
+            )
         found.append(after[-1])
     return found[0], found[1]
 
@@ -166,8 +168,10 @@ def check_labels(judge: str) -> None:
     labels = list(_from_hub(AutoConfig, judge).id2label.values())
     if set(labels) != set(HARM_CATEGORIES):
         shown = ", ".join(map(str, labels[:6])) + (", ..." if len(labels) > 6 else "")
-        raise UserError(f"--judge {judge}: its labels are {shown}; a safety classifier needs beaver-dam's 14 "
-                        f"({HARM_CATEGORIES[0]}, ...); name another way of asking with --judge_protocol")  # fmt: skip
+        raise UserError(
+            f"--judge {judge}: its labels are {shown}; a safety classifier needs beaver-dam's 14 "
+            f"({HARM_CATEGORIES[0]}, ...); name another way of asking with --judge_protocol"
+        )
 
 
 def load_classifier(judge: str, dtype: torch.dtype):
@@ -218,8 +222,15 @@ def written_answers(
     end = tokenizer.eos_token_id
     for batch in _batches(special, batch_size):
         ids, mask = _padded([ids for _, ids in batch], left=True)
-        written = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False,
-                                 temperature=None, top_p=None, pad_token_id=end if end is not None else 0)  # fmt: skip
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            pad_token_id=end if end is not None else 0,
+        )
         for (text, _), tokens in zip(batch, written[:, ids.shape[1] :], strict=True):
             yield text, tokenizer.decode(tokens, skip_special_tokens=True)
 

@@ -51,8 +51,10 @@ def main(argv: list[str] | None = None) -> None:
         parts = [likelihood_table(results_dir, runs, args.dataset_type), *parts, cost_table(results_dir, runs)]
     table = "\n".join(part for part in parts if part)
     if not table:
-        raise UserError(f"--results_dir {results_dir}: holds no judged scores of the {args.dataset_type} half, and "
-                        "--runs names no run")  # fmt: skip
+        raise UserError(
+            f"--results_dir {results_dir}: holds no judged scores of the {args.dataset_type} half, and "
+            "--runs names no run"
+        )
     path = results_dir / "report" / "table.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(table, encoding="utf-8")
@@ -115,13 +117,17 @@ def judged_table(results_dir: Path, split: str) -> str:
     if not found:
         return ""
     columns = [(heading, judge) for heading, names in judges.items() for judge in names]
-    lines = ["| answers | " + " | ".join(f"{heading} ({judge})" for heading, judge in columns) + " |",
-             "| --- |" + " --- |" * len(columns)]  # fmt: skip
+    lines = [
+        "| answers | " + " | ".join(f"{heading} ({judge})" for heading, judge in columns) + " |",
+        "| --- |" + " --- |" * len(columns),
+    ]
     for run in sorted(found):
         lines.append(f"| {run} | " + " | ".join(judged_cell(found[run].get(column)) for column in columns) + " |")
     lines += ["", "Judged answers; 95 % bootstrap intervals over items."]
-    lines += [f"{judge}: a small judge trained here, accuracy {cell(known)} on {known['n']} held-out rows."
-              for judge, known in trained.items()]  # fmt: skip
+    lines += [
+        f"{judge}: a small judge trained here, accuracy {cell(known)} on {known['n']} held-out rows."
+        for judge, known in trained.items()
+    ]
     return "\n".join([*lines, ""])
 
 
@@ -142,8 +148,10 @@ def cost_table(results_dir: Path, runs: list[str]) -> str:
     found = {run: record for run, record in found.items() if record and "train" in record}
     if not found:
         return ""
-    lines = ["| run | samples x epochs | seconds | peak memory (GB) | trained parameters (M) |",
-             "| --- | --- | --- | --- | --- |"]  # fmt: skip
+    lines = [
+        "| run | samples x epochs | seconds | peak memory (GB) | trained parameters (M) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for run, record in found.items():
         train, arguments = record["train"], record["run"]["arguments"]
         lines.append(

@@ -13,8 +13,13 @@ COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f
 
 
 @torch.inference_mode()
-def routing_usage(model: LlamaMoeForCausalLM, tokenizer, prompts_and_answers: list[tuple[str, str]], batch_size: int,
-                  progress: bool = True) -> dict:  # fmt: skip
+def routing_usage(
+    model: LlamaMoeForCausalLM,
+    tokenizer,
+    prompts_and_answers: list[tuple[str, str]],
+    batch_size: int,
+    progress: bool = True,
+) -> dict:
     """Routing over all real tokens of prompts and answers: padding never counts, and every token counts once.
 
     Returns experts, top_k, tokens, and per layer (a list of L lists of E): weight, the mean routing weight after top-k

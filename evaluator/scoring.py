@@ -92,9 +92,12 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
     fused = isinstance(base, LlamaMoeForCausalLM)
     routing = {"output_router_logits": True} if fused else {}
     outputs = base.model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=False,
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=positions.to(device),
+        use_cache=False,
         **routing,
-    )  # fmt: skip
+    )
     answers = [(i, number) for i, row in enumerate(rows) for number in range(1, len(row.answers) + 1)]
     samples = torch.tensor([i for i, _ in answers])
     lengths = [len(rows[i].answers[number - 1]) for i, number in answers]
@@ -104,10 +107,16 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
         sources.append(torch.cat((torch.tensor([len(rows[i].prompt) - 1]), places[:-1])))
     hidden = outputs.last_hidden_state[samples.repeat_interleave(torch.tensor(lengths)), torch.cat(sources)]
     tokens = torch.tensor([token for i, number in answers for token in rows[i].answers[number - 1]], device=device)
-    log_probs = torch.cat([
-        -F.cross_entropy(base.lm_head(some).float(), targets, reduction="none")  # (512, V) at most
-        for some, targets in zip(hidden.split(512), tokens.split(512), strict=True)
-    ]).cpu().split(lengths)  # fmt: skip
+    log_probs = (
+        torch.cat(
+            [
+                -F.cross_entropy(base.lm_head(some).float(), targets, reduction="none")  # (512, V) at most
+                for some, targets in zip(hidden.split(512), tokens.split(512), strict=True)
+            ]
+        )
+        .cpu()
+        .split(lengths)
+    )
     probs = [None] * len(answers)
     if fused:
         openings = torch.tensor([row.opening for row in rows])

@@ -23,11 +23,24 @@ def metric(numerators, denominators=None, *, unit: str, higher_is_better: bool |
 
     interval = None
     if len(numerators) > 1:
-        found = bootstrap((numerators, denominators), ratio, paired=True, vectorized=True, n_resamples=NUM_RESAMPLES,
-                          method="percentile", batch=200, rng=np.random.default_rng(seed))  # fmt: skip
+        found = bootstrap(
+            (numerators, denominators),
+            ratio,
+            paired=True,
+            vectorized=True,
+            n_resamples=NUM_RESAMPLES,
+            method="percentile",
+            batch=200,
+            rng=np.random.default_rng(seed),
+        )
         interval = [float(found.confidence_interval.low), float(found.confidence_interval.high)]
-    return {"value": float(ratio(numerators, denominators)), "n": len(numerators), "interval": interval,
-            "unit": unit, "higher_is_better": higher_is_better}  # fmt: skip
+    return {
+        "value": float(ratio(numerators, denominators)),
+        "n": len(numerators),
+        "interval": interval,
+        "unit": unit,
+        "higher_is_better": higher_is_better,
+    }
 
 
 def share(values, *, higher_is_better: bool | None, unit: str = "share", **more) -> dict:
@@ -45,8 +58,13 @@ def statistic_metric(statistic, arrays, *, unit: str, higher_is_better: bool, se
     n = len(arrays[0])
     resampled = [statistic(*(array[chosen] for array in arrays)) for chosen in rng.integers(0, n, (NUM_RESAMPLES, n))]
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return {"value": float(statistic(*arrays)), "n": n, "interval": [float(low), float(high)], "unit": unit,
-            "higher_is_better": higher_is_better}  # fmt: skip
+    return {
+        "value": float(statistic(*arrays)),
+        "n": n,
+        "interval": [float(low), float(high)],
+        "unit": unit,
+        "higher_is_better": higher_is_better,
+    }
 
 
 def area_under_curve(labels, scores) -> float:
@@ -78,8 +96,13 @@ def corrected_share(judged, labels, predictions, known=None, seed: int = 0) -> d
     """
     judged, labels, predictions = (np.asarray(array, dtype=float) for array in (judged, labels, predictions))
     hits, alarms = predictions[labels == 1], predictions[labels == 0]
-    found = {"unit": "share", "n": len(judged), "n_labelled": len(labels), "sensitivity": float(hits.mean()),
-             "specificity": float(1 - alarms.mean())}  # fmt: skip
+    found = {
+        "unit": "share",
+        "n": len(judged),
+        "n_labelled": len(labels),
+        "sensitivity": float(hits.mean()),
+        "specificity": float(1 - alarms.mean()),
+    }
     informedness = hits.mean() - alarms.mean()
     if informedness <= LEAST_INFORMEDNESS:
         reason = f"sensitivity + specificity - 1 = {informedness:.3f}: this judge cannot be corrected"

@@ -33,8 +33,17 @@ SCRIPT = "train_judge.py"
 THRESHOLD = 0.5  # of p(" yes")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 # Arguments that change the result: a judge with others never takes a finished or begun judge's folder.
-OURS = ("kind", "base_model", "data_source", "num_samples", "num_held_out", "max_length", "rank", "alpha",
-        "lora_dropout")  # fmt: skip
+OURS = (
+    "kind",
+    "base_model",
+    "data_source",
+    "num_samples",
+    "num_held_out",
+    "max_length",
+    "rank",
+    "alpha",
+    "lora_dropout",
+)
 
 
 @config.command
@@ -74,9 +83,14 @@ def main(argv: list[str] | None = None) -> None:
     model = trainer.model.to(device()).eval()
     found = measure(args, model, tokenizer, rows, held_out, training.per_device_train_batch_size)
     write_judge(folder, args, held_out, *found)
-    train = {"samples": len(rows), "held_out": len(held_out), "train_seconds": round(trained_s, 1),
-             "seconds": round(time.perf_counter() - started, 1), **found[0],
-             **trained}  # fmt: skip
+    train = {
+        "samples": len(rows),
+        "held_out": len(held_out),
+        "train_seconds": round(trained_s, 1),
+        "seconds": round(time.perf_counter() - started, 1),
+        **found[0],
+        **trained,
+    }
     files = {path.name: run_dir.sha256(path) for path in judge_files(args.kind, args.data_source)}
     run_dir.finish(folder, SCRIPT, arguments, train, {"data_sha256": files})
     for name, value in found[0].items():
@@ -99,8 +113,13 @@ def judge_trainer(args: JudgeArguments, training: JudgeTrainArguments, encoded: 
     """A Trainer of LoRA on attention and FFN; logits are made for the answer's position only."""
     model = base.load_weights(AnswerLossLlama, args.base_model, base.load_base_config(args.base_model), dtype)
     torch.manual_seed(training.seed)
-    lora = LoraConfig(task_type="CAUSAL_LM", r=args.rank, lora_alpha=args.alpha, lora_dropout=args.lora_dropout,
-                      target_modules=TARGETS)  # fmt: skip
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.rank,
+        lora_alpha=args.alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=TARGETS,
+    )
     model = get_peft_model(model, lora)
     return AlignmentTrainer(model, training, train_dataset=encoded, data_collator=Collator())
 
@@ -118,13 +137,15 @@ def measure(args: JudgeArguments, model, tokenizer, rows: list[Labelled], held_o
         "accuracy": share(hits, higher_is_better=True),
         "majority_baseline": share([label == majority for label in labels], higher_is_better=True),
         "auc": statistic_metric(area_under_curve, (labels, p), unit="area under the ROC curve", higher_is_better=True),
-        "calibration_error": statistic_metric(calibration_error, (labels, p), unit="probability",
-                                              higher_is_better=False),
-        "brier": metric([(x - y) ** 2 for x, y in zip(p, labels, strict=True)], unit="squared probability",
-                        higher_is_better=False),
+        "calibration_error": statistic_metric(
+            calibration_error, (labels, p), unit="probability", higher_is_better=False
+        ),
+        "brier": metric(
+            [(x - y) ** 2 for x, y in zip(p, labels, strict=True)], unit="squared probability", higher_is_better=False
+        ),
         "sensitivity": share([hit for hit, label in zip(hits, labels, strict=True) if label], higher_is_better=True),
         "specificity": share([h for h, label in zip(hits, labels, strict=True) if not label], higher_is_better=True),
-    }  # fmt: skip
+    }
     return metrics, p
 
 
@@ -136,8 +157,14 @@ def write_judge(folder: Path, args: JudgeArguments, held_out: list[Labelled], me
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (folder / "held_out.jsonl").write_text(text, encoding="utf-8")
-    judge = {"kind": args.kind, "protocol": YES_NO[args.kind], "threshold": THRESHOLD, "max_length": args.max_length,
-             "base_model": args.base_model, "held_out": metrics}  # fmt: skip
+    judge = {
+        "kind": args.kind,
+        "protocol": YES_NO[args.kind],
+        "threshold": THRESHOLD,
+        "max_length": args.max_length,
+        "base_model": args.base_model,
+        "held_out": metrics,
+    }
     run_dir.write_json(folder / "judge.json", judge)
 
 

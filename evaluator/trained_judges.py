@@ -31,8 +31,10 @@ class TrainedJudge:
     def warning(self) -> str:
         """One line on how far to trust it, for a person."""
         known = self.known
-        return (f"small judge trained here: accuracy {show(known['accuracy'])} on held-out questions, where always "
-                f"answering alike gets {known['majority_baseline']['value']:.3f}")  # fmt: skip
+        return (
+            f"small judge trained here: accuracy {show(known['accuracy'])} on held-out questions, where always "
+            f"answering alike gets {known['majority_baseline']['value']:.3f}"
+        )
 
 
 def read_trained(judge: str, kind: str) -> TrainedJudge | None:

@@ -64,9 +64,13 @@ def load_weights(model_class, base_model: str, base_config, dtype: torch.dtype |
     in_4_bit = {"quantization_config": four_bit.quantization(kind)} if dtype == NF4 else {}
     try:
         return model_class.from_pretrained(
-            base_path(base_model), config=base_config, dtype=kind, token=config.hf_token,
-            attn_implementation=attention, **in_4_bit,
-        )  # fmt: skip
+            base_path(base_model),
+            config=base_config,
+            dtype=kind,
+            token=config.hf_token,
+            attn_implementation=attention,
+            **in_4_bit,
+        )
     except (OSError, ValueError) as error:
         raise _not_loaded(base_model, error) from error
 

@@ -48,15 +48,47 @@ class SharedBaseFFN(torch.autograd.Function):
         hidden.mul_((ax_up @ b_up).add_(up))  # h_i (K, N, F)
         ah = _sum_slots(hidden @ a_down.T * (own * weights))  # w_i A_i^d h_i of all experts (N, E R)
         y = F.linear(_mix(hidden, top_k_weights), weight_down, bias_down).addmm_(ah, b_down)
-        ctx.save_for_backward(x, top_k_weights, own, gate, up, ax_gate, ax_up, ah,
-                              weight_gate, weight_up, weight_down, a_in, b_gate, b_up, a_down, b_down)  # fmt: skip
+        ctx.save_for_backward(
+            x,
+            top_k_weights,
+            own,
+            gate,
+            up,
+            ax_gate,
+            ax_up,
+            ah,
+            weight_gate,
+            weight_up,
+            weight_down,
+            a_in,
+            b_gate,
+            b_up,
+            a_down,
+            b_down,
+        )
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y):
-        (x, top_k_weights, own, gate, up, ax_gate, ax_up, ah,
-         weight_gate, weight_up, weight_down, a_in, b_gate, b_up, a_down, b_down) = ctx.saved_tensors  # fmt: skip
+        (
+            x,
+            top_k_weights,
+            own,
+            gate,
+            up,
+            ax_gate,
+            ax_up,
+            ah,
+            weight_gate,
+            weight_up,
+            weight_down,
+            a_in,
+            b_gate,
+            b_up,
+            a_down,
+            b_down,
+        ) = ctx.saved_tensors
         weights = _per_slot(top_k_weights, x.dtype)
         gate = (ax_gate @ b_gate).add_(gate)  # g_i (K, N, F)
         up = (ax_up @ b_up).add_(up)

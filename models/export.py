@@ -33,15 +33,35 @@ from models.released import expert_key, router_key
 SCRIPT = "export.py"
 MIXTRAL_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 SHARED_SETTINGS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
-    "rope_parameters", "attention_dropout", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_dropout",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
     "num_experts_per_tok",
-)  # fmt: skip
+)
 INSTRUCTIONS = (
-    "Name three birds.", "Why is the sky blue?", "How do I boil an egg?", "Write a short poem about rain.",
-    "Is it safe to mix bleach and vinegar?", "Who wrote Hamlet?", "Explain what a router does.", "Count to ten.",
-)  # fmt: skip
+    "Name three birds.",
+    "Why is the sky blue?",
+    "How do I boil an egg?",
+    "Write a short poem about rain.",
+    "Is it safe to mix bleach and vinegar?",
+    "Who wrote Hamlet?",
+    "Explain what a router does.",
+    "Count to ten.",
+)
 NEW_TOKENS = 16
 # Allowed difference of next-token logits from ours, both computed in fp32. float32: the largest of all. Half precision
 # rounds the merged weights: relative to the norm, median of the prompts, since rounding may turn a router's choice.
@@ -64,10 +84,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     run = run_dir.read_run(path)
     arguments = {
-        "base_model": base_of_run(path), "data_source": run and run["run"]["arguments"].get("data_source"),
-        "run": args.cross_task, "to": args.to, "task_name": args.expert,
-        "dtype": args.dtype, "weights_sha256": run_dir.sha256(weights_file(path)),
-    }  # fmt: skip
+        "base_model": base_of_run(path),
+        "data_source": run and run["run"]["arguments"].get("data_source"),
+        "run": args.cross_task,
+        "to": args.to,
+        "task_name": args.expert,
+        "dtype": args.dtype,
+        "weights_sha256": run_dir.sha256(weights_file(path)),
+    }
     if output.is_file():
         raise UserError(f"--output {output}: is a file; name a folder")
     if output.exists() and any(output.iterdir()):
@@ -258,12 +282,15 @@ def write_adapter(model: LlamaMoeForCausalLM, expert: int, folder: Path) -> None
     projections = sorted({module.rpartition(".")[2] for module in ranks})
     everywhere = len(ranks) == len(projections) * len(model.blocks)
     LoraConfig(
-        r=rank, lora_alpha=alpha, task_type="CAUSAL_LM", inference_mode=True,
+        r=rank,
+        lora_alpha=alpha,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
         target_modules=projections if everywhere else sorted(ranks),
         rank_pattern={module: value for module, value in ranks.items() if value != rank},
         alpha_pattern={module: value for module, value in alphas.items() if value != alpha},
         base_model_name_or_path=base.base_path(model.config.base_model_name_or_path),
-    ).save_pretrained(folder)  # fmt: skip
+    ).save_pretrained(folder)
     tensors = {
         f"base_model.model.{module}.lora_{letter}.weight": matrix.contiguous()
         for module, pair in weights.items()
@@ -323,8 +350,10 @@ def compare(ours: tuple, theirs: tuple, dtype: str) -> str:
     else:
         size, kind = (difference.norm(dim=1) / ours[0].norm(dim=1)).median(), "relative, median of the prompts:"
     same = sum(a == b for a, b in zip(ours[1], theirs[1], strict=True))
-    found = (f"next-token logits differ by {kind} {size:.1e} in fp32, {same} of {len(ours[1])} greedy continuations "
-             "are the same")  # fmt: skip
+    found = (
+        f"next-token logits differ by {kind} {size:.1e} in fp32, {same} of {len(ours[1])} greedy continuations "
+        "are the same"
+    )
     if not size <= TOLERANCES[dtype] or (dtype == "float32" and same < len(ours[1])):
         needed = f"{TOLERANCES[dtype]:.0e}" + (" and every continuation" if dtype == "float32" else "")
         raise UserError(f"the export is not the model, and was not kept: {found}; needed: {needed}")

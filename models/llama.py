@@ -49,9 +49,14 @@ class AnswerLossLlama(LlamaForCausalLM):
         cross-entropy summed over the labelled tokens, divided by `num_items_in_batch` (default: their number),
         `logits` None, and `router_logits` if asked for by output_router_logits=True."""
         inputs = {
-            "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
-            "past_key_values": past_key_values, "inputs_embeds": inputs_embeds, "use_cache": use_cache, **kwargs,
-        }  # fmt: skip
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            **kwargs,
+        }
         if labels is None:
             return super().forward(**inputs, logits_to_keep=logits_to_keep)
         outputs = self.model(**inputs)

@@ -170,12 +170,10 @@ class LlamaMoeForCausalLM(AnswerLossLlama):
         """Drift of each expert, (E,): || change of its effective weights since `start` ||_F, mean over layers and
         projections."""
         changes = [
-            low_rank_change(
-                *block.experts.matrices(p), then[f"{p}_A"], then[f"{p}_B"].mT, block.experts.scaling[i]
-            )
+            low_rank_change(*block.experts.matrices(p), then[f"{p}_A"], then[f"{p}_B"].mT, block.experts.scaling[i])
             for block, then in zip(self.blocks, start, strict=True)
             for i, p in enumerate(PROJECTIONS)
-        ]  # fmt: skip
+        ]
         return torch.stack([change.to(changes[0].device) for change in changes]).mean(0)
 
 
@@ -309,8 +307,10 @@ def one_base(experts: list[Expert], given: str | None) -> str:
     first = experts[0]
     for expert in experts[1:]:
         if not base.same_base(first.base_model, expert.base_model):
-            raise UserError(f"the experts have different bases: {first.name} {first.base_model}, {expert.name} "
-                            f"{expert.base_model}; align them on one")  # fmt: skip
+            raise UserError(
+                f"the experts have different bases: {first.name} {first.base_model}, {expert.name} "
+                f"{expert.base_model}; align them on one"
+            )
     if given is not None and not base.same_base(given, first.base_model):
         raise UserError(f"--base_model {given}: the experts were aligned on {first.base_model}; leave the flag out")
     return first.base_model
@@ -325,12 +325,16 @@ def report_sizes(folder: Path, model: LlamaMoeForCausalLM) -> None:
     num_own = sum(p.numel() for name, p in model.named_parameters() if name in own)
     names = ", ".join(f"{expert['name']} (rank {expert['rank']})" for expert in moe_config.experts)
     copies = (num_base + (moe_config.num_experts - 1) * ffn) * 2
-    print(f"Fused {names}; top-{moe_config.num_experts_per_tok} of {moe_config.num_experts}, on "
-          f"{moe_config.base_model_name_or_path}")  # fmt: skip
+    print(
+        f"Fused {names}; top-{moe_config.num_experts_per_tok} of {moe_config.num_experts}, on "
+        f"{moe_config.base_model_name_or_path}"
+    )
     size = (folder / "model.safetensors").stat().st_size
-    print(f"{folder}: {size / 1e6:.1f} MB ({num_own / 1e6:.1f} M parameters of router and experts; the base's "
-          f"{num_base / 1e6:.1f} M are named, not copied). "
-          f"Copies of every FFN would take {copies / 1e6:,.0f} MB in fp16.")  # fmt: skip
+    print(
+        f"{folder}: {size / 1e6:.1f} MB ({num_own / 1e6:.1f} M parameters of router and experts; the base's "
+        f"{num_base / 1e6:.1f} M are named, not copied). "
+        f"Copies of every FFN would take {copies / 1e6:,.0f} MB in fp16."
+    )
 
 
 if __name__ == "__main__":

@@ -97,11 +97,15 @@ def read_moe_pt(
                     "code fuses onto Llama-2-7b-chat-hf; give the right --base_model, or a larger --max_rank"
                 )
     for expert in experts:
-        print(f"{expert.name}: rank {expert.rank} recovered, residual {expert.residual:.1e} of the weights "
-              f"(rounding to {dtype}: {eps:.1e})")  # fmt: skip
+        print(
+            f"{expert.name}: rank {expert.rank} recovered, residual {expert.residual:.1e} of the weights "
+            f"(rounding to {dtype}: {eps:.1e})"
+        )
     if same_experts(saved, base_config.num_hidden_layers, num_experts):
-        print("warning: all experts in the file are equal, as the released fusion makes them (it adds every delta to "
-              "one shared tensor): the router has nothing to choose between")  # fmt: skip
+        print(
+            "warning: all experts in the file are equal, as the released fusion makes them (it adds every delta to "
+            "one shared tensor): the router has nothing to choose between"
+        )
     return experts, [saved[router_key(layer)].float() for layer in range(base_config.num_hidden_layers)]
 
 
@@ -114,14 +118,18 @@ def check_base(path: Path, saved: dict, weights: dict, num_experts: int, base_mo
         expected.update({expert_key(layer, expert, projection): weight.shape for expert in range(num_experts)})
         expected[router_key(layer)] = (num_experts, len(weights["model.norm.weight"]))
     for name in sorted(set(expected) ^ set(saved)):
-        raise UserError(f"{path}: does not fit {base_model}: {name} is {'missing' if name in expected else 'not its'}; "
-                        "give the --base_model it was fused onto")  # fmt: skip
+        raise UserError(
+            f"{path}: does not fit {base_model}: {name} is {'missing' if name in expected else 'not its'}; "
+            "give the --base_model it was fused onto"
+        )
     for name, shape in expected.items():
         if saved[name].shape != tuple(shape):
             raise UserError(f"{path}: {name} is {tuple(saved[name].shape)}, {base_model} needs {tuple(shape)}")
         if name in weights and not torch.allclose(saved[name], weights[name], rtol=torch.finfo(saved[name].dtype).eps):
-            raise UserError(f"{path}: {name} is not {base_model}'s, but only the FFNs may differ from the base; "
-                            "give the --base_model it was fused onto")  # fmt: skip
+            raise UserError(
+                f"{path}: {name} is not {base_model}'s, but only the FFNs may differ from the base; "
+                "give the --base_model it was fused onto"
+            )
 
 
 def same_experts(saved: dict, num_layers: int, num_experts: int) -> bool:

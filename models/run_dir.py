@@ -34,8 +34,10 @@ def begin(folder: Path, script: str, arguments: dict, remedy: str) -> str:
         before = found["run"]["arguments"]
         for field in sorted(set(before) | set(arguments)):
             if before.get(field) != arguments.get(field):
-                raise UserError(f"{folder}: holds a run with {field}={before.get(field)}, this one has "
-                                f"{field}={arguments.get(field)}; {remedy}")  # fmt: skip
+                raise UserError(
+                    f"{folder}: holds a run with {field}={before.get(field)}, this one has "
+                    f"{field}={arguments.get(field)}; {remedy}"
+                )
         return state
     if folder.exists() and any(path.name != UNFINISHED for path in folder.iterdir()):
         raise UserError(f"{folder}: is there and is no run of this project; {remedy}")
@@ -98,8 +100,10 @@ def settle(flag: str, given, recorded, default):
     """A setting that an earlier stage recorded: as recorded, else as given, else the default; UserError if they
     contradict each other."""
     if given is not None and recorded is not None and str(given) != str(recorded):
-        raise UserError(f"--{flag} {given}: the earlier stage recorded {recorded}; leave the flag out, or run that "
-                        "stage again in another --results_dir")  # fmt: skip
+        raise UserError(
+            f"--{flag} {given}: the earlier stage recorded {recorded}; leave the flag out, or run that "
+            "stage again in another --results_dir"
+        )
     return recorded if recorded is not None else given if given is not None else default
 
 

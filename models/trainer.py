@@ -51,9 +51,16 @@ class MixtureTrainer(AlignmentTrainer):
     # The losses below are already shares of the whole optimiser step: the Trainer must not divide them again.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, model: LlamaMoeForCausalLM, *, gate_loss_weight: float, gate_balance: str,
-                 drift_weights: dict[str, float],
-                 router_learning_rate: float, **kwargs):  # fmt: skip
+    def __init__(
+        self,
+        model: LlamaMoeForCausalLM,
+        *,
+        gate_loss_weight: float,
+        gate_balance: str,
+        drift_weights: dict[str, float],
+        router_learning_rate: float,
+        **kwargs,
+    ):
         super().__init__(model, **kwargs)
         self.gate_loss_weight = gate_loss_weight
         self.router_learning_rate = router_learning_rate

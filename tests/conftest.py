@@ -43,10 +43,19 @@ def tokenizer():
 def tiny_config(**changes) -> LlamaConfig:
     """A Llama of 3 layers with grouped-query attention and tied embeddings."""
     settings = dict(
-        vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.15,
-        bos_token_id=0, eos_token_id=1, pad_token_id=None,
-    )  # fmt: skip
+        vocab_size=600,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.15,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=None,
+    )
     return LlamaConfig(**{**settings, **changes})
 
 
@@ -91,9 +100,16 @@ def adapter_dirs(tmp_path_factory, base_dir) -> list[Path]:
     return [
         save_adapter(root / "helpfulness", base_dir, 1, r=4, lora_alpha=6),
         save_adapter(root / "safety", base_dir, 2, r=8, lora_alpha=4, use_rslora=True),
-        save_adapter(root / "truthfulness", base_dir, 3, r=2, lora_alpha=4, rank_pattern={"layers.1.mlp.up_proj": 6},
-                     alpha_pattern={"down_proj": 9}),
-    ]  # fmt: skip
+        save_adapter(
+            root / "truthfulness",
+            base_dir,
+            3,
+            r=2,
+            lora_alpha=4,
+            rank_pattern={"layers.1.mlp.up_proj": 6},
+            alpha_pattern={"down_proj": 9},
+        ),
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -119,10 +135,20 @@ def write_answers(
     questions = questions or [f"Question number {i}?" for i in range(len(texts))]
     folder = results_dir / "inference" / task / "test" / run
     rows = [
-        {"id": f"{task}-{i}", "instruction": questions[i], "input": "", "output": text, "task": task,
-         "reference": "", "new_tokens": 3, "finish_reason": "stop", "generator": run, **changes}
+        {
+            "id": f"{task}-{i}",
+            "instruction": questions[i],
+            "input": "",
+            "output": text,
+            "task": task,
+            "reference": "",
+            "new_tokens": 3,
+            "finish_reason": "stop",
+            "generator": run,
+            **changes,
+        }
         for i, text in enumerate(texts)
-    ]  # fmt: skip
+    ]
     write_jsonl(folder / "outputs.jsonl", rows)
     run_json = {"run": {"script": "inference.py", "arguments": {}}, "train": {"answers": len(rows)}, "meta": {}}
     (folder / "run.json").write_text(json.dumps(run_json), encoding="utf-8")

@@ -47,8 +47,14 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(200, fault)
             return
         choice = {"index": 0, "finish_reason": "stop", **self.server.answer(request)}
-        body = {"id": "1", "object": "completion", "created": 1, "model": request["model"], "choices": [choice],
-                "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}}  # fmt: skip
+        body = {
+            "id": "1",
+            "object": "completion",
+            "created": 1,
+            "model": request["model"],
+            "choices": [choice],
+            "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
+        }
         whole = json.dumps(body).encode()
         if fault is None:
             self.reply(200, whole)
@@ -86,6 +92,8 @@ def prefer_longer(request: dict) -> dict:
         ranks = [{"model": "model_1", "rank": 1 + best}, {"model": "model_2", "rank": 2 - best}]
         return chat(str(ranks))
     token, other = "mM"[best], "Mm"[best]
-    top = [{"token": token, "bytes": None, "logprob": -0.105360516}, {"token": other, "bytes": None,
-                                                                     "logprob": -2.302585093}]  # fmt: skip
+    top = [
+        {"token": token, "bytes": None, "logprob": -0.105360516},
+        {"token": other, "bytes": None, "logprob": -2.302585093},
+    ]
     return {**chat(token), "logprobs": {"content": [{**top[0], "top_logprobs": top}]}}

@@ -23,14 +23,20 @@ def test_answers_come_in_order_with_their_checksum_and_the_empty_ones_counted(tm
     assert [row["id"] for row in load(tmp_path, num_samples=2).rows] == ["safety-0", "safety-2"]
 
 
-@pytest.mark.parametrize("damage, said", [
-    (lambda lines: [*lines[:2], lines[2][:30], lines[3]], "outputs.jsonl:3: not JSON"),
-    (lambda lines: [*lines, lines[1]], "outputs.jsonl:5: id 'safety-1' was already given on line 2"),
-    (lambda lines: lines[:3], "holds 3 answers, 4 prompts were asked"),
-    (lambda lines: [*lines[:3], lines[3].replace('"output"', '"text"')], "outputs.jsonl:4: field 'output' is missing"),
-    (lambda lines: [*lines[:3], lines[3].replace('"reference"', '"ref"')], ":4: field 'reference' is missing"),
-    (lambda lines: [*lines[:3], lines[3].replace('"safety"', '"helpfulness"')], "not one to a safety prompt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        (lambda lines: [*lines[:2], lines[2][:30], lines[3]], "outputs.jsonl:3: not JSON"),
+        (lambda lines: [*lines, lines[1]], "outputs.jsonl:5: id 'safety-1' was already given on line 2"),
+        (lambda lines: lines[:3], "holds 3 answers, 4 prompts were asked"),
+        (
+            lambda lines: [*lines[:3], lines[3].replace('"output"', '"text"')],
+            "outputs.jsonl:4: field 'output' is missing",
+        ),
+        (lambda lines: [*lines[:3], lines[3].replace('"reference"', '"ref"')], ":4: field 'reference' is missing"),
+        (lambda lines: [*lines[:3], lines[3].replace('"safety"', '"helpfulness"')], "not one to a safety prompt"),
+    ],
+)
 def test_damaged_answers_are_one_clear_error(tmp_path, damage, said):
     path = write_answers(tmp_path, "safety", ["a", "b", "c", "d"])
     path.write_text("\n".join(damage(path.read_text().splitlines())) + "\n")

@@ -54,12 +54,20 @@ def test_a_retry_waits_as_long_as_the_server_asks(server):
     assert time.monotonic() - start > 0.95 and len(server.requests) == 2
 
 
-@pytest.mark.parametrize("fault, tries, said", [
-    ("500", 3, "500 no, Bearer ***"), ("half", 3, "hangs up"), ("stall", 3, "no whole answer within 0.2 s, 3 times"),
-    ("not json", 1, "not a completion in OpenAI's format"), (b'{"id": "1"', 1, "not a completion in OpenAI's format"),
-    ("401", 1, "check OPENAI_API_KEY"), ("403", 1, "this key may not use judge-1"), ("404", 1, "a model judge-1"),
-    ("400", 1, "400 no"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault, tries, said",
+    [
+        ("500", 3, "500 no, Bearer ***"),
+        ("half", 3, "hangs up"),
+        ("stall", 3, "no whole answer within 0.2 s, 3 times"),
+        ("not json", 1, "not a completion in OpenAI's format"),
+        (b'{"id": "1"', 1, "not a completion in OpenAI's format"),
+        ("401", 1, "check OPENAI_API_KEY"),
+        ("403", 1, "this key may not use judge-1"),
+        ("404", 1, "a model judge-1"),
+        ("400", 1, "400 no"),
+    ],
+)
 def test_what_lasts_is_one_line_with_all_finished_judgements_kept(tmp_path, server, capfd, fault, tries, said):
     client = client_of(server, 1, timeout_s=0.2)
     cache = JudgementCache(tmp_path)

@@ -93,9 +93,11 @@ def test_run_name_of_an_expert_and_by_hand():
 
 
 def test_align_takes_the_papers_flags_and_training_arguments():
-    argv = ("--task_name mix --moe_flag 1 --expert_topk 2 --gate_loss_weight 0.01 --helpfulness_weight 0.001 "
-            "--safety_weight 0.002 --truthfulness_weight 0.003 --learning_rate 1e-4 --max_steps 7 --seed 3 "
-            "--gradient_accumulation_steps 2 --warmup_steps 5 --weight_decay 0.1 --run_name mine")  # fmt: skip
+    argv = (
+        "--task_name mix --moe_flag 1 --expert_topk 2 --gate_loss_weight 0.01 --helpfulness_weight 0.001 "
+        "--safety_weight 0.002 --truthfulness_weight 0.003 --learning_rate 1e-4 --max_steps 7 --seed 3 "
+        "--gradient_accumulation_steps 2 --warmup_steps 5 --weight_decay 0.1 --run_name mine"
+    )
     args, training = config.parse(argv.split(), AlignArguments, TrainArguments)
     assert (args.task_name, args.moe_flag, args.expert_topk, args.gate_loss_weight) == ("mix", 1, 2, 0.01)
     assert args.drift_weights == {"helpfulness": 0.001, "safety": 0.002, "truthfulness": 0.003}
@@ -139,27 +141,54 @@ def test_the_papers_defaults():
 
 
 ALIGN = ["--task_name", "safety"]
-BAD = [
-    (AlignArguments, flag, value)
-    for flag, values in {
-        "nonsense": ["7"], "gate_loss": ["0.01"], "moe": ["1"], "aligned_flag": ["1"],
-        "rank": ["three", "1.5", "0", "-1"], "task_name": ["honesty", "all"], "moe_flag": ["2", "yes"],
-        "alpha": ["0", "-4", "nan"], "lora_dropout": ["1", "-0.1"], "max_length": ["15"], "num_samples": ["0", "-2"],
-        "gate_loss_weight": ["-0.5", "nan", "inf", "much"], "helpfulness_weight": ["-0.5"],
-        "safety_weight": ["inf"], "truthfulness_weight": ["nan"], "router_learning_rate": ["0", "-1"],
-        "gate_tokens": ["none"], "train_router": ["2"], "tune_attention": ["-1"], "dtype": ["int8"],
-    }.items() for value in values
-] + [
-    (InferArguments, flag, value)
-    for flag, values in {
-        "nonsense": ["7"], "checkpoint": ["3"], "task_name": ["mix"], "dataset_type": ["valid"], "aligned_flag": ["2"],
-        "num_samples": ["0"], "batch_size": ["0"], "temperature": ["-0.1", "nan", "inf"], "max_new_tokens": ["0"],
-        "checkpoint_number": ["last"],
-    }.items() for value in values
-] + [
-    (LikelihoodArguments, flag, value)
-    for flag, value in (("task_name", "mix"), ("num_samples", "0"), ("max_length", "15"), ("batch_size", "0"))
-]  # fmt: skip
+BAD = (
+    [
+        (AlignArguments, flag, value)
+        for flag, values in {
+            "nonsense": ["7"],
+            "gate_loss": ["0.01"],
+            "moe": ["1"],
+            "aligned_flag": ["1"],
+            "rank": ["three", "1.5", "0", "-1"],
+            "task_name": ["honesty", "all"],
+            "moe_flag": ["2", "yes"],
+            "alpha": ["0", "-4", "nan"],
+            "lora_dropout": ["1", "-0.1"],
+            "max_length": ["15"],
+            "num_samples": ["0", "-2"],
+            "gate_loss_weight": ["-0.5", "nan", "inf", "much"],
+            "helpfulness_weight": ["-0.5"],
+            "safety_weight": ["inf"],
+            "truthfulness_weight": ["nan"],
+            "router_learning_rate": ["0", "-1"],
+            "gate_tokens": ["none"],
+            "train_router": ["2"],
+            "tune_attention": ["-1"],
+            "dtype": ["int8"],
+        }.items()
+        for value in values
+    ]
+    + [
+        (InferArguments, flag, value)
+        for flag, values in {
+            "nonsense": ["7"],
+            "checkpoint": ["3"],
+            "task_name": ["mix"],
+            "dataset_type": ["valid"],
+            "aligned_flag": ["2"],
+            "num_samples": ["0"],
+            "batch_size": ["0"],
+            "temperature": ["-0.1", "nan", "inf"],
+            "max_new_tokens": ["0"],
+            "checkpoint_number": ["last"],
+        }.items()
+        for value in values
+    ]
+    + [
+        (LikelihoodArguments, flag, value)
+        for flag, value in (("task_name", "mix"), ("num_samples", "0"), ("max_length", "15"), ("batch_size", "0"))
+    ]
+)
 
 
 @pytest.mark.parametrize(("arguments", "flag", "value"), BAD)

@@ -18,13 +18,17 @@ from data.sources import Record
 
 HEAD = "Below is an instruction that describes a task"
 OPENING = f"{HEAD}. Write a response that appropriately completes the request.\n\n### Instruction:\n"
-OPENING_WITH_INPUT = (f"{HEAD}, paired with an input that provides further context. Write a response that "
-                      "appropriately completes the request.\n\n### Instruction:\n")  # fmt: skip
+OPENING_WITH_INPUT = (
+    f"{HEAD}, paired with an input that provides further context. Write a response that "
+    "appropriately completes the request.\n\n### Instruction:\n"
+)
 MARK = "\n\n### Response:"
 PLAIN = Record("a", "helpfulness", "Name three rivers of Europe.", "", "The Rhine, the Po and the Volga.")
 WITH_INPUT = Record("b", "safety", "Translate.", "Guten Tag", "Good day")
-PROMPTS = {"a": f"{OPENING}{PLAIN.instruction}{MARK}",
-           "b": f"{OPENING_WITH_INPUT}Translate.\n\n### Input:\nGuten Tag{MARK}"}  # fmt: skip
+PROMPTS = {
+    "a": f"{OPENING}{PLAIN.instruction}{MARK}",
+    "b": f"{OPENING_WITH_INPUT}Translate.\n\n### Input:\nGuten Tag{MARK}",
+}
 IGNORED = -100
 EOS = 1
 
@@ -51,9 +55,13 @@ def merging_tokenizer():
     """Has merged tokens of ":" and what an answer may begin with."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    text = [f"### Response:{mark}x" for mark in ('-', '"', '.', '."', '--')] * 50  # fmt: skip
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    text = [f"### Response:{mark}x" for mark in ("-", '"', ".", '."', "--")] * 50
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     bpe.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
@@ -196,8 +204,10 @@ def test_what_is_cut_and_dropped_is_counted(tokenizer):
 def test_every_sample_of_mixed_data_has_its_tasks_index(tokenizer, tiny_source, capsys):
     args = config.AlignArguments(moe_flag=1, data_source=str(tiny_source))
     samples = align_basemodel.training_samples(args, 42, tokenizer)
-    rows = {task: [json.loads(line) for line in (tiny_source / f"{task}_train.jsonl").read_text().splitlines()]
-            for task in ("helpfulness", "safety", "truthfulness")}  # fmt: skip
+    rows = {
+        task: [json.loads(line) for line in (tiny_source / f"{task}_train.jsonl").read_text().splitlines()]
+        for task in ("helpfulness", "safety", "truthfulness")
+    }
     answers = [
         [row["output"] for row in rows["helpfulness"]],
         [row["response"] for row in rows["safety"] if row["is_safe"]],

@@ -29,10 +29,13 @@ from models.loading import load_run
 BASES = {
     "tied, grouped queries": {},
     "untied, all heads, scaled rope": dict(
-        tie_word_embeddings=False, num_key_value_heads=4, head_dim=16, rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        num_key_value_heads=4,
+        head_dim=16,
+        rms_norm_eps=1e-5,
         rope_parameters={"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module", params=BASES)
@@ -44,8 +47,15 @@ def fused(request, tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(root / "base")
     save_adapter(root / "helpfulness", root / "base", 1, r=3, lora_alpha=7)
     save_adapter(root / "safety", root / "base", 2, r=6, lora_alpha=4, use_rslora=True)
-    save_adapter(root / "truthfulness", root / "base", 3, r=2, rank_pattern={"layers.1.mlp.up_proj": 5},
-                 alpha_pattern={"down_proj": 9}, target_modules=["up_proj", "down_proj"])  # fmt: skip
+    save_adapter(
+        root / "truthfulness",
+        root / "base",
+        3,
+        r=2,
+        rank_pattern={"layers.1.mlp.up_proj": 5},
+        alpha_pattern={"down_proj": 9},
+        target_modules=["up_proj", "down_proj"],
+    )
     llama_moe.main(["--experts_dir", str(root), "--output", str(root / "moe")])
     return root / "moe"
 
@@ -101,8 +111,16 @@ def test_the_checkpoint_is_mixtrals_on_disk(fused, tmp_path, capsys):
     base = json.loads((fused.parent / "base" / "config.json").read_text())
     assert settings["architectures"] == ["MixtralForCausalLM"] and settings["model_type"] == "mixtral"
     assert (settings["num_local_experts"], settings["num_experts_per_tok"], settings["sliding_window"]) == (3, 2, None)
-    for name in ("rope_parameters", "rms_norm_eps", "num_key_value_heads", "head_dim", "tie_word_embeddings",
-                 "max_position_embeddings", "eos_token_id", "bos_token_id"):  # fmt: skip
+    for name in (
+        "rope_parameters",
+        "rms_norm_eps",
+        "num_key_value_heads",
+        "head_dim",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+        "eos_token_id",
+        "bos_token_id",
+    ):
         assert settings[name] == base[name], name
     assert (
         settings["rope_theta"] == base["rope_parameters"]["rope_theta"]
@@ -110,8 +128,12 @@ def test_the_checkpoint_is_mixtrals_on_disk(fused, tmp_path, capsys):
     assert (settings["rope_scaling"] or {}).get("factor") == base["rope_parameters"].get("factor")
     index = json.loads((tmp_path / "mixtral" / "model.safetensors.index.json").read_text())
     expert = "model.layers.2.block_sparse_moe.experts.1.w%d.weight"
-    shapes = {expert % 1: [48, 32], expert % 2: [32, 48], expert % 3: [48, 32],
-              "model.layers.0.block_sparse_moe.gate.weight": [3, 32]}  # fmt: skip
+    shapes = {
+        expert % 1: [48, 32],
+        expert % 2: [32, 48],
+        expert % 3: [48, 32],
+        "model.layers.0.block_sparse_moe.gate.weight": [3, 32],
+    }
     for name, shape in shapes.items():
         with safe_open(tmp_path / "mixtral" / index["weight_map"][name], "pt") as file:
             assert file.get_slice(name).get_shape() == shape and file.get_slice(name).get_dtype() == "BF16"
@@ -197,8 +219,16 @@ def test_moe_pt_is_the_released_layout_and_reads_back(fused, tmp_path, capsys):
     for number, block in enumerate(ours.blocks):
         assert torch.allclose(released_ffn(x, state, number, 2), block(x), atol=1e-4)
     capsys.readouterr()
-    llama_moe.main(["--from_pt", str(tmp_path / "moe.pt"), "--base_model", str(fused.parent / "base"),
-                    "--output", str(tmp_path / "moe")])  # fmt: skip
+    llama_moe.main(
+        [
+            "--from_pt",
+            str(tmp_path / "moe.pt"),
+            "--base_model",
+            str(fused.parent / "base"),
+            "--output",
+            str(tmp_path / "moe"),
+        ]
+    )
     told = capsys.readouterr().out
     assert "safety: rank 6 recovered" in told and "truthfulness: rank 5 recovered" in told and "equal" not in told
     again, _ = load_run(tmp_path / "moe", dtype="float32")
@@ -248,8 +278,16 @@ def test_equal_experts_are_told(fused, tmp_path, capsys):
     state = torch.load(tmp_path / "moe.pt", weights_only=True)
     equal = {k: state[k.replace(".experts.1.", ".experts.0.").replace(".experts.2.", ".experts.0.")] for k in state}
     torch.save(equal, tmp_path / "moe.pt")
-    llama_moe.main(["--from_pt", str(tmp_path / "moe.pt"), "--base_model", str(fused.parent / "base"),
-                    "--output", str(tmp_path / "moe")])  # fmt: skip
+    llama_moe.main(
+        [
+            "--from_pt",
+            str(tmp_path / "moe.pt"),
+            "--base_model",
+            str(fused.parent / "base"),
+            "--output",
+            str(tmp_path / "moe"),
+        ]
+    )
     assert "experts in the file are equal" in capsys.readouterr().out
 
 
@@ -294,8 +332,19 @@ def test_a_server_of_the_export_answers_as_ours_does(fused, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [Path(sys.executable).with_name("transformers"), "serve", tmp_path / "mixtral", "--host", "127.0.0.1",
-               "--port", str(port), "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+    command = [
+        Path(sys.executable).with_name("transformers"),
+        "serve",
+        tmp_path / "mixtral",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     log = tmp_path / "log.txt"
     with open(log, "w") as file:

@@ -28,10 +28,17 @@ def answers(tmp_path) -> Path:
     """results/ with one finished inference, as inference.py leaves it."""
     folder = tmp_path / "inference" / "helpfulness" / "test" / "raw"
     rows = [
-        {"id": f"q-{i}", "instruction": f"Instruction {i} «é»\n", "input": "an input" if i == 1 else "",
-         "output": answer, "task": "helpfulness", "reference": reference, "generator": "raw"}
+        {
+            "id": f"q-{i}",
+            "instruction": f"Instruction {i} «é»\n",
+            "input": "an input" if i == 1 else "",
+            "output": answer,
+            "task": "helpfulness",
+            "reference": reference,
+            "generator": "raw",
+        }
         for i, (answer, reference) in enumerate(PAIRS)
-    ]  # fmt: skip
+    ]
     write_jsonl(folder / "outputs.jsonl", rows)
     run = {"script": "inference.py", "arguments": {"data_source": "/somewhere/own_data"}}
     write_json(folder / "run.json", {"run": run, "train": {"answers": len(rows)}, "meta": {}})
@@ -72,10 +79,13 @@ def write_annotator(folder: Path, first: str, second: str, model: str, max_token
     """An annotator's configuration of the user's own: the two patterns say which answer is better."""
     folder.mkdir(parents=True)
     (folder / "prompt.txt").write_text("<|im_start|>user\n{instruction}|{output_1}|{output_2}<|im_end|>")
-    settings = {"prompt_template": f"{folder.name}/prompt.txt", "fn_completions": "openai_completions",
-                "completions_kwargs": {"model_name": model, "max_tokens": max_tokens, "temperature": 0},
-                "fn_completion_parser": "regex_parser",
-                "completion_parser_kwargs": {"outputs_to_match": {1: first, 2: second}}}  # fmt: skip
+    settings = {
+        "prompt_template": f"{folder.name}/prompt.txt",
+        "fn_completions": "openai_completions",
+        "completions_kwargs": {"model_name": model, "max_tokens": max_tokens, "temperature": 0},
+        "fn_completion_parser": "regex_parser",
+        "completion_parser_kwargs": {"outputs_to_match": {1: first, 2: second}},
+    }
     (folder / "configs.yaml").write_text(yaml.safe_dump({folder.name: settings}))
     return folder
 
@@ -95,8 +105,17 @@ def test_both_files_hold_every_item_in_order_with_its_text_untouched(answers, ca
 
 
 def test_alpaca_evals_own_reference_is_named_and_an_empty_one_is_kept(tmp_path):
-    rows = [{"id": f"alpaca_eval-{i}", "instruction": f"{i}", "input": "", "output": "a", "reference": "b" * i,
-             "generator": "raw"} for i in range(2)]  # fmt: skip
+    rows = [
+        {
+            "id": f"alpaca_eval-{i}",
+            "instruction": f"{i}",
+            "input": "",
+            "output": "a",
+            "reference": "b" * i,
+            "generator": "raw",
+        }
+        for i in range(2)
+    ]
     _, reference = evaluate_helpfulness.output_pairs(rows, None, tmp_path)
     assert [row["output"] for row in reference] == ["", "b"]
     assert {(row["generator"], row["dataset"]) for row in reference} == {("text_davinci_003", "alpaca_eval")}
@@ -137,9 +156,17 @@ def test_alpaca_evals_own_command_on_the_files_gives_the_same(answers, server):
     folder = answers / "evaluation" / "helpfulness" / "test" / "raw"
     asked = len(server.requests)
     environment = {**os.environ, "IS_ALPACA_EVAL_2": "False", "OPENAI_BASE_URL": server.url}
-    command = [Path(sys.executable).parent / "alpaca_eval", "--model_outputs", folder / "aligned.json",
-               "--reference_outputs", folder / "reference_model.json", "--caching_path", answers / "cache.json",
-               "--output_path", answers / "alpaca_eval"]  # fmt: skip
+    command = [
+        Path(sys.executable).parent / "alpaca_eval",
+        "--model_outputs",
+        folder / "aligned.json",
+        "--reference_outputs",
+        folder / "reference_model.json",
+        "--caching_path",
+        answers / "cache.json",
+        "--output_path",
+        answers / "alpaca_eval",
+    ]
     subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True, timeout=120)
     with open(answers / "alpaca_eval" / "alpaca_eval_gpt4" / "leaderboard.csv", newline="") as file:
         (row,) = csv.DictReader(file)
@@ -167,8 +194,9 @@ def test_a_second_run_asks_nothing_and_nothing_is_written_into_the_package(answe
     assert "num_samples=-1" in error
 
 
-@pytest.mark.parametrize("fault, said", [("401", "check OPENAI_API_KEY"), ("not json", "OpenAI's format"),
-                                         ("404", "a model gpt-4")])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault, said", [("401", "check OPENAI_API_KEY"), ("not json", "OpenAI's format"), ("404", "a model gpt-4")]
+)
 def test_a_failure_is_one_line_and_the_answers_before_it_are_kept(answers, server, capsys, fault, said):
     server.faults = [None] * 3 + [fault]
     error = error_of(capsys, judge, answers, server, "--concurrency", "1")
@@ -190,8 +218,9 @@ def test_a_failure_that_passes_is_retried(answers, server):
     assert len(server.requests) == 8 + 3 and scores(answers)["win_rate"]["value"] == 0.5
 
 
-@pytest.mark.parametrize("given, value", [(1.0, 0.0), (1.25, 0.25), (2.0, 1.0), (0.0, 0.5), (3.0, None), (None, None),
-                                          (float("nan"), None)])  # fmt: skip
+@pytest.mark.parametrize(
+    "given, value", [(1.0, 0.0), (1.25, 0.25), (2.0, 1.0), (0.0, 0.5), (3.0, None), (None, None), (float("nan"), None)]
+)
 def test_preferences_as_the_library_counts_them(given, value):
     """1: the reference's answer, 2: the run's, 0: a draw, and nothing else."""
     assert evaluate_helpfulness.preference({"preference": given}) == value
@@ -251,13 +280,16 @@ def test_other_references(answers, server, capsys):
     assert "of other answers or another reference" in error_of(capsys, evaluate, answers)
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--judge", "gpt5_judge"], "must be an annotator of alpaca_eval"),
-    (["--judge", "claude", "--judge_url", "http://localhost:1/v1"], "asks by anthropic_completions"),
-    (["--judge", "alpaca_eval_gpt4", "--judge_url", "localhost:8000"], "must be an address such as"),
-    (["--judge", "alpaca_eval_gpt4"], "OPENAI_API_KEY is not set"),
-    (["--dry_run", "1"], "name it with --judge"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--judge", "gpt5_judge"], "must be an annotator of alpaca_eval"),
+        (["--judge", "claude", "--judge_url", "http://localhost:1/v1"], "asks by anthropic_completions"),
+        (["--judge", "alpaca_eval_gpt4", "--judge_url", "localhost:8000"], "must be an address such as"),
+        (["--judge", "alpaca_eval_gpt4"], "OPENAI_API_KEY is not set"),
+        (["--dry_run", "1"], "name it with --judge"),
+    ],
+)
 def test_what_cannot_work_is_said_before_anything_is_asked(answers, capsys, monkeypatch, arguments, said):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
@@ -273,10 +305,17 @@ def test_the_length_controlled_win_rate(tmp_path, monkeypatch, capsys):
     spread = (lengths[:, 0] - lengths[:, 1]).std(ddof=1)
     wins = 1 / (1 + np.exp(3 * np.tanh((lengths[:, 0] - lengths[:, 1]) / spread)))
     annotations = [
-        {"instruction": str(i), "output_1": "b" * a, "output_2": "a" * b, "generator_1": "text_davinci_003",
-         "generator_2": "raw", "annotator": "judge", "preference": 1 + win}
+        {
+            "instruction": str(i),
+            "output_1": "b" * a,
+            "output_2": "a" * b,
+            "generator_1": "text_davinci_003",
+            "generator_2": "raw",
+            "annotator": "judge",
+            "preference": 1 + win,
+        }
         for i, ((a, b), win) in enumerate(zip(lengths, wins, strict=True))
-    ]  # fmt: skip
+    ]
     assert alpaca_judge.length_controlled(annotations) is None
     assert "needs df_gamed.csv" in capsys.readouterr().out
     folder = tmp_path / "datasets--tatsu-lab--alpaca_eval"
@@ -297,8 +336,9 @@ def test_the_length_controlled_win_rate(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_it_runs_from_its_own_folder(answers):
-    done = run_script("evaluate_helpfulness.py", "--results_dir", answers, "--aligned_flag", "0",
-                      cwd=ROOT / "evaluator")  # fmt: skip
+    done = run_script(
+        "evaluate_helpfulness.py", "--results_dir", answers, "--aligned_flag", "0", cwd=ROOT / "evaluator"
+    )
     assert done.returncode == 0 and "9 items" in done.stdout, done.stderr
 
 

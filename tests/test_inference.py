@@ -20,8 +20,23 @@ RECORDS = [Record(str(i), "safety", text) for i, text in enumerate(TEXTS)]
 
 
 def arguments(tmp_path, base_dir, source, *more):
-    return ["--task_name", "safety", "--results_dir", str(tmp_path), "--base_model", str(base_dir), "--data_source",
-            str(source), "--max_new_tokens", "8", "--batch_size", "4", "--num_samples", "10", *more]  # fmt: skip
+    return [
+        "--task_name",
+        "safety",
+        "--results_dir",
+        str(tmp_path),
+        "--base_model",
+        str(base_dir),
+        "--data_source",
+        str(source),
+        "--max_new_tokens",
+        "8",
+        "--batch_size",
+        "4",
+        "--num_samples",
+        "10",
+        *more,
+    ]
 
 
 def read(path):
@@ -68,11 +83,14 @@ def test_sampling_is_seeded(fused_dir):
     assert first == again != other
 
 
-@pytest.mark.parametrize("emitted, output, reason", [
-    (["A", " fox", "</s>", "B"], "A fox", "stop"),
-    (["A", " fox", "\n\n", "### Instruction:", "B"], "A fox", "stop"),
-    (["A", " fox", " ran"], "A fox ran", "length"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "emitted, output, reason",
+    [
+        (["A", " fox", "</s>", "B"], "A fox", "stop"),
+        (["A", " fox", "\n\n", "### Instruction:", "B"], "A fox", "stop"),
+        (["A", " fox", " ran"], "A fox ran", "length"),
+    ],
+)
 def test_answers_end_at_eos_or_at_a_new_instruction(base_dir, emitted, output, reason, monkeypatch):
     model, tokenizer = load_run(base_dir, dtype="float32")
     tokens = [t for text in emitted for t in tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -115,8 +133,17 @@ def test_a_run_writes_every_answer_in_its_prompts_order_and_is_repeatable(tmp_pa
     prompts = [json.loads(line) for line in (tiny_source / "safety_test.jsonl").read_text().splitlines()]
     order = list(dict.fromkeys(row["prompt"] for row in prompts))
     assert [row["instruction"] for row in rows] == [p for p in order if p in {row["instruction"] for row in rows}]
-    assert set(rows[0]) == {"id", "instruction", "input", "output", "task", "reference", "new_tokens",
-                            "finish_reason", "generator"}  # fmt: skip
+    assert set(rows[0]) == {
+        "id",
+        "instruction",
+        "input",
+        "output",
+        "task",
+        "reference",
+        "new_tokens",
+        "finish_reason",
+        "generator",
+    }
     assert {row["generator"] for row in rows} == {"cross_moe"}
     other = tmp_path / "two" / "inference" / "safety" / "test" / "cross_moe" / "outputs.jsonl"
     assert other.read_bytes() == (folder / "outputs.jsonl").read_bytes()
@@ -157,8 +184,18 @@ def test_other_arguments_do_not_overwrite(tmp_path, base_dir, tiny_source, capsy
 
 
 def test_prompt_answers_in_the_terminal_with_the_experts_used(tmp_path, fused_dir, capsys):
-    inference.main(["--prompt", "Name a tree.", "--cross_task", str(fused_dir), "--max_new_tokens", "5",
-                    "--results_dir", str(tmp_path)])  # fmt: skip
+    inference.main(
+        [
+            "--prompt",
+            "Name a tree.",
+            "--cross_task",
+            str(fused_dir),
+            "--max_new_tokens",
+            "5",
+            "--results_dir",
+            str(tmp_path),
+        ]
+    )
     out = capsys.readouterr().out
     assert "experts used: helpfulness" in out and "truthfulness" in out
     assert not any(tmp_path.iterdir())
@@ -187,8 +224,14 @@ def test_routing_is_counted_by_tokens_not_by_calls(fused_dir):
 @pytest.fixture
 def server_arguments(tmp_path, base_dir, tiny_source):
     def of(url, model="tiny", *more):
-        return [*arguments(tmp_path, base_dir, tiny_source, "--aligned_flag", "0"), "--server_url", url,
-                "--server_model", model, *more]  # fmt: skip
+        return [
+            *arguments(tmp_path, base_dir, tiny_source, "--aligned_flag", "0"),
+            "--server_url",
+            url,
+            "--server_model",
+            model,
+            *more,
+        ]
 
     return of
 
@@ -213,15 +256,29 @@ def test_a_server_answers_into_the_same_files_and_a_failed_run_asks_only_the_res
         inference.main(server_arguments(server.url))  # complete: asks nothing
         assert server.requests[-1] is request
     assert {k: request[k] for k in ("model", "max_tokens", "temperature", "top_p", "seed", "stop")} == {
-        "model": "tiny", "max_tokens": 8, "temperature": 0.6, "top_p": 1.0, "seed": 42, "stop": ["### Instruction:"]
-    }  # fmt: skip
+        "model": "tiny",
+        "max_tokens": 8,
+        "temperature": 0.6,
+        "top_p": 1.0,
+        "seed": 42,
+        "stop": ["### Instruction:"],
+    }
     local = sources.prompt_records("safety", sources.read_rows("safety", "test", str(tmp_path / "source")), "")
     assert [row["id"] for row in rows] == [record.id for record in sources.spread(local, 10)]
     for row in rows:
         assert row["output"] == render_prompt(row["instruction"])[-30:].strip()
         assert row["finish_reason"] == ("stop" if row["instruction"].startswith("Is") else "length")
-        assert set(row) == {"id", "instruction", "input", "output", "task", "reference", "new_tokens",
-                            "finish_reason", "generator"}  # fmt: skip
+        assert set(row) == {
+            "id",
+            "instruction",
+            "input",
+            "output",
+            "task",
+            "reference",
+            "new_tokens",
+            "finish_reason",
+            "generator",
+        }
     with pytest.raises(SystemExit):
         inference.main(server_arguments("http://127.0.0.1:9/v1", "another"))
     assert "server_model=tiny" in capsys.readouterr().err

@@ -65,8 +65,9 @@ def test_fused_from_disk_equals_the_mixture_of_merged_experts(
             save_adapter(tmp_path / name, base_dir, seed=rank, r=rank, use_rslora=rank == 3)
             for name, rank in ranks.items()
         ]
-    llama_moe.main(["--experts_dir", str(adapter_dirs[0].parent), "--output", str(tmp_path / "moe"),
-                    "--expert_topk", str(top_k)])  # fmt: skip
+    llama_moe.main(
+        ["--experts_dir", str(adapter_dirs[0].parent), "--output", str(tmp_path / "moe"), "--expert_topk", str(top_k)]
+    )
     model, _ = load_run(tmp_path / "moe", dtype="float32")
     assert model.config.num_experts_per_tok == top_k
     model.double().set_attn_implementation("sdpa")
@@ -116,7 +117,11 @@ def test_the_three_experts_differ_and_are_peft_deltas(fused_dir, adapter_dirs):
 
 def test_the_folder_holds_router_and_experts_only(fused_dir, base_dir):
     assert sorted(p.name for p in fused_dir.iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "run.json"]  # fmt: skip
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "run.json",
+    ]
     saved = load_file(fused_dir / "model.safetensors")
     assert all(".mlp.router." in key or ".mlp.experts." in key for key in saved)
     # per layer: router (3, 32), scaling (3, 3), and A, B of rank 8 for 3 experts on 32 -> 48, 32 -> 48, 48 -> 32
@@ -150,8 +155,18 @@ def test_fusing_again_says_so_and_other_arguments_are_refused(fused_dir, adapter
 
 
 def test_two_experts_and_half_precision_on_disk(tmp_path, adapter_dirs):
-    llama_moe.main(["--experts_dir", str(adapter_dirs[0].parent), "--experts", "truthfulness,helpfulness",
-                    "--output", str(tmp_path / "moe"), "--save_dtype", "float16"])  # fmt: skip
+    llama_moe.main(
+        [
+            "--experts_dir",
+            str(adapter_dirs[0].parent),
+            "--experts",
+            "truthfulness,helpfulness",
+            "--output",
+            str(tmp_path / "moe"),
+            "--save_dtype",
+            "float16",
+        ]
+    )
     saved = load_file(tmp_path / "moe" / "model.safetensors")
     assert {t.dtype for key, t in saved.items() if key.endswith(("_A", "_B"))} == {torch.float16}
     model, _ = load_run(tmp_path / "moe", dtype="float32")

@@ -27,8 +27,18 @@ FAST = ["--num_train_epochs", "1", "--batch_size", "4", "--disable_tqdm", "1", "
 
 
 def align(results, base_dir, source, *more):
-    align_basemodel.main(["--results_dir", str(results), "--base_model", str(base_dir), "--data_source", str(source),
-                          *FAST, *map(str, more)])  # fmt: skip
+    align_basemodel.main(
+        [
+            "--results_dir",
+            str(results),
+            "--base_model",
+            str(base_dir),
+            "--data_source",
+            str(source),
+            *FAST,
+            *map(str, more),
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +56,9 @@ def results(tmp_path_factory, base_dir):
 
 
 def fused(results, *more):
-    align_basemodel.main(["--moe_flag", "1", "--moe_dir", str(results / "moe"), "--results_dir", str(results), *FAST,
-                          *map(str, more)])  # fmt: skip
+    align_basemodel.main(
+        ["--moe_flag", "1", "--moe_dir", str(results / "moe"), "--results_dir", str(results), *FAST, *map(str, more)]
+    )
 
 
 def test_an_expert_is_a_standard_peft_adapter_of_the_ffn(results, base_dir):
@@ -141,10 +152,22 @@ def test_a_compiled_training_is_the_same_training(results):
     names = ("compiled", "as_it_is")
     for name, more in zip(names, (["--torch_compile", "true"], []), strict=True):
         result = run_script(
-            "align_basemodel.py", "--moe_flag", 1, "--gate_loss_weight", 1, "--run_name", name,
-            "--moe_dir", results / "moe", "--results_dir", results, *FAST, *more,
-            ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION="true", ACCELERATE_DYNAMO_USE_DYNAMIC="true",
-        )  # fmt: skip
+            "align_basemodel.py",
+            "--moe_flag",
+            1,
+            "--gate_loss_weight",
+            1,
+            "--run_name",
+            name,
+            "--moe_dir",
+            results / "moe",
+            "--results_dir",
+            results,
+            *FAST,
+            *more,
+            ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION="true",
+            ACCELERATE_DYNAMO_USE_DYNAMIC="true",
+        )
         assert result.returncode == 0, result.stderr
     compiled, plain = (load_file(results / "outputs" / name / "model.safetensors") for name in names)
     assert set(compiled) == set(plain)
@@ -175,8 +198,9 @@ def test_labels_of_the_mixed_data_are_right(results, tokenizer):
     """Every sample of the mixed training data carries its own task, and its expert is the one of that task."""
     args, training = align_basemodel.config.parse(
         ["--moe_flag", "1", "--data_source", str(results / "source"), "--output_dir", str(results / "x")],
-        align_basemodel.AlignArguments, align_basemodel.TrainArguments,
-    )  # fmt: skip
+        align_basemodel.AlignArguments,
+        align_basemodel.TrainArguments,
+    )
     samples = align_basemodel.training_samples(args, 42, tokenizer)
     batch = Collator(routing=True)(samples)
     texts = tokenizer.batch_decode(batch["input_ids"])
@@ -238,8 +262,16 @@ def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(results, base_
 def test_scripts_run_from_their_own_folders_as_the_papers_readme_calls_them(results, base_dir, tmp_path):
     fuse = run_script("llama_moe.py", "--results_dir", results, "--output", tmp_path / "moe", cwd=ROOT / "models")
     assert fuse.returncode == 0 and "MB" in fuse.stdout, fuse.stderr
-    score = run_script("evaluate_likelihood.py", "--run", "safety", "--results_dir", results, "--task_name", "safety",
-                       cwd=ROOT / "evaluator")  # fmt: skip
+    score = run_script(
+        "evaluate_likelihood.py",
+        "--run",
+        "safety",
+        "--results_dir",
+        results,
+        "--task_name",
+        "safety",
+        cwd=ROOT / "evaluator",
+    )
     assert score.returncode == 0 and "safe_preferred" in score.stdout, score.stderr
 
 
@@ -293,8 +325,11 @@ def test_the_demo_and_the_readme_are_the_same_commands():
         commands[path.name] = found
     assert set(commands["demo.sh"]) <= set(commands["README.md"])
     for command in sum(commands.values(), []):
-        script = next(s for s in (command.split()[1], f"models/{command.split()[1]}", f"evaluator/{command.split()[1]}")
-                      if (ROOT / s).exists())  # fmt: skip
+        script = next(
+            s
+            for s in (command.split()[1], f"models/{command.split()[1]}", f"evaluator/{command.split()[1]}")
+            if (ROOT / s).exists()
+        )
         known = (ROOT / "config.py").read_text() + (ROOT / script).read_text()
         for flag in re.findall(r"--(\w+)", command):
             assert re.search(rf"\b{flag}: ", known) or flag in align_basemodel.TrainArguments.__dataclass_fields__, (

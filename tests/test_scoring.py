@@ -117,7 +117,17 @@ def test_a_reference_that_is_empty_is_counted(tmp_path, base_dir, tiny_source):
     path = tiny_source / "helpfulness_test.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     write_jsonl(path, [{**row, "output": "" if i == 2 else row["output"]} for i, row in enumerate(rows)])
-    evaluate_likelihood.main(["--results_dir", str(tmp_path), "--base_model", str(base_dir), "--data_source",
-                              str(tiny_source), "--task_name", "helpfulness"])  # fmt: skip
+    evaluate_likelihood.main(
+        [
+            "--results_dir",
+            str(tmp_path),
+            "--base_model",
+            str(base_dir),
+            "--data_source",
+            str(tiny_source),
+            "--task_name",
+            "helpfulness",
+        ]
+    )
     found = json.loads((tmp_path / "evaluation/helpfulness/test/raw/likelihood/metrics.json").read_text())["metrics"]
     assert found["nll_per_token"]["n"] == len(rows) - 1 and found["nll_per_token"]["without_answer"] == 1

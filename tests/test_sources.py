@@ -10,12 +10,21 @@ from data import sources
 from data.sources import Record, answer_records, draw, prompt_records, read_rows, spread
 
 CATEGORIES = {  # BeaverTails' 14
-    "animal_abuse", "child_abuse", "controversial_topics,politics", "discrimination,stereotype,injustice",
-    "drug_abuse,weapons,banned_substance", "financial_crime,property_crime,theft", "hate_speech,offensive_language",
-    "misinformation_regarding_ethics,laws_and_safety", "non_violent_unethical_behavior", "privacy_violation",
-    "self_harm", "sexually_explicit,adult_content", "terrorism,organized_crime",
+    "animal_abuse",
+    "child_abuse",
+    "controversial_topics,politics",
+    "discrimination,stereotype,injustice",
+    "drug_abuse,weapons,banned_substance",
+    "financial_crime,property_crime,theft",
+    "hate_speech,offensive_language",
+    "misinformation_regarding_ethics,laws_and_safety",
+    "non_violent_unethical_behavior",
+    "privacy_violation",
+    "self_harm",
+    "sexually_explicit,adult_content",
+    "terrorism,organized_crime",
     "violence,aiding_and_abetting,incitement",
-}  # fmt: skip
+}
 PROMPT = {"helpfulness": "instruction", "safety": "prompt", "truthfulness": "question"}
 
 
@@ -109,8 +118,10 @@ def hub(tmp_path, monkeypatch) -> None:
     import datasets
 
     def publish(repository: str, rows_of: dict[str, dict[str, list[dict]]]):  # of each configuration and split
-        configs = [{"config_name": name, "data_files": [{"split": split, "path": f"{name}-{split}.jsonl"}
-                    for split in splits]} for name, splits in rows_of.items()]  # fmt: skip
+        configs = [
+            {"config_name": name, "data_files": [{"split": split, "path": f"{name}-{split}.jsonl"} for split in splits]}
+            for name, splits in rows_of.items()
+        ]
         for config in configs:
             for file in config["data_files"]:
                 rows = [without_id(row) for row in rows_of[config["config_name"]][file["split"]]]
@@ -126,11 +137,26 @@ def hub(tmp_path, monkeypatch) -> None:
     alpaca = [{**helpful(instruction=f"Do {i}."), "text": "..."} for i in range(40)]
     publish("tatsu-lab/alpaca", {"default": {"train": alpaca}})
     publish("PKU-Alignment/BeaverTails", {"default": {"30k_train": beaver_tails(4), "30k_test": beaver_tails(511)}})
-    mc = [{"question": "?", "mc1_targets": targets([f"b{i}", "w"], [1, 0]),
-           "mc2_targets": targets(["c", f"b{i}", "w"], [1, 1, 0])} for i in range(412)]  # fmt: skip
+    mc = [
+        {
+            "question": "?",
+            "mc1_targets": targets([f"b{i}", "w"], [1, 0]),
+            "mc2_targets": targets(["c", f"b{i}", "w"], [1, 1, 0]),
+        }
+        for i in range(412)
+    ]
     questions = [question(best=f"b{i}") for i in range(412)]
-    publish("Paul/XSTest", {"default": {"train": [{"prompt": f"X{i}", "type": "homonyms", "label": label}
-                                                  for i, label in enumerate(("safe", "unsafe"))]}})  # fmt: skip
+    publish(
+        "Paul/XSTest",
+        {
+            "default": {
+                "train": [
+                    {"prompt": f"X{i}", "type": "homonyms", "label": label}
+                    for i, label in enumerate(("safe", "unsafe"))
+                ]
+            }
+        },
+    )
     publish("truthfulqa/truthful_qa", {"generation": {"validation": questions}, "multiple_choice": {"validation": mc}})
 
 
@@ -222,8 +248,10 @@ def test_answer_records_are_every_good_answer():
 def test_prompt_records_are_every_prompt_once_in_order():
     rows = [safety("1", "p", "bad", False), safety("2", "q", "bad", False), safety("3", "p", "first")]
     rows += [safety("4", "p", "second"), safety("5", "o", "only")]
-    expected = [Record(*row) for row in (("1", "safety", "p", "", "first"), ("2", "safety", "q", "", ""),
-                                         ("5", "safety", "o", "", "only"))]  # fmt: skip
+    expected = [
+        Record(*row)
+        for row in (("1", "safety", "p", "", "first"), ("2", "safety", "q", "", ""), ("5", "safety", "o", "", "only"))
+    ]
     assert prompt_records("safety", rows, "sample") == expected
     assert prompt_records("truthfulness", [question("1")], "hub") == [Record("1", "truthfulness", "Why?", "", "b")]
     expected = [Record("1", "helpfulness", "Name a river.", "x", "The Rhine.")]
@@ -231,8 +259,13 @@ def test_prompt_records_are_every_prompt_once_in_order():
 
 
 def test_safety_comparisons_from_pairs_less_the_trained_prompts_else_from_rows(tmp_path):
-    rows = [safety("1", "p", "bad", False), safety("2", "q", "fine"), safety("3", "p", "good"),
-            safety("4", "p", "worse", False), safety("5", "q", "finer")]  # fmt: skip
+    rows = [
+        safety("1", "p", "bad", False),
+        safety("2", "q", "fine"),
+        safety("3", "p", "good"),
+        safety("4", "p", "worse", False),
+        safety("5", "q", "finer"),
+    ]
     for split in ("train", "test"):
         write_jsonl(tmp_path / f"safety_{split}.jsonl", [{**row, "prompt": row["prompt"] + split} for row in rows])
     assert plain(sources.safety_comparisons("test", str(tmp_path))) == [("1", ("good", "bad"), (1, 0))]
@@ -292,7 +325,7 @@ BAD = {
     "no answers": ("truthfulness", {"incorrect_answers": []}, "field 'incorrect_answers' is empty"),
     "empty in a list": ("truthfulness", {"correct_answers": ["b", ""]}, "field 'correct_answers' must hold non-empty"),
     "number in a list": ("safety", {"category": [1]}, "field 'category' must hold non-empty strings"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("task", "change", "told"), BAD.values(), ids=BAD)

@@ -27,8 +27,14 @@ def toy_rows(num=420, seed=0):
     for i in range(num):
         label = rng.randrange(2)
         words = " ".join(rng.choices(WORDS, k=rng.randrange(2, 9)))
-        rows.append({"truthfulqa_idx": i if i < 260 else 408 + i, "question": f"Is {words} number {i}?",
-                     "answer": f"{'Indeed' if label else 'Never'} {words}.", "label": label})  # fmt: skip
+        rows.append(
+            {
+                "truthfulqa_idx": i if i < 260 else 408 + i,
+                "question": f"Is {words} number {i}?",
+                "answer": f"{'Indeed' if label else 'Never'} {words}.",
+                "label": label,
+            }
+        )
     return rows
 
 
@@ -40,9 +46,23 @@ def toy_source(tmp_path_factory):
 
 
 def command(kind, base, source, results_dir, *more):
-    return ["--kind", kind, "--base_model", str(base), "--data_source", str(source), "--results_dir", str(results_dir),
-            "--dtype", "float32", "--learning_rate", "5e-3",
-            "--num_train_epochs", "6", *more]  # fmt: skip
+    return [
+        "--kind",
+        kind,
+        "--base_model",
+        str(base),
+        "--data_source",
+        str(source),
+        "--results_dir",
+        str(results_dir),
+        "--dtype",
+        "float32",
+        "--learning_rate",
+        "5e-3",
+        "--num_train_epochs",
+        "6",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -92,8 +112,20 @@ def test_a_score_by_a_trained_judge_carries_its_accuracy_and_the_correction(trai
     write_answers(
         tmp_path, "truthfulness", [row["answer"] for row in chosen], questions=[r["question"] for r in chosen]
     )
-    evaluate_truth_and_info.main(["--task_name", "raw", "--mode", "0", "--judge", str(judge), "--results_dir",
-                                  str(tmp_path), "--dtype", "float32"])  # fmt: skip
+    evaluate_truth_and_info.main(
+        [
+            "--task_name",
+            "raw",
+            "--mode",
+            "0",
+            "--judge",
+            str(judge),
+            "--results_dir",
+            str(tmp_path),
+            "--dtype",
+            "float32",
+        ]
+    )
     scores = json.loads((tmp_path / "evaluation/truthfulness/test/raw/truth/metrics.json").read_text())
     truth = scores["metrics"]["truth"]
     assert truth["value"] == 0.75
@@ -157,8 +189,10 @@ def test_a_stopped_training_goes_on_and_ends_alike(trained, tmp_path, judge_base
     capsys.readouterr()
     train_judge.main(command("truth", judge_base_dir, toy_source, tmp_path))
     assert "Going on from" in capsys.readouterr().out
-    p = [[json.loads(line)["p"] for line in (place / "judges/truth/held_out.jsonl").read_text().splitlines()]
-         for place in (trained, tmp_path)]  # fmt: skip
+    p = [
+        [json.loads(line)["p"] for line in (place / "judges/truth/held_out.jsonl").read_text().splitlines()]
+        for place in (trained, tmp_path)
+    ]
     assert p[0] == pytest.approx(p[1], abs=1e-4)
 
 
@@ -188,8 +222,14 @@ def test_the_sample_trains_every_kind(kind):
 
 def test_a_writer_with_one_label_only_does_not_teach_it(tmp_path):
     def row(i, source, safe, split):
-        return {"id": f"{split}{i}", "prompt": f"{split} {i}?", "response": "So.", "is_safe": safe, "source": source,
-                "category": [] if safe else [HARM_CATEGORIES[0]]}  # fmt: skip
+        return {
+            "id": f"{split}{i}",
+            "prompt": f"{split} {i}?",
+            "response": "So.",
+            "is_safe": safe,
+            "source": source,
+            "category": [] if safe else [HARM_CATEGORIES[0]],
+        }
 
     for split in ("train", "test"):
         rows = [row(i, "BeaverTails", i % 2 == 0, split) for i in range(6)]
@@ -199,12 +239,15 @@ def test_a_writer_with_one_label_only_does_not_teach_it(tmp_path):
     assert len(train) == 6 and sum(r.label for r in train) == 3
 
 
-@pytest.mark.parametrize("kind, change, said", [
-    ("information", {}, "an information judge needs judge_info.jsonl"),
-    ("truth", {"label": 1}, "do not hold both labels"),
-    ("truth", {"label": 2}, "a label is 2; labels are 0 and 1"),
-    ("truth", {"question": ""}, "judge_truth.jsonl:1: field 'question' is empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, change, said",
+    [
+        ("information", {}, "an information judge needs judge_info.jsonl"),
+        ("truth", {"label": 1}, "do not hold both labels"),
+        ("truth", {"label": 2}, "a label is 2; labels are 0 and 1"),
+        ("truth", {"question": ""}, "judge_truth.jsonl:1: field 'question' is empty"),
+    ],
+)
 def test_rows_that_cannot_train_a_judge(tmp_path, kind, change, said):
     write_jsonl(tmp_path / "judge_truth.jsonl", [{**row, **change} for row in toy_rows(300)])
     with pytest.raises(UserError) as raised:

@@ -27,12 +27,24 @@ def make_trainer(
 ):
     model, _ = load_run(fused_dir, dtype="float32")
     settings = {"max_steps": 1, "logging_steps": 1, "train_sampling_strategy": "sequential", **more}
-    args = TrainArguments(output_dir=str(tmp_path), use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
-                          save_strategy="no", **settings)  # fmt: skip
+    args = TrainArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        **settings,
+    )
     trainer = MixtureTrainer(
-        model, args=args, train_dataset=samples, data_collator=Collator(routing=True), gate_loss_weight=gate,
-        gate_balance=balance, drift_weights=dict.fromkeys(TASKS, drift), router_learning_rate=router_lr,
-    )  # fmt: skip
+        model,
+        args=args,
+        train_dataset=samples,
+        data_collator=Collator(routing=True),
+        gate_loss_weight=gate,
+        gate_balance=balance,
+        drift_weights=dict.fromkeys(TASKS, drift),
+        router_learning_rate=router_lr,
+    )
     if sgd:  # shows the gradient itself: Adam's first step is the same for any scale of it
         trained = [p for p in model.parameters() if p.requires_grad]
         trainer.optimizer = SGD(trained, lr=1e-2)
@@ -49,10 +61,12 @@ def test_one_batch_of_eight_equals_eight_of_one(fused_dir, samples, tmp_path, ga
     """The gradient of a step does not depend on how its samples are split, auxiliary losses included."""
     settings = dict(gate=gate, drift=drift, balance=balance, sgd=True, max_steps=2, max_grad_norm=0.0)
     whole = make_trainer(fused_dir, samples, tmp_path / "a", per_device_train_batch_size=8, **settings)
-    split = make_trainer(fused_dir, samples, tmp_path / "b", per_device_train_batch_size=1,
-                         gradient_accumulation_steps=8, **settings)  # fmt: skip
-    uneven = make_trainer(fused_dir, samples, tmp_path / "c", per_device_train_batch_size=3,
-                          gradient_accumulation_steps=3, **settings)  # fmt: skip
+    split = make_trainer(
+        fused_dir, samples, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=8, **settings
+    )
+    uneven = make_trainer(
+        fused_dir, samples, tmp_path / "c", per_device_train_batch_size=3, gradient_accumulation_steps=3, **settings
+    )
     before = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
     expected = trained_state(whole)
     for trainer in (split, uneven):
@@ -168,8 +182,14 @@ def test_only_router_and_experts_get_gradients_and_the_base_is_frozen(fused_dir)
 def test_gradient_checkpointing_changes_no_gradient(fused_dir, samples, tmp_path):
     settings = dict(gate=0.5, drift=0.1, sgd=True, max_steps=2)
     plain = trained_state(make_trainer(fused_dir, samples, tmp_path / "a", **settings))
-    trainer = make_trainer(fused_dir, samples, tmp_path / "b", activation_checkpointing=True,
-                           activation_checkpointing_kwargs={"use_reentrant": False}, **settings)  # fmt: skip
+    trainer = make_trainer(
+        fused_dir,
+        samples,
+        tmp_path / "b",
+        activation_checkpointing=True,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        **settings,
+    )
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     checkpointed = trained_state(trainer)
     for name, value in plain.items():
@@ -186,8 +206,9 @@ def test_padding_changes_nothing(fused_dir, samples):
 
     def run(batch):
         with torch.no_grad():
-            outputs = model.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"],
-                                  output_router_logits=True)  # fmt: skip
+            outputs = model.model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_router_logits=True
+            )
             logits = model.lm_head(outputs.last_hidden_state)[:, :-1].log_softmax(-1)
         labels = batch["labels"][:, 1:]
         picked = logits.gather(2, labels.clamp(min=0)[..., None])[..., 0] * (labels != IGNORED)

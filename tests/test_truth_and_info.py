@@ -52,8 +52,21 @@ def test_yes_is_as_likely_as_a_forward_pass_says(judge_base_dir, batch_size):
 
 
 def run(mode, judge, results_dir, *more):
-    evaluate_truth_and_info.main(["--task_name", "raw", "--mode", str(mode), "--judge", str(judge), "--results_dir",
-                                  str(results_dir), "--dtype", "float32", *more])  # fmt: skip
+    evaluate_truth_and_info.main(
+        [
+            "--task_name",
+            "raw",
+            "--mode",
+            str(mode),
+            "--judge",
+            str(judge),
+            "--results_dir",
+            str(results_dir),
+            "--dtype",
+            "float32",
+            *more,
+        ]
+    )
 
 
 def read(folder, name="metrics.json"):
@@ -147,8 +160,11 @@ def test_openai_engines_are_named_by_flag_or_by_config(tmp_path, monkeypatch, ca
     write_answers(tmp_path, "truthfulness", ANSWERS)
     asked = []
     monkeypatch.setattr(client, "make_client", lambda url, concurrency: (url, concurrency))
-    monkeypatch.setattr(client, "yes_probabilities", lambda _, engine, texts: asked.append(engine) or (
-        (text, 0.9 if "Ice" in text else 0.2) for text in texts))  # fmt: skip
+    monkeypatch.setattr(
+        client,
+        "yes_probabilities",
+        lambda _, engine, texts: asked.append(engine) or ((text, 0.9 if "Ice" in text else 0.2) for text in texts),
+    )
     with pytest.raises(SystemExit):
         run(1, "openai", tmp_path)
     assert "--judge_model, or informative_engine_name in config.py" in capsys.readouterr().err
@@ -193,11 +209,25 @@ def test_a_killed_judgement_goes_on_from_its_cache(tmp_path, judge_base_dir, mon
     """A real process, killed as soon as a few judgements are kept; the same command asks for the others only."""
     total = 3000
     write_answers(tmp_path, "truthfulness", [f"Answer number {i}." for i in range(total)])
-    command = [sys.executable, "evaluate_truth_and_info.py", "--task_name", "raw", "--mode", "0", "--judge",
-               str(judge_base_dir), "--results_dir", str(tmp_path), "--dtype", "float32",
-               "--batch_size", "1"]  # fmt: skip
-    process = subprocess.Popen(command, cwd=ROOT / "evaluator", stderr=subprocess.DEVNULL,
-                               env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    command = [
+        sys.executable,
+        "evaluate_truth_and_info.py",
+        "--task_name",
+        "raw",
+        "--mode",
+        "0",
+        "--judge",
+        str(judge_base_dir),
+        "--results_dir",
+        str(tmp_path),
+        "--dtype",
+        "float32",
+        "--batch_size",
+        "1",
+    ]
+    process = subprocess.Popen(
+        command, cwd=ROOT / "evaluator", stderr=subprocess.DEVNULL, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
     cache = tmp_path / "evaluation" / "judgements.sqlite"
     deadline = time.monotonic() + 120
     while kept(cache) < 20 and time.monotonic() < deadline:

@@ -64,12 +64,30 @@ def main() -> None:
     arrow(axes, (10.6, 2.2), (11.5, 2.7))
     arrow(axes, (14.4, 3.4), (13.6, 2.2))
     box(axes, 16.7, 5.6, 4.9, 1.9, "L = L_SFT + λ · L_gate + Σ γᵢ · driftᵢ", size=7.8)
-    axes.text(16.7, 4.9, "L_gate  =  −log q(task):  the router's mean\nprobability of the sample's own expert",
-              fontsize=8.5, va="top", color="#222222")  # fmt: skip
-    axes.text(16.7, 3.5, "driftᵢ  =  ‖ change of expert i\nsince fusion ‖_F, by Gram matrices",
-              fontsize=8.5, va="top", color="#222222")  # fmt: skip
-    axes.text(16.7, 2.1, "trained: router and experts\nfrozen: base FFN, attention, embeddings",
-              fontsize=8.5, va="top", color="#222222")  # fmt: skip
+    axes.text(
+        16.7,
+        4.9,
+        "L_gate  =  −log q(task):  the router's mean\nprobability of the sample's own expert",
+        fontsize=8.5,
+        va="top",
+        color="#222222",
+    )
+    axes.text(
+        16.7,
+        3.5,
+        "driftᵢ  =  ‖ change of expert i\nsince fusion ‖_F, by Gram matrices",
+        fontsize=8.5,
+        va="top",
+        color="#222222",
+    )
+    axes.text(
+        16.7,
+        2.1,
+        "trained: router and experts\nfrozen: base FFN, attention, embeddings",
+        fontsize=8.5,
+        va="top",
+        color="#222222",
+    )
     arrow(axes, (15.65, 4.1), (16.6, 5.4))
     plt.rcParams["svg.hashsalt"] = "h3fusion"
     figure.savefig(Path(__file__).with_name("method.svg"), bbox_inches="tight", metadata={"Date": None})
