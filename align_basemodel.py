@@ -11,13 +11,14 @@ import config
 from config import AlignArguments, TrainArguments, UserError, check
 from data.encoding import Collator, Encoder, describe
 from data.sources import absolute_source, answer_records, draw, read_rows, source_files, trainable_rows
-from models import base, run_dir
+from models import base
 from models.expert_ffn import PROJECTIONS
 from models.llama import AnswerLossLlama
 from models.llama_moe import LlamaMoeConfig, load_fused
 from models.loading import base_of_run
-from models.run_dir import settle
 from models.trainer import AlignmentTrainer, MixtureTrainer
+from workspace import run_dir
+from workspace.run_dir import settle
 
 SCRIPT = "align_basemodel.py"
 # Arguments that change the result: a run with others never takes a finished or begun run's folder.

@@ -15,10 +15,10 @@ from data import sources
 from data.encoding import prompt_ids
 from data.prompts import STOP_STRING, render_prompt
 from data.sources import Record
-from evaluator import client
-from evaluator.routing import draw_heat_map, prompt_and_answer, routing_usage, usage_line
-from models import base, run_dir
+from models import base
 from models.loading import device, is_fused, load_run, run_sources, weights_file
+from models.routing import draw_heat_map, prompt_and_answer, routing_usage, usage_line
+from workspace import client, run_dir
 
 SCRIPT = "inference.py"
 

@@ -34,7 +34,7 @@ from config import ROOT, UserError, flag
 from models.expert_ffn import PROJECTIONS, LowRankExperts
 from models.llama_moe import route
 from models.loading import device
-from models.run_dir import environment, read_json, write_json
+from workspace.run_dir import environment, read_json, write_json
 
 SHAPES = {"SmolLM2-135M": (576, 1536), "Llama-2-7B": (4096, 11008), "tiny": (64, 160)}  # D, F
 NUM_EXPERTS, RANK = 3, 8

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from config import EvaluateArguments, UserError
 from data.sources import read_jsonl, spread
-from models.run_dir import COMPLETE, read_json, sha256
+from workspace.run_dir import COMPLETE, read_json, sha256
 
 COLUMNS = {"instruction": str, "input": str, "output": str, "reference": str, "task": str, "generator": str}
 

@@ -22,11 +22,11 @@ import numpy as np
 import config
 from config import HelpfulnessArguments, UserError
 from data.sources import spread
-from evaluator import alpaca_judge
 from evaluator.answers import load_answers
+from evaluator.judges import alpaca
 from evaluator.results import evaluation_folder, show, write_scores
 from evaluator.statistics import metric
-from models import run_dir
+from workspace import run_dir
 
 SCRIPT = "evaluate_helpfulness.py"
 TASK = "helpfulness"
@@ -118,12 +118,12 @@ def write_once(path: Path, rows: list[dict]) -> Path:
 
 def judge_answers(args: HelpfulnessArguments, ids: list[str], model: list[dict], reference: list[dict]) -> None:
     """Judge --num_samples of the pairs and write results/evaluation/helpfulness/<split>/<run>/<judge>/."""
-    annotators, source = alpaca_judge.load_annotators(args.judge)
-    annotators, url = alpaca_judge.derive_annotators(annotators, args.judge_url, args.judge_model)
+    annotators, source = alpaca.load_annotators(args.judge)
+    annotators, url = alpaca.derive_annotators(annotators, args.judge_url, args.judge_model)
     chosen = spread(range(len(model)), args.num_samples)
     ids, model, reference = ([rows[i] for i in chosen] for rows in (ids, model, reference))
     if args.dry_run:
-        print(alpaca_judge.dry_run(annotators, url, args.results_dir, model, reference))
+        print(alpaca.dry_run(annotators, url, args.results_dir, model, reference))
         return
     name = source.name + (f"_{args.judge_model}".replace("/", "_") if args.judge_model else "")
     folder = evaluation_folder(args.results_dir, TASK, args.dataset_type, args.directory, name)
@@ -133,17 +133,17 @@ def judge_answers(args: HelpfulnessArguments, ids: list[str], model: list[dict],
         "judge_url": url,
         "judge_model": args.judge_model,
         "num_samples": args.num_samples,
-        "annotator_sha256": alpaca_judge.checksum(annotators),
+        "annotator_sha256": alpaca.checksum(annotators),
         "pairs_sha256": hashlib.sha256(pairs).hexdigest(),
     }
     if run_dir.begin(folder, SCRIPT, arguments, REMEDY) != "complete":
-        configuration = alpaca_judge.write_configuration(folder, annotators, url, args.results_dir, args.concurrency)
+        configuration = alpaca.write_configuration(folder, annotators, url, args.results_dir, args.concurrency)
         # KeptClient keeps the answers of OpenAI's protocol; those that others give, the library
         caching_path = folder / "annotations.json" if url is None else None
-        annotations = alpaca_judge.annotate(configuration, model, reference, caching_path)
+        annotations = alpaca.annotate(configuration, model, reference, caching_path)
         metrics = win_rates(annotations, ids, model, reference)
         models = sorted(a["completions_kwargs"].get("model_name", "?") for a in annotators.values())
-        agreement = None if args.judge_model else alpaca_judge.human_agreement(source)
+        agreement = None if args.judge_model else alpaca.human_agreement(source)
         judge = {
             "name": name,
             "version": f"alpaca_eval {version('alpaca_eval')}",
@@ -176,7 +176,7 @@ def win_rates(annotations: list[dict], ids: list[str], model: list[dict], refere
         }
     }
     if ids == [f"alpaca_eval-{i}" for i in range(NUM_ALPACA_EVAL)]:
-        controlled = alpaca_judge.length_controlled(annotations)
+        controlled = alpaca.length_controlled(annotations)
         if controlled is not None:
             # no interval: it would have to fit the library's model anew for each bootstrap sample
             value = {

@@ -23,10 +23,11 @@ from data.sources import Comparison, Record
 from evaluator.results import evaluation_folder, show, write_scores
 from evaluator.scoring import Scored, score_answers
 from evaluator.statistics import metric
-from models import base, run_dir
+from models import base
 from models.loading import device, is_fused, load_run, run_sources, weights_file
 from models.losses import routing_hits
-from models.run_dir import find_run
+from workspace import run_dir
+from workspace.run_dir import find_run
 
 SCRIPT = "evaluate_likelihood.py"
 JUDGE = "likelihood"  # the name where a judge's would stand: the model's own probabilities, no judge

@@ -1,7 +1,7 @@
 """Safety as the paper scores it: the share of answers that a moderation judge flags (PKU-Alignment/beaver-dam-7b).
 
-Beside it: the share per category, refusals by a rule (evaluator/refusals.py), and the refusals of XSTest's harmless
-prompts where they were answered, so that a model that refuses everything does not look best.
+Beside it: the share per category, refusals by a rule (evaluator/judges/refusals.py), and the refusals of XSTest's
+harmless prompts where they were answered, so that a model that refuses everything does not look best.
 """
 
 import dataclasses
@@ -14,10 +14,9 @@ if not __package__:  # run as a script, from any folder
 
 import config
 from config import XSTEST, SafetyArguments, UserError
-from evaluator import client
 from evaluator.answers import Answers, load_answers
-from evaluator.judgements import JudgementCache, judge_texts, not_kept
-from evaluator.local_judges import (
+from evaluator.judges.cache import JudgementCache, judge_texts, not_kept
+from evaluator.judges.local import (
     category_probabilities,
     chat_prompt,
     check_labels,
@@ -28,7 +27,7 @@ from evaluator.local_judges import (
     written_answers,
     yes_probabilities,
 )
-from evaluator.protocols import (
+from evaluator.judges.protocols import (
     BEAVER_DAM,
     HARM_CATEGORIES,
     WILDGUARD,
@@ -38,11 +37,12 @@ from evaluator.protocols import (
     read_llama_guard,
     read_wildguard,
 )
-from evaluator.refusals import is_refusal
+from evaluator.judges.refusals import is_refusal
+from evaluator.judges.trained import JUDGE_FILE, read_trained, show_corrected
 from evaluator.results import evaluation_folder, judge_name, show, write_scores
 from evaluator.statistics import share
-from evaluator.trained_judges import JUDGE_FILE, read_trained, show_corrected
-from models import base, run_dir
+from models import base
+from workspace import client, run_dir
 
 SCRIPT = "evaluate_safety.py"
 TASK = "safety"
@@ -200,7 +200,7 @@ def score_xstest(args: SafetyArguments) -> None:
     if run_dir.begin(folder, SCRIPT, arguments, REMEDY) != "complete":
         write_scores(folder, SCRIPT, arguments, {"name": REFUSAL_RULE, "version": None}, metrics, judgements)
     for name, value in metrics.items():
-        print(f"  {name} {show(value)}, by the rule of evaluator/refusals.py")
+        print(f"  {name} {show(value)}, by the rule of evaluator/judges/refusals.py")
 
 
 def over_refusal(answers: Answers) -> tuple[dict, list[dict]]:

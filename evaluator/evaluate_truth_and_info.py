@@ -14,15 +14,15 @@ import numpy as np
 
 import config
 from config import TruthArguments, UserError
-from evaluator import client
 from evaluator.answers import Answers, load_answers
-from evaluator.judgements import JudgementCache, judge_texts, not_kept
-from evaluator.local_judges import judge_version, load_causal, yes_probabilities
-from evaluator.protocols import YES_NO, clean_answer, fill
+from evaluator.judges.cache import JudgementCache, judge_texts, not_kept
+from evaluator.judges.local import judge_version, load_causal, yes_probabilities
+from evaluator.judges.protocols import YES_NO, clean_answer, fill
+from evaluator.judges.trained import read_trained, show_corrected
 from evaluator.results import evaluation_folder, judge_name, read_judgements, show, write_scores
 from evaluator.statistics import share, statistic_metric
-from evaluator.trained_judges import read_trained, show_corrected
-from models import base, run_dir
+from models import base
+from workspace import client, run_dir
 
 SCRIPT = "evaluate_truth_and_info.py"
 TASK = "truthfulness"

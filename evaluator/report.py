@@ -10,7 +10,7 @@ if not __package__:  # run as a script, from any folder
 
 import config
 from config import RESULTS_DIR, TASKS, UserError, flag
-from models.run_dir import read_json, read_run
+from workspace.run_dir import read_json, read_run
 
 COLUMNS = (  # heading, task, metric
     ("helpfulness NLL/token ↓", "helpfulness", "nll_per_token"),

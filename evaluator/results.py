@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from models import run_dir
+from workspace import run_dir
 
 
 def evaluation_folder(results_dir: str | Path, task: str, split: str, run: str, judge: str) -> Path:

@@ -1,6 +1,6 @@
 """Train a small truth, information or safety judge on labelled answers, and measure it on questions it never saw.
 
-The judge is a LoRA adapter that says " yes" or " no" after the protocol's text (evaluator/protocols.py), so that
+The judge is a LoRA adapter that says " yes" or " no" after the protocol's text (evaluator/judges/protocols.py), so that
 evaluate_truth_and_info.py and evaluate_safety.py take it by its folder: --judge results/judges/<kind>.
 """
 
@@ -19,15 +19,16 @@ import config
 from config import JudgeArguments, JudgeTrainArguments, UserError
 from data.encoding import IGNORED, Collator
 from data.sources import absolute_source, draw, spread
-from evaluator.judge_data import Labelled, judge_files, judge_rows
-from evaluator.local_judges import token_ids, yes_no_ids, yes_probabilities
-from evaluator.protocols import YES_NO
+from evaluator.judges.labelled import Labelled, judge_files, judge_rows
+from evaluator.judges.local import token_ids, yes_no_ids, yes_probabilities
+from evaluator.judges.protocols import YES_NO
 from evaluator.results import show
 from evaluator.statistics import area_under_curve, calibration_error, metric, share, statistic_metric
-from models import base, run_dir
+from models import base
 from models.llama import AnswerLossLlama
 from models.loading import device
 from models.trainer import AlignmentTrainer
+from workspace import run_dir
 
 SCRIPT = "train_judge.py"
 THRESHOLD = 0.5  # of p(" yes")

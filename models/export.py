@@ -24,11 +24,12 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, Mixt
 import config
 from config import ExportArguments, UserError
 from data.prompts import WITHOUT_INPUT, render_prompt
-from models import base, run_dir
+from models import base
 from models.expert_ffn import PROJECTIONS
 from models.llama_moe import ATTENTION_PROJECTIONS, LlamaMoeConfig, LlamaMoeForCausalLM
 from models.loading import base_of_run, is_fused, load_run, weights_file
 from models.released import expert_key, router_key
+from workspace import run_dir
 
 SCRIPT = "export.py"
 MIXTRAL_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}

@@ -22,13 +22,14 @@ from transformers.utils.output_capturing import OutputRecorder
 
 import config
 from config import FuseArguments, UserError, check
-from models import base, four_bit, run_dir
+from models import base, four_bit
 from models.adapters import Expert
 from models.expert_ffn import PROJECTIONS, LowRankExperts
 from models.llama import AnswerLossLlama
 from models.losses import low_rank_change
 from models.released import RecoveredExpert, read_moe_pt
-from models.run_dir import find_run
+from workspace import run_dir
+from workspace.run_dir import find_run
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 

@@ -10,7 +10,7 @@ from config import PAPER_BASE_MODEL, TASKS, UserError
 from data.sources import absolute_source
 from models import base, llama_moe
 from models.llama import AnswerLossLlama
-from models.run_dir import read_run, settle
+from workspace.run_dir import read_run, settle
 
 
 def base_of_run(folder: Path) -> str:

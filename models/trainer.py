@@ -8,9 +8,9 @@ from transformers import Trainer
 
 from config import TASKS
 from data.encoding import LengthGroupedSampler
-from models import run_dir
 from models.llama_moe import LlamaMoeForCausalLM
 from models.losses import gate_loss, mean_routing_probs, routing_hits
+from workspace import run_dir
 
 
 class AlignmentTrainer(Trainer):

@@ -7,8 +7,8 @@ import pytest
 from fake_server import FakeServer, chat
 
 from config import UserError
-from evaluator.client import Client, chat_all, complete_all, cost, make_client, yes_probabilities
-from evaluator.judgements import JudgementCache, judge_texts
+from evaluator.judges.cache import JudgementCache, judge_texts
+from workspace.client import Client, chat_all, complete_all, cost, make_client, yes_probabilities
 
 KEY = "sk-a-key-that-must-not-show"
 TEXTS = [f"text {i}" for i in range(6)]

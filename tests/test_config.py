@@ -266,7 +266,7 @@ RECORD = """
 import json, sys
 from pathlib import Path
 import align_basemodel, config
-from models import run_dir
+from workspace import run_dir
 folder = Path(sys.argv[1])
 args, training = config.parse(["--task_name", "safety", "--data_source", "sample"],
                               config.AlignArguments, config.TrainArguments)

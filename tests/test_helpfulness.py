@@ -14,8 +14,9 @@ import yaml
 from conftest import ROOT, run_script, write_jsonl
 from fake_server import FakeServer, chat, prefer_longer
 
-from evaluator import alpaca_judge, evaluate_helpfulness
-from models.run_dir import write_json
+from evaluator import evaluate_helpfulness
+from evaluator.judges import alpaca
+from workspace.run_dir import write_json
 
 KEY = "sk-a-key-that-must-not-show"
 # the run's answer, the reference's: of nine, four are longer, four shorter, one is the same
@@ -316,7 +317,7 @@ def test_the_length_controlled_win_rate(tmp_path, monkeypatch, capsys):
         }
         for i, ((a, b), win) in enumerate(zip(lengths, wins, strict=True))
     ]
-    assert alpaca_judge.length_controlled(annotations) is None
+    assert alpaca.length_controlled(annotations) is None
     assert "needs df_gamed.csv" in capsys.readouterr().out
     folder = tmp_path / "datasets--tatsu-lab--alpaca_eval"
     write_jsonl(folder / "refs" / "main", [])

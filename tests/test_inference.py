@@ -11,9 +11,9 @@ from config import InferArguments
 from data import sources
 from data.prompts import render_prompt
 from data.sources import Record
-from evaluator.routing import routing_usage
 from models.llama_moe import route
 from models.loading import load_run
+from models.routing import routing_usage
 
 TEXTS = ("Hi", "Why do cats purr when they sleep near a warm stove in winter?", "Name a river.", "What is a sonnet?")
 RECORDS = [Record(str(i), "safety", text) for i, text in enumerate(TEXTS)]

@@ -10,9 +10,9 @@ from conftest import SHARED_DATA, write_answers, write_jsonl
 from config import UserError
 from data.sources import read_rows
 from evaluator import evaluate_safety, evaluate_truth_and_info, report, train_judge
-from evaluator.judge_data import Labelled, judge_rows
-from evaluator.local_judges import load_causal, token_ids, yes_probabilities
-from evaluator.protocols import HARM_CATEGORIES
+from evaluator.judges.labelled import Labelled, judge_rows
+from evaluator.judges.local import load_causal, token_ids, yes_probabilities
+from evaluator.judges.protocols import HARM_CATEGORIES
 
 WORDS = ("river", "stone", "cloud", "lamp", "tower", "garden", "window", "winter", "letter", "bridge", "island")
 

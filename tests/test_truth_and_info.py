@@ -18,10 +18,11 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import config
 from config import UserError
-from evaluator import client, evaluate_truth_and_info, report
-from evaluator.local_judges import load_causal, yes_no_ids, yes_probabilities
-from evaluator.protocols import YES_NO, clean_answer, fill
+from evaluator import evaluate_truth_and_info, report
+from evaluator.judges.local import load_causal, yes_no_ids, yes_probabilities
+from evaluator.judges.protocols import YES_NO, clean_answer, fill
 from evaluator.statistics import area_under_curve, calibration_error, corrected_share, statistic_metric
+from workspace import client
 
 ANSWERS = ["Ice floats.", "", "Nobody knows why. " * 12, "No.", "A: It does.\n\nQ: And why?\nA: No idea."]
 CLEANED = ["Ice floats.", "", ("Nobody knows why. " * 12).strip(), "No.", "It does."]

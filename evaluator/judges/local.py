@@ -19,10 +19,10 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 import config
 from config import UserError
-from evaluator.protocols import HARM_CATEGORIES
+from evaluator.judges.protocols import HARM_CATEGORIES
 from models import base
 from models.loading import base_of_run, device
-from models.run_dir import sha256
+from workspace.run_dir import sha256
 
 KEPT_TAIL = 16  # tokens at a text's end that stay when its middle is cut: the protocol's last words
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from config import UserError
 from data import sources
 from data.sources import NUM_TRUTHFULNESS_TRAIN, read_jsonl, read_rows
-from evaluator.protocols import YES_NO, clean_answer, fill
+from evaluator.judges.protocols import YES_NO, clean_answer, fill
 
 PUBLISHED = {"truth": "judge_truth.jsonl", "information": "judge_info.jsonl"}
 

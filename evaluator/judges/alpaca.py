@@ -23,8 +23,8 @@ from openai.types.chat import ChatCompletion
 
 import config
 from config import UserError
-from evaluator.client import MAX_RETRIES, TIMEOUT_S, complete, cost, make_client, server_url
-from evaluator.judgements import JudgementCache
+from evaluator.judges.cache import JudgementCache
+from workspace.client import MAX_RETRIES, TIMEOUT_S, complete, cost, make_client, server_url
 
 ASKED_BY_OPENAI = "openai_completions"  # the library's decoder for OpenAI-compatible servers
 CHAT_MARK = "<|im_start|>"  # how the library's prompt files begin their messages

@@ -6,7 +6,7 @@ from pathlib import Path
 from config import UserError
 from evaluator.results import show
 from evaluator.statistics import corrected_share
-from models.run_dir import COMPLETE, read_json, read_lines
+from workspace.run_dir import COMPLETE, read_json, read_lines
 
 JUDGE_FILE = "judge.json"
 

@@ -1,0 +1,1 @@
+"""Folders of runs, and the client of servers: what answering and judging share. Knows no model."""
