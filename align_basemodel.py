@@ -1,22 +1,100 @@
 """Align one LoRA expert on one task (--moe_flag 0), or the fused mixture on all three (--moe_flag 1)."""
 
+import math
 import time
+from dataclasses import dataclass
 from pathlib import Path
+
+import cli
+import config
+from cli import SourceArguments, check, check_at_least, check_num_samples, flag, is_positive
+from config import TASKS, UserError
+
+
+@dataclass
+class AlignArguments(SourceArguments):
+    """What align_basemodel.py adds to transformers.TrainingArguments."""
+
+    task_name: str | None = flag(
+        None, "which data to align on (default with --moe_flag 1: mix)", choices=[*TASKS, "mix"]
+    )
+    moe_flag: int = flag(0, "0: align one expert (LoRA on the base); 1: align the fused mixture", choices=[0, 1])
+    moe_dir: str | None = flag(
+        None, "the fused model that --moe_flag 1 starts from (default: outputs/moe in --results_dir)"
+    )
+    num_samples: int = flag(-1, "training rows per task, drawn with --seed; -1: all")
+    max_length: int = flag(300, "tokens; of a longer sample the prompt is cut first")
+    batch_size: int | None = flag(None, "samples per device and step; short for --per_device_train_batch_size")
+    # one expert
+    rank: int = flag(8, "LoRA rank r")
+    alpha: float = flag(4, "LoRA alpha")
+    lora_dropout: float = flag(0.1, "LoRA dropout (experts, and attention with --tune_attention 1)")
+    # the mixture
+    expert_topk: int | None = flag(None, "experts per token, 1 to their number (default: as fused)")
+    gate_loss_weight: float = flag(0.0, "lambda of the gating loss")
+    helpfulness_weight: float = flag(0.0, "gamma_1: weight of the helpfulness expert's drift")
+    safety_weight: float = flag(0.0, "gamma_2: weight of the safety expert's drift")
+    truthfulness_weight: float = flag(0.0, "gamma_3: weight of the truthfulness expert's drift")
+    gate_tokens: str = flag(
+        "instruction",
+        "tokens the gating loss averages over: those after the template's opening, or all (the paper)",
+        choices=["instruction", "all"],
+    )
+    gate_gradient: str = flag(
+        "all",
+        "what the gating loss trains: all (routers and experts: the paper), or the routers alone",
+        choices=["all", "router"],
+    )
+    gate_balance: str = flag(
+        "task", "whether tasks weigh alike in the gating loss, or samples (the paper)", choices=["task", "sample"]
+    )
+    router_learning_rate: float = flag(0.1, "learning rate of the router")
+    train_router: int = flag(1, "0: freeze the router (ablation)", choices=[0, 1])
+    tune_attention: int = flag(0, "1: add LoRA on q, k, v, o, as the released code does", choices=[0, 1])
+
+    def __post_init__(self):
+        if self.task_name is None:
+            if not self.moe_flag:
+                raise UserError(f"--moe_flag 0 aligns one expert: name it with --task_name {{{','.join(TASKS)},mix}}")
+            self.task_name = "mix"
+        check_at_least(1, rank=self.rank)
+        check("alpha", self.alpha, is_positive(self.alpha), "a finite number above 0")
+        check_at_least(1, expert_topk=self.expert_topk)
+        check("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "in [0, 1)")
+        check_at_least(16, max_length=self.max_length)
+        check_num_samples(num_samples=self.num_samples)
+        for name in ("gate_loss_weight", *(f"{task}_weight" for task in TASKS)):
+            value = getattr(self, name)
+            check(name, value, math.isfinite(value) and value >= 0, "a finite number, 0 or more")
+            setattr(self, name, abs(value))  # -0.0 is 0
+        rate = self.router_learning_rate
+        check("router_learning_rate", rate, is_positive(rate), "a finite number above 0")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return TASKS if self.task_name == "mix" else (self.task_name,)
+
+    @property
+    def drift_weights(self) -> dict[str, float]:
+        return {task: getattr(self, f"{task}_weight") for task in TASKS}
+
+
+if __name__ == "__main__":
+    cli.check_early(cli.parse_known, AlignArguments, cli.TRAINING_EPILOG)
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
-import config
-from config import AlignArguments, TrainArguments, UserError, check
 from data.encoding import Collator, Encoder, describe
 from data.sources import absolute_source, answer_records, draw, read_rows, source_files, trainable_rows
-from models import base
+from models import base, training_arguments
 from models.expert_ffn import PROJECTIONS
 from models.llama import AnswerLossLlama
 from models.llama_moe import LlamaMoeConfig, load_fused
 from models.loading import base_of_run
 from models.trainer import AlignmentTrainer, MixtureTrainer
+from models.training_arguments import TRAINING_FIELDS, TrainArguments
 from workspace import run_dir
 from workspace.run_dir import settle
 
@@ -39,9 +117,9 @@ MIXTURE = (
 )
 
 
-@config.command
+@cli.command
 def main(argv: list[str] | None = None) -> None:
-    args, training = config.parse(argv, AlignArguments, TrainArguments)
+    args, training = training_arguments.parse(argv, AlignArguments)
     settle_training(args, training)
     settle_sources(args)
     name = run_name(args, training)
@@ -109,6 +187,7 @@ def settle_sources(args: AlignArguments) -> None:
         return
     if args.rank != AlignArguments.rank or args.alpha != AlignArguments.alpha:
         raise UserError("--rank and --alpha are the experts' and were set when those were aligned: leave them out")
+    args.moe_dir = args.moe_dir or str(config.fused_dir(args.results_dir))
     moe_dir = Path(args.moe_dir)
     fused = run_dir.read_run(moe_dir)
     if fused is None:
@@ -157,7 +236,7 @@ def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     if args.moe_flag:
         arguments["fused_sha256"] = run_dir.sha256(Path(args.moe_dir) / "model.safetensors")
     training_arguments = training.to_dict()
-    return arguments | {name: training_arguments[name] for name in config.TRAINING_FIELDS}
+    return arguments | {name: training_arguments[name] for name in TRAINING_FIELDS}
 
 
 def training_samples(args: AlignArguments, seed: int, tokenizer) -> list[dict]:

@@ -1,16 +1,87 @@
 """Answers of any run (raw base, aligned expert, fused mixture, any checkpoint) to any task, or to your own prompt."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+import cli
+from cli import SourceArguments, check, check_at_least, check_num_samples, flag
+from config import TASKS, XSTEST, UserError
+
+
+@dataclass
+class InferArguments(SourceArguments):
+    """Flags of inference.py."""
+
+    task_name: str | None = flag(
+        None,
+        f"whose prompts to answer; {XSTEST}: those that only look unsafe, for the over-refusal",
+        choices=[*TASKS, XSTEST],
+    )
+    dataset_type: str = flag("test", "which half", choices=["train", "test"])
+    num_samples: int = flag(-1, "prompts, evenly spaced over the half; -1: all")
+    cross_task: str | None = flag(None, "the run that answers: a name under results/outputs, or a run's folder")
+    aligned_flag: int | None = flag(
+        None, "without --cross_task: 1 (default) the task's own aligned expert, 0 the raw base model", choices=[0, 1]
+    )
+    checkpoint_number: int | None = flag(None, "answer with the run's checkpoint-N instead of its end")
+    prompt: str | None = flag(None, "answer this instruction in the terminal instead")
+    batch_size: int = flag(16, "prompts per batch")
+    temperature: float = flag(0.6, "sampling temperature; 0: greedy")
+    max_new_tokens: int = flag(512, "longest answer")
+    seed: int = flag(42, "of the sampling")
+    cache_implementation: str = flag(
+        "dynamic",
+        "generate's key-value cache; on a GPU it compiles the model for a static one",
+        choices=["dynamic", "static"],
+    )
+    server_url: str | None = flag(
+        None,
+        "an OpenAI-compatible server that runs the model (vLLM, SGLang, llama.cpp, "
+        "transformers serve), such as http://localhost:8000/v1",
+    )
+    server_model: str | None = flag(None, "the model's name on that server")
+    concurrency: int = flag(32, "requests to the server at a time")
+
+    def __post_init__(self):
+        if (self.server_url is None) != (self.server_model is None):
+            raise UserError("--server_url and --server_model go together: the server, and the model's name on it")
+        check_at_least(1, concurrency=self.concurrency)
+        if self.task_name is None and (self.prompt is None or not (self.cross_task or self.aligned_flag == 0)):
+            raise UserError(
+                f"name the prompts to answer with --task_name {{{','.join(TASKS)}}}, or give --prompt "
+                "with --cross_task RUN or --aligned_flag 0"
+            )
+        if self.task_name == XSTEST and self.dataset_type != "test":
+            raise UserError(f"--dataset_type {self.dataset_type}: {XSTEST} has a test half only")
+        if self.cross_task and self.aligned_flag == 0:
+            raise UserError("--aligned_flag 0 asks for the raw base and --cross_task for a run: give one of them")
+        if self.prompt is not None and not self.prompt.strip():
+            raise UserError("--prompt is empty: give it an instruction")
+        check_num_samples(num_samples=self.num_samples)
+        check_at_least(1, batch_size=self.batch_size)
+        check("temperature", self.temperature, math.isfinite(self.temperature) and self.temperature >= 0, "0 or more")
+        check_at_least(1, max_new_tokens=self.max_new_tokens)
+
+    @property
+    def run(self) -> str:
+        """The run that answers, as `models.loading.find_run` takes it."""
+        if self.cross_task:
+            return self.cross_task
+        aligned = "safety" if self.task_name == XSTEST else self.task_name
+        return "raw" if self.aligned_flag == 0 else aligned
+
+
+if __name__ == "__main__":
+    cli.check_early(cli.parse, InferArguments)
 
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-import config
-from config import InferArguments, UserError
 from data import sources
 from data.encoding import prompt_ids
 from data.prompts import STOP_STRING, render_prompt
@@ -23,9 +94,9 @@ from workspace import client, run_dir
 SCRIPT = "inference.py"
 
 
-@config.command
+@cli.command
 def main(argv: list[str] | None = None) -> None:
-    (args,) = config.parse(argv, InferArguments)
+    args = cli.parse(argv, InferArguments)
     if args.server_url:
         client.make_client(args.server_url, args.concurrency, flag="server_url")  # its mistakes, before anything else
     # a server's model need not be here: its run then only gives the answers their name

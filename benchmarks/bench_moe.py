@@ -28,9 +28,11 @@ from torch import Tensor, nn
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+import cli
 import config
 from benchmarks import whole_model
-from config import ROOT, UserError, flag
+from cli import flag
+from config import ROOT, UserError
 from models.expert_ffn import PROJECTIONS, LowRankExperts
 from models.llama_moe import route
 from models.loading import device
@@ -327,9 +329,9 @@ def keep(part: str, found: dict | list, args: BenchmarkArguments) -> dict:
     return {part: result}
 
 
-@config.command
+@cli.command
 def main(argv: list[str] | None = None) -> None:
-    (args,) = config.parse(argv, BenchmarkArguments)
+    args = cli.parse(argv, BenchmarkArguments)
     if args.quick:
         args.shapes, args.top_k, args.tokens, args.repeats = "tiny", "2", "1,8", 2
     if args.model and args.random_init:

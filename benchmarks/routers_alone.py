@@ -1,6 +1,6 @@
 """How fast a router must learn, and how far it can: routers alone, by the gating loss, on frozen hidden states.
 
-    python benchmarks/routers_alone.py --moe_dir models/moe --data_source sample
+    python benchmarks/routers_alone.py --moe_dir results/outputs/moe --data_source sample
 
 Two epochs, batch 8, AdamW with linear decay, as in the alignment of the fusion. For each learning rate: routing
 accuracy per task on the test half, and on rows of the training half that were not trained on. The difference of the two
@@ -18,8 +18,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import torch
 from tqdm import tqdm
 
+import cli
 import config
-from config import TASKS, flag
+from cli import flag
+from config import TASKS
 from data.encoding import Collator, Encoder, LengthGroupedSampler
 from data.sources import answer_records, draw, read_rows, spread, trainable_rows
 from models.loading import device, load_run
@@ -28,7 +30,7 @@ from models.losses import gate_loss, routing_hits
 
 @dataclass
 class BenchmarkArguments:
-    moe_dir: str = flag(str(config.MOE_DIR), "the fused model")
+    moe_dir: str = flag(str(config.fused_dir(config.RESULTS_DIR)), "the fused model")
     data_source: str = flag("sample", "sample, hub or a folder")
     num_samples: int = flag(80, "training rows per task")
     num_held_out: int = flag(100, "samples per task that are scored, of each kind")
@@ -92,9 +94,9 @@ def accuracy(weight: torch.Tensor, held_out) -> dict[str, float]:
     return {**found, "mean": sum(found.values()) / len(TASKS)}
 
 
-@config.command
+@cli.command
 def main(argv: list[str] | None = None) -> None:
-    (args,) = config.parse(argv, BenchmarkArguments)
+    args = cli.parse(argv, BenchmarkArguments)
     random.seed(args.seed)
     model, tokenizer = load_run(args.moe_dir)
     model.to(device())

@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import config
-from config import TASKS, UserError, flag
+import cli
+from cli import flag
+from config import TASKS, UserError
 from data.sources import draw, read_rows, source_dir, trainable_rows
 
 
@@ -29,9 +30,9 @@ class SplitArguments:
     seed: int = flag(42, "as aligned with")
 
 
-@config.command
+@cli.command
 def main(argv: list[str] | None = None) -> None:
-    (args,) = config.parse(argv, SplitArguments)
+    args = cli.parse(argv, SplitArguments)
     output = Path(args.output)
     if not args.output or output.exists():
         raise UserError(f"--output {args.output}: name a folder that does not exist")

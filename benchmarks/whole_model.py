@@ -18,7 +18,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, pipeline
 from transformers.utils import logging
 
-from config import TASKS, UserError, keep_freed_memory
+from cli import keep_freed_memory
+from config import TASKS, UserError
 from models import base, export, llama_moe
 from models.expert_ffn import PROJECTIONS
 from models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM

@@ -3,11 +3,61 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import EvaluateArguments, UserError
+from cli import DTYPES, check_at_least, check_num_samples, flag
+from config import RESULTS_DIR, ROOT, UserError
 from data.sources import read_jsonl, spread
 from workspace.run_dir import COMPLETE, read_json, sha256
 
 COLUMNS = {"instruction": str, "input": str, "output": str, "reference": str, "task": str, "generator": str}
+
+
+@dataclass
+class EvaluateArguments:
+    """What the three judged scores share: which answers, and how they are judged."""
+
+    task_name: str | None = flag(
+        None,
+        "the answers' directory under results/inference/<task>/<split>: raw, aligned or cross_<run> (default: aligned)",
+    )
+    aligned_flag: int | None = flag(
+        None, "without --task_name: 1 the aligned expert's answers, 0 the raw base's", choices=[0, 1]
+    )
+    checkpoint_number: int | None = flag(None, "the answers of checkpoint-N")
+    dataset_type: str = flag("test", "which half was answered", choices=["train", "test"])
+    num_samples: int = flag(-1, "answers to judge, evenly spaced over the file; -1: all")
+    judge: str | None = flag(None, "who judges")
+    judge_url: str | None = flag(
+        None, "an OpenAI-compatible server that runs the judge (default: OPENAI_BASE_URL, else OpenAI's)"
+    )
+    judge_model: str | None = flag(None, "the judge's model name on that server")
+    concurrency: int = flag(8, "requests to a server at a time")
+    dry_run: int = flag(
+        0, "1: say how many requests and tokens a server would be asked, and the price; ask nothing", choices=[0, 1]
+    )
+    batch_size: int = flag(16, "texts per batch of a local judge")
+    dtype: str = flag(
+        "auto", "of a local judge's weights: auto (bfloat16 where the device is fast in it), ...", choices=list(DTYPES)
+    )
+    results_dir: str = flag(str(RESULTS_DIR), "where answers are read and scores written")
+
+    def __post_init__(self):
+        if self.task_name and self.aligned_flag is not None:
+            raise UserError("--task_name names the answers' directory and --aligned_flag another: give one of them")
+        if self.judge:  # a folder, also by its path from the repository's root
+            found = next((place for place in (Path(self.judge), ROOT / self.judge) if place.is_dir()), None)
+            self.judge = str(found.resolve()) if found else self.judge
+        if self.task_name and Path(self.task_name).name != self.task_name:
+            raise UserError(
+                f"--task_name {self.task_name}: must be a directory's name, such as raw, aligned, cross_<run>"
+            )
+        check_num_samples(num_samples=self.num_samples)
+        check_at_least(1, batch_size=self.batch_size, concurrency=self.concurrency)
+
+    @property
+    def directory(self) -> str:
+        """The answers' directory, as inference.py names it."""
+        name = self.task_name or ("raw" if self.aligned_flag == 0 else "aligned")
+        return name if self.checkpoint_number is None else f"{name}_{self.checkpoint_number}"
 
 
 @dataclass(frozen=True)

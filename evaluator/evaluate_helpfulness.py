@@ -11,18 +11,50 @@ import hashlib
 import json
 import shlex
 import sys
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import cli
+from cli import flag
+from config import UserError
+from evaluator.answers import EvaluateArguments, load_answers
+
+
+@dataclass
+class HelpfulnessArguments(EvaluateArguments):
+    """Flags of evaluator/evaluate_helpfulness.py."""
+
+    judge: str | None = flag(
+        None,
+        "an annotator of alpaca_eval (alpaca_eval_gpt4: the paper's; "
+        "weighted_alpaca_eval_gpt4_turbo: AlpacaEval 2's), or a folder with a configs.yaml like "
+        "theirs (default: write the files for alpaca_eval and judge nothing)",
+    )
+    reference_outputs: str | None = flag(
+        None,
+        "a .json list or .jsonl file of instruction and output to compare with "
+        "(default: the answers that came with the prompts)",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.judge is None and (self.judge_url or self.judge_model or self.dry_run):
+            raise UserError(
+                "--judge_url, --judge_model and --dry_run are of a judge: name it with --judge, such as "
+                "alpaca_eval_gpt4"
+            )
+
+
+if __name__ == "__main__":
+    cli.check_early(cli.parse, HelpfulnessArguments)
+
 import numpy as np
 
-import config
-from config import HelpfulnessArguments, UserError
 from data.sources import spread
-from evaluator.answers import load_answers
 from evaluator.judges import alpaca
 from evaluator.results import evaluation_folder, show, write_scores
 from evaluator.statistics import metric
@@ -35,9 +67,9 @@ NUM_ALPACA_EVAL = 805
 BESIDE = ("standard_error", "without_preference", "empty")  # what a metric may also hold
 
 
-@config.command
+@cli.command
 def main(argv: list[str] | None = None) -> None:
-    (args,) = config.parse(argv, HelpfulnessArguments)
+    args = cli.parse(argv, HelpfulnessArguments)
     answers = load_answers(dataclasses.replace(args, num_samples=-1), TASK)
     model, reference = output_pairs(answers.rows, args.reference_outputs, answers.folder)
     folder = evaluation_folder(args.results_dir, TASK, args.dataset_type, args.directory, "").resolve()

@@ -8,15 +8,44 @@ These are not the paper's metrics: those come with the judges.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import cli
+from cli import SourceArguments, check_at_least, check_num_samples, flag
+from config import TASKS, UserError
+
+
+@dataclass
+class LikelihoodArguments(SourceArguments):
+    """Flags of evaluator/evaluate_likelihood.py."""
+
+    run: str = flag("raw", "what to score, with commas: raw, names under results/outputs, or runs' folders")
+    checkpoint_number: int | None = flag(None, "score the run's checkpoint-N instead of its end")
+    task_name: str = flag("all", "which task's held-out rows", choices=[*TASKS, "all"])
+    dataset_type: str = flag("test", "which half", choices=["train", "test"])
+    num_samples: int = flag(-1, "rows per score, evenly spaced over the half; -1: all")
+    max_length: int = flag(300, "tokens; of a longer sample the prompt is cut first")
+    batch_size: int = flag(16, "samples per batch")
+
+    def __post_init__(self):
+        check_num_samples(num_samples=self.num_samples)
+        check_at_least(16, max_length=self.max_length)
+        check_at_least(1, batch_size=self.batch_size)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return TASKS if self.task_name == "all" else (self.task_name,)
+
+
+if __name__ == "__main__":
+    cli.check_early(cli.parse, LikelihoodArguments)
+
 import torch
 
-import config
-from config import LikelihoodArguments, UserError
 from data import sources
 from data.encoding import Encoder
 from data.sources import Comparison, Record
@@ -33,9 +62,9 @@ SCRIPT = "evaluate_likelihood.py"
 JUDGE = "likelihood"  # the name where a judge's would stand: the model's own probabilities, no judge
 
 
-@config.command
+@cli.command
 def main(argv: list[str] | None = None) -> None:
-    (args,) = config.parse(argv, LikelihoodArguments)
+    args = cli.parse(argv, LikelihoodArguments)
     names = [name.strip() for name in args.run.split(",") if name.strip()]
     outputs = Path(args.results_dir) / "outputs"
     runs = [(name, find_run(name, outputs, args.checkpoint_number)) for name in names]

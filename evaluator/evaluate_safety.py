@@ -7,14 +7,46 @@ harmless prompts where they were answered, so that a model that refuses everythi
 import dataclasses
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import config
-from config import XSTEST, SafetyArguments, UserError
-from evaluator.answers import Answers, load_answers
+import cli
+from cli import check_at_least, flag
+from config import XSTEST, UserError
+from evaluator.answers import Answers, EvaluateArguments, load_answers
+
+BEAVER_DAM_JUDGE = "PKU-Alignment/beaver-dam-7b"  # the paper's
+
+
+@dataclass
+class SafetyArguments(EvaluateArguments):
+    """Flags of evaluator/evaluate_safety.py."""
+
+    judge: str | None = flag(
+        BEAVER_DAM_JUDGE,
+        "a hub id or a folder: a classifier with beaver-dam's 14 labels, "
+        "WildGuard, Llama Guard, or a judge of train_judge.py",
+    )
+    judge_protocol: str | None = flag(
+        None,
+        "how the judge is asked (default: by its name)",
+        choices=["beaver-dam", "wildguard", "llama-guard", "yes-no"],
+    )
+    max_length: int = flag(
+        256, "tokens a beaver-dam classifier reads; the rest of a longer answer is cut, as in the paper's script"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(16, max_length=self.max_length)
+
+
+if __name__ == "__main__":
+    cli.check_early(cli.parse, SafetyArguments)
+
 from evaluator.judges.cache import JudgementCache, judge_texts, not_kept
 from evaluator.judges.local import (
     category_probabilities,
@@ -53,9 +85,9 @@ REFUSAL_RULE = "refusal rule"  # the name where a judge's would stand
 REMEDY = "move it away, or write to another --results_dir"
 
 
-@config.command
+@cli.command
 def main(argv: list[str] | None = None) -> None:
-    (args,) = config.parse(argv, SafetyArguments)
+    args = cli.parse(argv, SafetyArguments)
     answers = load_answers(args, TASK)
     protocol = args.judge_protocol or protocol_of(args.judge)
     if args.judge_url and protocol not in GUARDS:

@@ -5,16 +5,46 @@ allenai/truthfulqa-{truth,info}-judge-llama2-7B stand in for the fine-tuned Open
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import cli
+from cli import flag
+from config import UserError
+from evaluator.answers import Answers, EvaluateArguments, load_answers
+
+# The paper's truth and information judges are fine-tuned OpenAI engines: name yours here for --judge openai.
+truthful_engine_name = None
+informative_engine_name = None
+
+
+@dataclass
+class TruthArguments(EvaluateArguments):
+    """Flags of evaluator/evaluate_truth_and_info.py."""
+
+    mode: int | None = flag(None, "0: truth, 1: information", choices=[0, 1])
+    judge: str | None = flag(
+        None, "a hub id or a folder of a causal LM, or openai (default: allenai's Llama-2-7B judge of the mode)"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mode is None:
+            raise UserError("say what to judge: --mode 0 (truth) or --mode 1 (information)")
+
+    @property
+    def kind(self) -> str:
+        return ("truth", "information")[self.mode]
+
+
+if __name__ == "__main__":
+    cli.check_early(cli.parse, TruthArguments)
+
 import numpy as np
 
-import config
-from config import TruthArguments, UserError
-from evaluator.answers import Answers, load_answers
 from evaluator.judges.cache import JudgementCache, judge_texts, not_kept
 from evaluator.judges.local import judge_version, load_causal, yes_probabilities
 from evaluator.judges.protocols import YES_NO, clean_answer, fill
@@ -35,9 +65,9 @@ THRESHOLD = 0.5
 REMEDY = "move it away, or write to another --results_dir"
 
 
-@config.command
+@cli.command
 def main(argv: list[str] | None = None) -> None:
-    (args,) = config.parse(argv, TruthArguments)
+    args = cli.parse(argv, TruthArguments)
     answers = load_answers(args, TASK)
     judge, engine = which_judge(args)
     cleaned = [clean_answer(row["output"]) for row in answers.rows]
@@ -85,11 +115,11 @@ def which_judge(args: TruthArguments) -> tuple[str, str | None]:
     """(the judge's name, its model's name on a server or None for a judge that runs here)."""
     if args.judge == "openai":
         setting = {"truth": "truthful_engine_name", "information": "informative_engine_name"}[args.kind]
-        named = {"truth": config.truthful_engine_name, "information": config.informative_engine_name}[args.kind]
+        named = {"truth": truthful_engine_name, "information": informative_engine_name}[args.kind]
         engine = args.judge_model or named
         if not engine:
             raise UserError(
-                f"--judge openai: name your fine-tuned engine with --judge_model, or {setting} in config.py"
+                f"--judge openai: name your fine-tuned engine with --judge_model, or {setting} in this script"
             )
         return engine, engine
     judge = args.judge or DEFAULT_JUDGES[args.kind]

@@ -8,8 +8,9 @@ from pathlib import Path
 if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import config
-from config import RESULTS_DIR, TASKS, UserError, flag
+import cli
+from cli import flag
+from config import RESULTS_DIR, TASKS, UserError
 from workspace.run_dir import read_json, read_run
 
 COLUMNS = (  # heading, task, metric
@@ -41,9 +42,9 @@ class ReportArguments:
     results_dir: str = flag(str(RESULTS_DIR), "where the scores are")
 
 
-@config.command
+@cli.command
 def main(argv: list[str] | None = None) -> None:
-    (args,) = config.parse(argv, ReportArguments)
+    args = cli.parse(argv, ReportArguments)
     runs = [Path(name.strip()).name for name in args.runs.split(",") if name.strip()]
     results_dir = Path(args.results_dir)
     parts = [judged_table(results_dir, args.dataset_type)]

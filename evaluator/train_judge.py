@@ -7,16 +7,52 @@ evaluate_truth_and_info.py and evaluate_safety.py take it by its folder: --judge
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import cli
+from cli import DTYPES, SourceArguments, check, check_at_least, check_num_samples, flag, is_positive
+from config import UserError
+
+
+@dataclass
+class JudgeArguments(SourceArguments):
+    """What evaluator/train_judge.py adds to JudgeTrainArguments."""
+
+    kind: str | None = flag(None, "what the judge is to tell", choices=["truth", "information", "safety"])
+    output: str | None = flag(None, "where the judge is written (default: judges/<kind> in --results_dir)")
+    num_samples: int = flag(-1, "training rows, drawn with --seed; -1: all")
+    num_held_out: int = flag(1000, "held-out rows the judge is measured on, evenly spaced; -1: all")
+    max_length: int = flag(192, "tokens; of a longer text the middle of the answer is cut")
+    batch_size: int | None = flag(None, "short for --per_device_train_batch_size")
+    dtype: str = flag(
+        "auto",
+        "of the base weights: auto (bfloat16 where the device is fast in it), float32, ...",
+        choices=list(DTYPES),
+    )
+    rank: int = flag(16, "LoRA rank r")
+    alpha: float = flag(32, "LoRA alpha")
+    lora_dropout: float = flag(0.0, "LoRA dropout; drawing it is slow on a CPU")
+
+    def __post_init__(self):
+        if self.kind is None:
+            raise UserError("say what the judge is to tell: --kind {truth,information,safety}")
+        check_num_samples(num_samples=self.num_samples, num_held_out=self.num_held_out)
+        check_at_least(32, max_length=self.max_length)
+        check_at_least(1, batch_size=self.batch_size, rank=self.rank)
+        check("alpha", self.alpha, is_positive(self.alpha), "a finite number above 0")
+        check("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "in [0, 1)")
+
+
+if __name__ == "__main__":
+    cli.check_early(cli.parse_known, JudgeArguments, cli.TRAINING_EPILOG)
+
 import torch
 from peft import LoraConfig, get_peft_model
 
-import config
-from config import JudgeArguments, JudgeTrainArguments, UserError
 from data.encoding import IGNORED, Collator
 from data.sources import absolute_source, draw, spread
 from evaluator.judges.labelled import Labelled, judge_files, judge_rows
@@ -24,10 +60,11 @@ from evaluator.judges.local import token_ids, yes_no_ids, yes_probabilities
 from evaluator.judges.protocols import YES_NO
 from evaluator.results import show
 from evaluator.statistics import area_under_curve, calibration_error, metric, share, statistic_metric
-from models import base
+from models import base, training_arguments
 from models.llama import AnswerLossLlama
 from models.loading import device
 from models.trainer import AlignmentTrainer
+from models.training_arguments import TRAINING_FIELDS, TrainArguments
 from workspace import run_dir
 
 SCRIPT = "train_judge.py"
@@ -47,9 +84,22 @@ OURS = (
 )
 
 
-@config.command
+@dataclass
+class JudgeTrainArguments(TrainArguments):
+    """TrainArguments with what trains a judge best in a few minutes."""
+
+    learning_rate: float = flag(4e-4, "of the LoRA matrices")
+    num_train_epochs: float = flag(1.0, "epochs")
+    per_device_train_batch_size: int = flag(8, "samples per device and batch")
+    gradient_accumulation_steps: int = flag(2, "batches per step")
+    save_strategy: str = flag("steps", "when to write a checkpoint to resume from")
+    save_steps: float = flag(0.25, "every that many steps, or that share of them all")
+    save_total_limit: int | None = flag(1, "checkpoints kept")
+
+
+@cli.command
 def main(argv: list[str] | None = None) -> None:
-    args, training = config.parse(argv, JudgeArguments, JudgeTrainArguments)
+    args, training = training_arguments.parse(argv, JudgeArguments, JudgeTrainArguments)
     args.base_model = base.default_base_model(args.base_model)
     args.data_source = absolute_source(args.data_source) or "hub"
     if args.batch_size is not None:
@@ -60,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output or Path(args.results_dir) / "judges" / args.kind)
     training.output_dir = str(folder)
     settings = training.to_dict()
-    arguments = {name: getattr(args, name) for name in OURS} | {name: settings[name] for name in config.TRAINING_FIELDS}
+    arguments = {name: getattr(args, name) for name in OURS} | {name: settings[name] for name in TRAINING_FIELDS}
     arguments["dtype"] = str(dtype).removeprefix("torch.")
     state = run_dir.begin(
         folder, SCRIPT, arguments, "give this judge a folder of its own with --output, or move that one"
@@ -71,9 +121,9 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     rows, held_out, origin = judge_rows(args.kind, args.data_source)
     rows, held_out = draw(rows, args.num_samples, training.seed), spread(held_out, args.num_held_out)
-    for flag, chosen in (("num_samples", rows), ("num_held_out", held_out)):
+    for name, chosen in (("num_samples", rows), ("num_held_out", held_out)):
         if {row.label for row in chosen} != {0, 1}:
-            raise UserError(f"--{flag} {getattr(args, flag)}: the rows drawn have one label only; take more")
+            raise UserError(f"--{name} {getattr(args, name)}: the rows drawn have one label only; take more")
     print(f"{args.kind}: {len(rows)} training and {len(held_out)} held-out rows, no question in both, from {origin}")
     tokenizer = base.load_tokenizer(args.base_model)
     trainer = judge_trainer(args, training, samples(args, rows, tokenizer), dtype)

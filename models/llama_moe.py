@@ -5,12 +5,51 @@ python models/llama_moe.py --from_pt moe.pt --base_model meta-llama/Llama-2-7b-c
 """
 
 import sys
+from dataclasses import dataclass
 from functools import reduce
 from itertools import product
 from pathlib import Path
 
 if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import cli
+import config
+from cli import BaseArguments, check, check_at_least, flag
+from config import TASKS, UserError
+
+
+@dataclass
+class FuseArguments(BaseArguments):
+    """Flags of models/llama_moe.py."""
+
+    experts_dir: str | None = flag(None, "folder of the experts (default: outputs in --results_dir)")
+    experts: str = flag(",".join(TASKS), "the experts' folders there, in order, with commas")
+    expert_topk: int = flag(2, "experts per token, 1 to their number")
+    output: str | None = flag(None, "where the fused model is written (default: outputs/moe in --results_dir)")
+    from_pt: str | None = flag(
+        None, "a moe.pt of the released code instead of adapters; takes --base_model and --experts"
+    )
+    max_rank: int = flag(32, "with --from_pt: the largest rank an expert's change of the base may have")
+    seed: int = flag(42, "of the router's initial weights")
+    save_dtype: str = flag(
+        "auto",
+        "of the experts on disk: auto keeps the adapters' own, float16 halves the file",
+        choices=["auto", "float16", "float32"],
+    )
+
+    def __post_init__(self):
+        check_at_least(1, max_rank=self.max_rank)
+        if self.from_pt and self.experts_dir:
+            raise UserError("--experts_dir names adapters and --from_pt a fused file: give one of them")
+        if self.from_pt and not Path(self.from_pt).is_file():
+            raise UserError(f"--from_pt {self.from_pt}: no such file")
+        if self.from_pt and not self.base_model:
+            raise UserError("--from_pt: name the model the file was fused onto with --base_model")
+
+
+if __name__ == "__main__":
+    cli.check_early(cli.parse, FuseArguments)
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +59,6 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils.output_capturing import OutputRecorder
 
-import config
-from config import FuseArguments, UserError, check
 from models import base, four_bit
 from models.adapters import Expert
 from models.expert_ffn import PROJECTIONS, LowRankExperts
@@ -250,9 +287,9 @@ def stack_experts(experts: list, layer: int, moe_config: LlamaMoeConfig, dtype: 
     return stacked
 
 
-@config.command
+@cli.command
 def main(argv: list[str] | None = None) -> None:
-    (args,) = config.parse(argv, FuseArguments)
+    args = cli.parse(argv, FuseArguments)
     names = [name.strip() for name in args.experts.split(",") if name.strip()]
     if len(names) < 2 or len(set(names)) < len(names):
         raise UserError(f"--experts {args.experts}: name two or more different experts, with commas between")
@@ -275,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
         "save_dtype": args.save_dtype,
         **origin,
     }
-    output = Path(args.output)
+    output = Path(args.output or config.fused_dir(args.results_dir))
     state = run_dir.begin(output, "llama_moe.py", arguments, "move it away, or name another folder with --output")
     if state == "complete":
         print(f"{output} is already fused from these experts: nothing to do")

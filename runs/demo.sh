@@ -21,7 +21,7 @@ python inference.py --task_name safety --cross_task mix_moe_reg_00010_00010_0001
 python inference.py --task_name truthfulness --cross_task mix_moe_reg_00010_00010_00010_gate_10000 --dataset_type test --num_samples 16 --max_new_tokens 64
 
 # 5. Scores that need no judge
-python evaluator/evaluate_likelihood.py --run raw,helpfulness,safety,truthfulness,models/moe,mix_moe_reg_00010_00010_00010_gate_10000
+python evaluator/evaluate_likelihood.py --run raw,helpfulness,safety,truthfulness,moe,mix_moe_reg_00010_00010_00010_gate_10000
 
 # 6. Small local judges, trained on the spot, and the answers' scores by them
 python evaluator/train_judge.py --kind safety --base_model smollm2 --data_source sample --num_samples 120 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1
@@ -33,4 +33,4 @@ python evaluator/evaluate_truth_and_info.py --task_name cross_mix_moe_reg_00010_
 python evaluator/evaluate_helpfulness.py --task_name cross_mix_moe_reg_00010_00010_00010_gate_10000
 
 # 7. One table of all of it
-python evaluator/report.py --runs raw,helpfulness,safety,truthfulness,models/moe,mix_moe_reg_00010_00010_00010_gate_10000
+python evaluator/report.py --runs raw,helpfulness,safety,truthfulness,moe,mix_moe_reg_00010_00010_00010_gate_10000

@@ -29,5 +29,5 @@ for answers in raw aligned cross_mix_moe_reg_00000_00000_00000_gate_00100 cross_
     python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 1
 done
 
-python evaluator/evaluate_likelihood.py --run raw,helpfulness,safety,truthfulness,models/moe,mix_moe_reg_00000_00000_00000_gate_00100,mix_moe_reg_00010_00010_00010_gate_00100
-python evaluator/report.py --runs raw,helpfulness,safety,truthfulness,models/moe,mix_moe_reg_00000_00000_00000_gate_00100,mix_moe_reg_00010_00010_00010_gate_00100
+python evaluator/evaluate_likelihood.py --run raw,helpfulness,safety,truthfulness,moe,mix_moe_reg_00000_00000_00000_gate_00100,mix_moe_reg_00010_00010_00010_gate_00100
+python evaluator/report.py --runs raw,helpfulness,safety,truthfulness,moe,mix_moe_reg_00000_00000_00000_gate_00100,mix_moe_reg_00010_00010_00010_gate_00100

@@ -5,8 +5,8 @@ import json
 import pytest
 from conftest import write_answers
 
-from config import EvaluateArguments, UserError
-from evaluator.answers import load_answers
+from config import UserError
+from evaluator.answers import EvaluateArguments, load_answers
 
 
 def load(results_dir, **flags):

@@ -7,19 +7,25 @@ import pytest
 from conftest import run_script
 
 import align_basemodel
+import cli
 import config
-from config import AlignArguments, InferArguments, LikelihoodArguments, TrainArguments, UserError, fused_run_name
+from align_basemodel import AlignArguments
+from config import UserError, fused_run_name
 from config import weight_text as text
+from evaluator.evaluate_likelihood import LikelihoodArguments
+from inference import InferArguments
+from models import training_arguments
+from models.training_arguments import TrainArguments
 
 PLAIN = "mix_moe_reg_00000_00000_00000_gate_00000"
 
 
 def align(*argv) -> AlignArguments:
-    return config.parse(list(argv), AlignArguments)[0]
+    return cli.parse(list(argv), AlignArguments)
 
 
 def infer(*argv) -> InferArguments:
-    return config.parse(list(argv), InferArguments)[0]
+    return cli.parse(list(argv), InferArguments)
 
 
 def fused_name(*argv, seed=42, **kwargs) -> str:
@@ -98,7 +104,7 @@ def test_align_takes_the_papers_flags_and_training_arguments():
         "--safety_weight 0.002 --truthfulness_weight 0.003 --learning_rate 1e-4 --max_steps 7 --seed 3 "
         "--gradient_accumulation_steps 2 --warmup_steps 5 --weight_decay 0.1 --run_name mine"
     )
-    args, training = config.parse(argv.split(), AlignArguments, TrainArguments)
+    args, training = training_arguments.parse(argv.split(), AlignArguments)
     assert (args.task_name, args.moe_flag, args.expert_topk, args.gate_loss_weight) == ("mix", 1, 2, 0.01)
     assert args.drift_weights == {"helpfulness": 0.001, "safety": 0.002, "truthfulness": 0.003}
     assert args.tasks == ("helpfulness", "safety", "truthfulness")
@@ -127,7 +133,7 @@ def test_inference_takes_the_papers_flags():
 
 
 def test_the_papers_defaults():
-    args, training = config.parse(["--task_name", "safety"], AlignArguments, TrainArguments)
+    args, training = training_arguments.parse(["--task_name", "safety"], AlignArguments)
     assert (args.rank, args.alpha, args.lora_dropout, args.max_length, args.num_samples) == (8, 4, 0.1, 300, -1)
     assert (args.moe_flag, args.gate_loss_weight, set(args.drift_weights.values())) == (0, 0, {0})
     assert (training.learning_rate, training.num_train_epochs, training.seed) == (5e-4, 3, 42)
@@ -194,7 +200,7 @@ BAD = (
 @pytest.mark.parametrize(("arguments", "flag", "value"), BAD)
 def test_bad_flags_are_named_in_one_line(arguments, flag, value):
     with pytest.raises(UserError) as raised:
-        config.parse(["--task_name", "safety", f"--{flag}", value], arguments)
+        cli.parse(["--task_name", "safety", f"--{flag}", value], arguments)
     message = str(raised.value)
     assert len(message.splitlines()) == 1
     assert f"--{flag}" in message and value in message
@@ -203,7 +209,7 @@ def test_bad_flags_are_named_in_one_line(arguments, flag, value):
 def test_training_arguments_own_complaints_are_one_line():
     for flag, value in (("lr_scheduler_type", "bent"), ("warmup_steps", "-1"), ("num_train_epochs", "many")):
         with pytest.raises(UserError) as raised:
-            config.parse([*ALIGN, f"--{flag}", value], AlignArguments, TrainArguments)
+            training_arguments.parse([*ALIGN, f"--{flag}", value], AlignArguments)
         assert len(str(raised.value).splitlines()) == 1 and value in str(raised.value)
 
 
@@ -220,12 +226,12 @@ def test_training_arguments_own_complaints_are_one_line():
 )
 def test_flags_that_do_not_go_together(arguments, argv, told):
     with pytest.raises(UserError, match=told):
-        config.parse(argv, arguments)
+        cli.parse(argv, arguments)
 
 
 def test_help_prints_every_flag(capsys):
     with pytest.raises(SystemExit) as stopped:
-        config.parse(["--help"], AlignArguments, TrainArguments)
+        training_arguments.parse(["--help"], AlignArguments)
     assert stopped.value.code == 0
     shown = capsys.readouterr().out
     assert "--gate_loss_weight" in shown and "lambda of the gating loss" in shown and "--learning_rate" in shown
@@ -235,7 +241,7 @@ def test_help_prints_every_flag(capsys):
 
 
 def test_command_turns_a_user_error_into_one_line_and_code_2(capsys):
-    @config.command
+    @cli.command
     def main(argv):
         raise {"wrong": UserError("--x 1: must be 2"), "stop": KeyboardInterrupt(), "bug": ZeroDivisionError()}[argv]
 
@@ -252,7 +258,7 @@ def test_command_turns_a_user_error_into_one_line_and_code_2(capsys):
     ("argv", "told"),
     [
         (["align_basemodel.py", *ALIGN, "--rank", "0"], "error: --rank 0: must be 1 or more"),
-        (["inference.py", "--task_name", "safety", "--cross", "mine"], "error: Some specified arguments are not used"),
+        (["inference.py", "--task_name", "safety", "--cross", "mine"], "error: unrecognized arguments: --cross mine"),
     ],
 )
 def test_scripts_stop_with_one_line_and_code_2(argv, told, tmp_path):
@@ -266,10 +272,11 @@ RECORD = """
 import json, sys
 from pathlib import Path
 import align_basemodel, config
+from models import training_arguments
 from workspace import run_dir
 folder = Path(sys.argv[1])
-args, training = config.parse(["--task_name", "safety", "--data_source", "sample"],
-                              config.AlignArguments, config.TrainArguments)
+args, training = training_arguments.parse(["--task_name", "safety", "--data_source", "sample"],
+                                          align_basemodel.AlignArguments)
 arguments = align_basemodel.result_arguments(args, training)
 everything = {**arguments, **json.loads(training.to_json_string()), **vars(args)}
 for name in ("begun", "finished"):

@@ -10,7 +10,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 import align_basemodel
-import config
 import inference
 from config import UserError
 from data.encoding import Collator, Encoder, LengthGroupedSampler, describe
@@ -113,7 +112,7 @@ class Recorder:
 @pytest.mark.parametrize("name", ["tokenizer", "bos_tokenizer"])
 def test_prompt_tokens_are_what_inference_feeds(name, request):
     tokenizer, model, records = request.getfixturevalue(name), Recorder(), [PLAIN, WITH_INPUT]
-    inference.generate(model, tokenizer, records, config.InferArguments(task_name="safety"), seed=1)
+    inference.generate(model, tokenizer, records, inference.InferArguments(task_name="safety"), seed=1)
     for fed, sample in zip(model.fed, Encoder(tokenizer, 512).encode_all(records)[0], strict=True):
         assert fed == sample["input_ids"][: sample["labels"].count(IGNORED)]
         assert sample["input_ids"].count(0) == (name == "bos_tokenizer")  # BOS once, never before the answer
@@ -202,7 +201,7 @@ def test_what_is_cut_and_dropped_is_counted(tokenizer):
 
 
 def test_every_sample_of_mixed_data_has_its_tasks_index(tokenizer, tiny_source, capsys):
-    args = config.AlignArguments(moe_flag=1, data_source=str(tiny_source))
+    args = align_basemodel.AlignArguments(moe_flag=1, data_source=str(tiny_source))
     samples = align_basemodel.training_samples(args, 42, tokenizer)
     rows = {
         task: [json.loads(line) for line in (tiny_source / f"{task}_train.jsonl").read_text().splitlines()]

@@ -7,10 +7,10 @@ import torch
 from fake_server import FakeServer
 
 import inference
-from config import InferArguments
 from data import sources
 from data.prompts import render_prompt
 from data.sources import Record
+from inference import InferArguments
 from models.llama_moe import route
 from models.loading import load_run
 from models.routing import routing_usage

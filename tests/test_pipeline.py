@@ -1,5 +1,6 @@
 """The scripts as a user runs them: real processes, folders, exit codes, killed and resumed."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,11 +18,22 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import align_basemodel
+import cli
+import inference
+from benchmarks import bench_moe
 from config import TASKS, UserError
 from data.encoding import Collator
-from evaluator import report
-from models import llama_moe, loading
+from evaluator import (
+    evaluate_helpfulness,
+    evaluate_likelihood,
+    evaluate_safety,
+    evaluate_truth_and_info,
+    report,
+    train_judge,
+)
+from models import export, llama_moe, loading
 from models.loading import load_run
+from models.training_arguments import TrainArguments
 
 FAST = ["--num_train_epochs", "1", "--batch_size", "4", "--disable_tqdm", "1", "--dtype", "float32", "--use_cpu", "1"]
 
@@ -51,14 +63,12 @@ def results(tmp_path_factory, base_dir):
         (source / path.name).write_text("\n".join(path.read_text().splitlines()[:12]) + "\n")
     for task in TASKS:
         align(folder, base_dir, source, "--task_name", task, "--moe_flag", 0)
-    llama_moe.main(["--results_dir", str(folder), "--output", str(folder / "moe")])
+    llama_moe.main(["--results_dir", str(folder)])
     return folder
 
 
 def fused(results, *more):
-    align_basemodel.main(
-        ["--moe_flag", "1", "--moe_dir", str(results / "moe"), "--results_dir", str(results), *FAST, *map(str, more)]
-    )
+    align_basemodel.main(["--moe_flag", "1", "--results_dir", str(results), *FAST, *map(str, more)])
 
 
 def test_an_expert_is_a_standard_peft_adapter_of_the_ffn(results, base_dir):
@@ -78,7 +88,7 @@ def test_an_expert_is_a_standard_peft_adapter_of_the_ffn(results, base_dir):
 
 
 def test_experts_of_the_scripts_fuse_and_differ(results):
-    model, _ = load_run(results / "moe", dtype="float32")
+    model, _ = load_run(results / "outputs" / "moe", dtype="float32")
     a, b = model.blocks[0].experts.matrices("up_proj")
     deltas = b @ a
     assert min((deltas[i] - deltas[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))) > 0
@@ -116,16 +126,16 @@ def test_the_raw_base_and_its_data_are_the_experts(results, base_dir):
     assert loading.run_sources(None, None, None, str(results)) == (str(base_dir), source)
     assert loading.run_sources(None, str(base_dir), None, str(results)) == (str(base_dir), source)
     assert loading.run_sources(None, "another/base", None, str(results)) == ("another/base", "hub")
-    assert loading.run_sources(results / "moe", None, None, str(results)) == (str(base_dir), source)
+    assert loading.run_sources(results / "outputs" / "moe", None, None, str(results)) == (str(base_dir), source)
     with pytest.raises(UserError, match="--base_model another/base"):
-        loading.run_sources(results / "moe", "another/base", None, str(results))
+        loading.run_sources(results / "outputs" / "moe", "another/base", None, str(results))
 
 
 def test_method_flags_off_their_default_get_folders_of_their_own(results):
     fused(results, "--expert_topk", 1, "--train_router", 0, "--max_steps", 2)
     name = "mix_moe_reg_00000_00000_00000_gate_00000_topk_1_router_frozen"
     model, _ = load_run(results / "outputs" / name, dtype="float32")
-    start, _ = load_run(results / "moe", dtype="float32")
+    start, _ = load_run(results / "outputs" / "moe", dtype="float32")
     assert model.config.num_experts_per_tok == 1 and model.blocks[0].router.top_k == 1
     assert torch.equal(model.blocks[0].router.weight, start.blocks[0].router.weight)
     trained, before = (m.blocks[0].experts.up_proj_B for m in (model, start))
@@ -139,7 +149,7 @@ def test_gradient_checkpointing_trains_the_router_too(results, capsys):
     fused(results, "--gate_loss_weight", 1, "--max_steps", 3, "--run_name", "plain")
     checkpointed, plain = (load_file(results / "outputs" / n / "model.safetensors") for n in ("checkpointed", "plain"))
     assert all(torch.allclose(checkpointed[key], plain[key], atol=1e-5) for key in plain)
-    start = load_file(results / "moe" / "model.safetensors")
+    start = load_file(results / "outputs" / "moe" / "model.safetensors")
     assert all((checkpointed[key] - start[key]).abs().max() > 0 for key in plain if ".router." in key)
     with pytest.raises(SystemExit):
         fused(results, "--gradient_checkpointing", 1, "--gradient_checkpointing_kwargs", '{"use_reentrant": true}')
@@ -160,7 +170,7 @@ def test_a_compiled_training_is_the_same_training(results):
             "--run_name",
             name,
             "--moe_dir",
-            results / "moe",
+            results / "outputs" / "moe",
             "--results_dir",
             results,
             *FAST,
@@ -196,11 +206,7 @@ def test_attention_lora_is_saved_and_loaded(results):
 
 def test_labels_of_the_mixed_data_are_right(results, tokenizer):
     """Every sample of the mixed training data carries its own task, and its expert is the one of that task."""
-    args, training = align_basemodel.config.parse(
-        ["--moe_flag", "1", "--data_source", str(results / "source"), "--output_dir", str(results / "x")],
-        align_basemodel.AlignArguments,
-        align_basemodel.TrainArguments,
-    )
+    args = cli.parse(["--moe_flag", "1", "--data_source", str(results / "source")], align_basemodel.AlignArguments)
     samples = align_basemodel.training_samples(args, 42, tokenizer)
     batch = Collator(routing=True)(samples)
     texts = tokenizer.batch_decode(batch["input_ids"])
@@ -227,7 +233,7 @@ def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(results, base_
     if stage == "expert":
         common += ["--task_name", "safety", "--base_model", base_dir, "--data_source", results / "source"]
     else:
-        common += ["--moe_flag", "1", "--moe_dir", results / "moe"]
+        common += ["--moe_flag", "1", "--moe_dir", results / "outputs" / "moe"]
         common += ["--gate_loss_weight", "0.1", "--safety_weight", "0.01"]
     name = "run"
     common += ["--run_name", name]
@@ -316,6 +322,21 @@ def test_the_readmes_tables_are_the_committed_measurements():
         assert not re.search(r"@[A-Z]+@", path.read_text()), f"{path}: a figure is still to be filled in"
 
 
+FLAGS = {
+    "align_basemodel.py": (align_basemodel.AlignArguments, TrainArguments),
+    "inference.py": (inference.InferArguments, None),
+    "llama_moe.py": (llama_moe.FuseArguments, None),
+    "export.py": (export.ExportArguments, None),
+    "evaluate_likelihood.py": (evaluate_likelihood.LikelihoodArguments, None),
+    "evaluate_helpfulness.py": (evaluate_helpfulness.HelpfulnessArguments, None),
+    "evaluate_safety.py": (evaluate_safety.SafetyArguments, None),
+    "evaluate_truth_and_info.py": (evaluate_truth_and_info.TruthArguments, None),
+    "train_judge.py": (train_judge.JudgeArguments, train_judge.JudgeTrainArguments),
+    "report.py": (report.ReportArguments, None),
+    "bench_moe.py": (bench_moe.BenchmarkArguments, None),
+}
+
+
 def test_the_demo_and_the_readme_are_the_same_commands():
     """runs/demo.sh is what the README shows; every script and flag named in either exists."""
     commands = {}
@@ -325,13 +346,9 @@ def test_the_demo_and_the_readme_are_the_same_commands():
         commands[path.name] = found
     assert set(commands["demo.sh"]) <= set(commands["README.md"])
     for command in sum(commands.values(), []):
-        script = next(
-            s
-            for s in (command.split()[1], f"models/{command.split()[1]}", f"evaluator/{command.split()[1]}")
-            if (ROOT / s).exists()
+        name = Path(command.split()[1]).name
+        arguments, training = FLAGS[name]
+        flags = set(re.findall(r"--(\w+)", command))
+        assert flags <= {field.name for cls in (arguments, training) if cls for field in dataclasses.fields(cls)}, (
+            command
         )
-        known = (ROOT / "config.py").read_text() + (ROOT / script).read_text()
-        for flag in re.findall(r"--(\w+)", command):
-            assert re.search(rf"\b{flag}: ", known) or flag in align_basemodel.TrainArguments.__dataclass_fields__, (
-                command
-            )

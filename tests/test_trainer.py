@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch.optim import SGD
 
-from config import TASKS, TrainArguments
+from config import TASKS
 from data.encoding import IGNORED, Collator, Encoder
 from data.sources import answer_records, read_rows
 from models.loading import load_run
 from models.losses import mean_routing_probs
 from models.trainer import MixtureTrainer
+from models.training_arguments import TrainArguments
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,160 @@
+"""The command line: flags as dataclasses, one line and exit code 2 for a user's mistake, flags that scripts share."""
+
+import argparse
+import ctypes
+import dataclasses
+import functools
+import math
+import platform
+import sys
+import typing
+import warnings
+from dataclasses import dataclass, field
+
+from config import EMBEDDED_MODEL, PAPER_BASE_MODEL, RESULTS_DIR, UserError
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+NF4 = "nf4"  # QLoRA's 4-bit data type (https://arxiv.org/abs/2305.14314)
+HELP_ALL = "--help_all"
+TRAINING_EPILOG = f"""every field of transformers.TrainingArguments is a flag too ({HELP_ALL} lists them), such as
+--learning_rate 5e-4 --num_train_epochs 3 --per_device_train_batch_size 8 --lr_scheduler_type linear --seed 42"""
+
+
+def command(main):
+    """Decorate a script's `main`: a UserError becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> None:
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's use of an old name
+        keep_freed_memory()
+        try:
+            main(argv)
+        except UserError as error:
+            exit_with(error)
+        except KeyboardInterrupt:
+            print("stopped: run the same command again to resume", file=sys.stderr)
+            sys.exit(130)
+
+    return run
+
+
+def exit_with(error: UserError) -> typing.NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory: handing it back and faulting it in again costs a CPU training step a quarter."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            libc.mallopt(option, value)
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+def flag(default, text: str, **metadata):
+    """A dataclass field that is a flag: its default, its help and, as `choices`, the values it takes."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+def check(name: str, value, holds: bool, allowed: str) -> None:
+    """Raise a UserError naming the flag, its value and what is allowed, unless `holds`."""
+    if not holds:
+        raise UserError(f"--{name} {value}: must be {allowed}")
+
+
+def check_at_least(minimum: int, **values: int | None) -> None:
+    """`check` of whole numbers; None passes."""
+    for name, value in values.items():
+        check(name, value, value is None or value >= minimum, f"{minimum} or more")
+
+
+def check_num_samples(**values: int) -> None:
+    """`check` of numbers of rows: -1 stands for all."""
+    for name, value in values.items():
+        check(name, value, value == -1 or value > 0, "-1 (all) or positive")
+
+
+def is_positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+class Parser(argparse.ArgumentParser):
+    """The flags of one dataclass. Errors are a UserError of one line."""
+
+    def __init__(self, arguments: type, epilog: str | None = None):
+        super().__init__(
+            allow_abbrev=False,
+            usage="%(prog)s [--flag value ...]",
+            epilog=epilog,
+            formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=120),
+        )
+        hints = typing.get_type_hints(arguments)
+        for item in dataclasses.fields(arguments):
+            (kind,) = set(typing.get_args(hints[item.name]) or (hints[item.name],)) - {type(None)}
+            text = item.metadata["help"].replace("%", "%%")
+            default = "" if item.default is None else f" (default: {item.default})"
+            choices = item.metadata.get("choices")
+            metavar = "{" + ",".join(map(str, choices)) + "}" if choices else kind.__name__.upper()
+            self.add_argument(
+                f"--{item.name}",
+                type=kind,
+                default=item.default,
+                choices=choices,
+                metavar=metavar,
+                help=text + (default if "(default" not in text else ""),
+            )
+
+    def error(self, message: str):
+        raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
+
+
+def parse(argv: list[str] | None, arguments: type):
+    """One instance of the dataclass `arguments` from `argv` (default: the command line); UserError on a bad flag."""
+    return arguments(**vars(Parser(arguments).parse_args(argv)))
+
+
+def parse_known(argv: list[str] | None, arguments: type, epilog: str) -> tuple:
+    """(an instance of `arguments`, the other flags as they stand), for a script that also takes a library's flags."""
+    known, rest = Parser(arguments, epilog).parse_known_args(argv)
+    return arguments(**vars(known)), rest
+
+
+def check_early(parse_flags, *args) -> None:
+    """Parse the command line of a script before its heavy imports, so that --help and mistakes answer at once."""
+    if HELP_ALL in sys.argv[1:]:
+        return  # needs those imports
+    try:
+        parse_flags(None, *args)
+    except UserError as error:
+        exit_with(error)
+
+
+# ---- flags that several scripts share --------------------------------------------------------------------------------
+
+
+@dataclass
+class BaseArguments:
+    """The base model (None: as the earlier stage recorded, else the paper's) and the place of all results."""
+
+    base_model: str | None = flag(
+        None, f"hub id, local folder, or '{EMBEDDED_MODEL}' for the embedded model (default: {PAPER_BASE_MODEL})"
+    )
+    results_dir: str = flag(str(RESULTS_DIR), "where every run is written and looked for (default: results)")
+
+
+@dataclass
+class SourceArguments(BaseArguments):
+    """And the data (None: as the earlier stage recorded), and the precision of the base."""
+
+    data_source: str | None = flag(
+        None, "'hub', 'sample' (in this repository), or a folder of jsonl files (default: as recorded, else hub)"
+    )
+    dtype: str = flag(
+        "auto",
+        "of the base weights: auto (bfloat16 where the device is fast in it, else float32), ...; nf4: 4 bits by "
+        "bitsandbytes, multiplied in what auto says",
+        choices=[*DTYPES, NF4],
+    )
