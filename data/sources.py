@@ -11,6 +11,7 @@ from pathlib import Path
 
 import config
 from config import TASKS, XSTEST, UserError
+from data import hub
 
 SAMPLE_DIR = Path(__file__).resolve().parent / "sample"
 NUM_ALPACA = 20_000  # the paper's sample of Alpaca's 52k
@@ -151,21 +152,18 @@ def _check_field(where: str, row: dict, column: str, kind: type, may_be_empty: b
             raise UserError(f"{where}: field {column!r} must hold non-empty choices, some labelled 1 and some 0")
 
 
+NO_HUB = "take the data of this repository by --data_source sample, or a folder's by its path"
+
+
 def _load_hub(repository: str, *args, **kwargs):
     """datasets.load_dataset with the user's token; a local folder of the same name is taken as that library does."""
+    hub.check_available(repository, "dataset", NO_HUB)
     from datasets import load_dataset
 
     try:
         return load_dataset(repository, *args, token=config.hf_token, **kwargs)
     except Exception as error:  # datasets, huggingface_hub and the network each raise their own kinds
-        raise _no_hub(repository, error) from error
-
-
-def _no_hub(repository: str, error: Exception) -> UserError:
-    return UserError(
-        f"cannot load the data set {repository} from the hub ({type(error).__name__}); take the data "
-        "that comes with this repository by --data_source sample, or a folder's by its path"
-    )
+        raise hub.unavailable(repository, "dataset", error, NO_HUB) from error
 
 
 def _hub_rows(task: str, split: str) -> list[dict]:
@@ -177,10 +175,11 @@ def _hub_rows(task: str, split: str) -> list[dict]:
         from huggingface_hub import hf_hub_download
 
         repository = "tatsu-lab/alpaca_eval"  # its loading script no longer runs: read the JSON file itself
+        hub.check_available(repository, "dataset", NO_HUB)
         try:
             path = hf_hub_download(repository, "alpaca_eval.json", repo_type="dataset", token=config.hf_token)
         except Exception as error:
-            raise _no_hub(repository, error) from error
+            raise hub.unavailable(repository, "dataset", error, NO_HUB) from error
         rows = json.loads(Path(path).read_text(encoding="utf-8"))
         return [{"id": f"alpaca_eval-{i}", "input": "", **row} for i, row in enumerate(rows)]
     if task == "safety":

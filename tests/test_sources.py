@@ -1,6 +1,8 @@
 """The three sources of rows, the records made of them, and what is said of bad files."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import SHARED_DATA, run_script, write_jsonl
@@ -224,11 +226,45 @@ def test_hub_alpaca_eval_is_read_from_the_hub_cache(tmp_path):
     assert json.loads(run.stdout) == [{"id": f"alpaca_eval-{i}", "input": "", **row} for i, row in enumerate(rows)]
 
 
-def test_a_hub_that_cannot_be_reached_is_told_with_a_remedy(monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_told_with_a_remedy(hub, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: json.loads("no\nroute"))
     with pytest.raises(UserError, match="PKU-Alignment/BeaverTails .*DecodeError.* --data_source sample") as raised:
         read_rows("safety", "train", "hub")
     assert len(str(raised.value).splitlines()) == 1
+
+
+@pytest.fixture
+def broken_hub():
+    """A hub that is down: (its address, the requests that came in)."""
+    requests = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            self.send_error(503)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            """The tests' output is theirs."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", requests
+        server.shutdown()
+
+
+READ_SAFETY = (
+    "import cli; from data import sources; cli.command(lambda _: sources.read_rows('safety', 'train', 'hub'))()"
+)
+
+
+def test_a_data_set_that_cannot_be_had_is_asked_for_once_and_told_in_one_line(broken_hub, tmp_path):
+    url, requests = broken_hub
+    run = run_script("-c", READ_SAFETY, HF_HUB_OFFLINE="0", HF_ENDPOINT=url, HF_HOME=str(tmp_path))
+    assert (run.returncode, len(run.stderr.splitlines())) == (2, 1), run.stderr
+    assert "PKU-Alignment/BeaverTails" in run.stderr and "--data_source sample" in run.stderr
+    assert sum("BeaverTails" in path for path in requests) == 1, requests  # the library by itself asks for 27 s
 
 
 # ---- records and comparisons -----------------------------------------------------------------------------------------
