@@ -1,10 +1,10 @@
 """How fast a router must learn, and how far it can: routers alone, by the gating loss, on frozen hidden states.
 
-    python benchmarks/routers_alone.py --moe_dir results/outputs/moe --data_source sample
+    python benchmarks/routers_alone.py --moe_dir results/demo/outputs/moe --data_source sample
 
 Two epochs, batch 8, AdamW with linear decay, as in the alignment of the fusion. For each learning rate: routing
-accuracy per task on the test half, and on rows of the training half that were not trained on. The difference of the two
-is what the test half's other origin costs (AlpacaEval's prompts are no Alpaca instructions). Last, one line of JSON.
+accuracy per task, by the prompts' tokens, on rows of the training half held apart from the training. A setting is
+chosen by these; the test half is never read here. Last, one line of JSON.
 """
 
 import json
@@ -22,8 +22,8 @@ import cli
 import config
 from cli import flag
 from config import TASKS
-from data.encoding import Collator, Encoder, LengthGroupedSampler
-from data.sources import answer_records, draw, read_rows, spread, trainable_rows
+from data.encoding import IGNORED, Collator, Encoder, LengthGroupedSampler
+from data.sources import answer_records, draw, prompt_of, read_rows, trainable_rows
 from models.loading import device, load_run
 from models.losses import gate_loss, routing_hits
 
@@ -33,26 +33,28 @@ class BenchmarkArguments:
     moe_dir: str = flag(str(config.fused_dir(config.RESULTS_DIR)), "the fused model")
     data_source: str = flag("sample", "sample, hub or a folder")
     num_samples: int = flag(80, "training rows per task")
-    num_held_out: int = flag(100, "samples per task that are scored, of each kind")
+    num_held_apart: int = flag(100, "other training prompts per task, which are scored")
     rates: str = flag("5e-4,1e-3,3e-3,1e-2,3e-2,1e-1,3e-1", "learning rates, with commas")
     seed: int = flag(42, "of samples, order and routers")
 
 
 @torch.no_grad()
-def router_inputs(model, samples: list[dict]) -> list[tuple[torch.Tensor, int]]:
+def router_inputs(model, samples: list[dict], prompts_only: bool) -> list[tuple[torch.Tensor, int]]:
     """Per sample: what the routers see of the tokens that count, (L, T, D), and the task."""
-    seen, found = [], []
-    hooks = [block.router.register_forward_hook(lambda _, args, __: seen.append(args[0])) for block in model.blocks]
+    states, inputs = [], []
+    hooks = [block.router.register_forward_hook(lambda _, args, __: states.append(args[0])) for block in model.blocks]
     collate = Collator(routing=True)
     for sample in tqdm(sorted(samples, key=lambda sample: len(sample["input_ids"])), desc="hidden states"):
         batch = collate([sample])
-        seen.clear()
+        states.clear()
         model.model(input_ids=batch["input_ids"].to(model.device), use_cache=False)
         counted = batch["routing_mask"][0].bool()
-        found.append((torch.stack([x[counted.to(x.device)].cpu() for x in seen]), sample["task"]))
+        if prompts_only:
+            counted &= batch["labels"][0] == IGNORED
+        inputs.append((torch.stack([x[counted.to(x.device)].cpu() for x in states]), sample["task"]))
     for hook in hooks:
         hook.remove()
-    return found
+    return inputs
 
 
 def mean_probs(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -85,13 +87,13 @@ def train_routers(train, rate: float, std: float, seed: int) -> torch.Tensor:
     return weight.detach()
 
 
-def accuracy(weight: torch.Tensor, held_out) -> dict[str, float]:
+def accuracy(weight: torch.Tensor, inputs) -> dict[str, float]:
     """Routing accuracy by task, and their mean."""
-    probs = torch.cat([mean_probs(weight, x) for x, _ in held_out])
-    tasks = torch.tensor([task for _, task in held_out])
+    probs = torch.cat([mean_probs(weight, x) for x, _ in inputs])
+    tasks = torch.tensor([task for _, task in inputs])
     hits = routing_hits(probs, tasks).float()
-    found = {name: hits[tasks == i].mean().item() for i, name in enumerate(TASKS)}
-    return {**found, "mean": sum(found.values()) / len(TASKS)}
+    of_task = {name: hits[tasks == i].mean().item() for i, name in enumerate(TASKS)}
+    return {**of_task, "mean": sum(of_task.values()) / len(TASKS)}
 
 
 @cli.command
@@ -101,23 +103,24 @@ def main(argv: list[str] | None = None) -> None:
     model, tokenizer = load_run(args.moe_dir)
     model.to(device())
     encoder = Encoder(tokenizer, 300)
-    records = {"train": [], "unseen": [], "test": []}
+    trained, held_apart = [], []
     for task in TASKS:
         rows = trainable_rows(task, read_rows(task, "train", args.data_source))
-        trained = draw(rows, args.num_samples, args.seed)
-        seen = {row["id"] for row in trained}
-        unseen = answer_records(task, [row for row in rows if row["id"] not in seen])
-        records["train"] += answer_records(task, trained)
-        records["unseen"] += draw(unseen, args.num_held_out, args.seed)
-        records["test"] += spread(answer_records(task, read_rows(task, "test", args.data_source)), args.num_held_out)
-    inputs = {name: router_inputs(model, encoder.encode_all(found)[0]) for name, found in records.items()}
+        drawn = draw(rows, args.num_samples, args.seed)
+        drawn_prompts = {prompt_of(row) for row in drawn}
+        others = {prompt_of(row): row for row in rows if prompt_of(row) not in drawn_prompts}  # one row a prompt
+        trained += answer_records(task, drawn)
+        chosen = draw(list(others.values()), args.num_held_apart, args.seed)
+        held_apart += list({record.instruction: record for record in answer_records(task, chosen)}.values())
+    train_inputs = router_inputs(model, encoder.encode_all(trained)[0], prompts_only=False)
+    held_apart_inputs = router_inputs(model, encoder.encode_all(held_apart)[0], prompts_only=True)
     results = {}
     for rate in map(float, args.rates.split(",")):
-        weight = train_routers(inputs["train"], rate, model.config.initializer_range, args.seed)
-        results[rate] = {name: accuracy(weight, inputs[name]) for name in ("test", "unseen")}
-        for name, found in results[rate].items():
-            print(f"{rate:g} {name}: " + ", ".join(f"{task} {value:.3f}" for task, value in found.items()))
-    print(json.dumps({"samples": {name: len(found) for name, found in inputs.items()}, "routing_accuracy": results}))
+        weight = train_routers(train_inputs, rate, model.config.initializer_range, args.seed)
+        results[rate] = accuracy(weight, held_apart_inputs)
+        print(f"{rate:g}: " + ", ".join(f"{task} {value:.3f}" for task, value in results[rate].items()))
+    counts = {"train": len(train_inputs), "held_apart": len(held_apart_inputs)}
+    print(json.dumps({"samples": counts, "routing_accuracy": results}))
 
 
 if __name__ == "__main__":

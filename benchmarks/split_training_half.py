@@ -18,7 +18,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import cli
 from cli import flag
 from config import TASKS, UserError
-from data.sources import draw, read_rows, source_dir, trainable_rows
+from data.sources import draw, prompt_of, read_rows, source_dir, trainable_rows
 
 
 @dataclass
@@ -40,8 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     for task in TASKS:
         rows = trainable_rows(task, read_rows(task, "train", args.data_source))
         train = draw(rows, args.num_samples, args.seed)
-        seen = {prompt(row) for row in train}
-        test = draw([row for row in rows if prompt(row) not in seen], args.num_held_out, args.seed)
+        seen = {prompt_of(row) for row in train}
+        test = draw([row for row in rows if prompt_of(row) not in seen], args.num_held_out, args.seed)
         if not test:
             raise UserError(f"--num_samples {args.num_samples}: leaves no row of {task} to hold out")
         halves |= {f"{task}_train": train, f"{task}_test": test}
@@ -52,10 +52,6 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{output / name}.jsonl: {len(rows)} rows")
     if args.data_source != "hub" and (pairs := source_dir(args.data_source) / "safety_pairs.jsonl").exists():
         shutil.copy(pairs, output)
-
-
-def prompt(row: dict) -> tuple:
-    return tuple(row.get(column) for column in ("instruction", "input", "prompt", "question"))
 
 
 if __name__ == "__main__":

@@ -230,6 +230,11 @@ def trainable_rows(task: str, rows: list[dict]) -> list[dict]:
     return [row for row in rows if task != "safety" or row["is_safe"]]
 
 
+def prompt_of(row: dict) -> tuple:
+    """What a model is asked in a row of any task: rows that share it are one question."""
+    return tuple(row.get(column) for column in ("instruction", "input", "prompt", "question"))
+
+
 def prompt_records(task: str, rows: list[dict], source: str) -> list[Record]:
     """The prompts of the rows in source order, each with its reference answer where there is one; safety's, which
     stand with several responses each, once.
