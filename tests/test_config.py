@@ -229,14 +229,6 @@ def test_flags_that_do_not_go_together(arguments, argv, told):
         cli.parse(argv, arguments)
 
 
-def test_help_prints_every_flag(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        training_arguments.parse(["--help"], AlignArguments)
-    assert stopped.value.code == 0
-    shown = capsys.readouterr().out
-    assert "--gate_loss_weight" in shown and "lambda of the gating loss" in shown and "--learning_rate" in shown
-
-
 # ---- what a user sees ------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,54 @@
+"""The scripts of this repository by their file names: path, main, and the dataclasses of their flags."""
+
+from pathlib import Path
+
+from conftest import ROOT
+
+import align_basemodel
+import inference
+from benchmarks import bench_moe
+from evaluator import (
+    evaluate_helpfulness,
+    evaluate_likelihood,
+    evaluate_safety,
+    evaluate_truth_and_info,
+    report,
+    train_judge,
+)  # fmt: skip
+from models import export, llama_moe
+from models.training_arguments import TrainArguments
+
+FLAGS = {
+    "align_basemodel.py": (align_basemodel.AlignArguments, TrainArguments),
+    "inference.py": (inference.InferArguments,),
+    "models/llama_moe.py": (llama_moe.FuseArguments,),
+    "models/export.py": (export.ExportArguments,),
+    "evaluator/evaluate_likelihood.py": (evaluate_likelihood.LikelihoodArguments,),
+    "evaluator/evaluate_helpfulness.py": (evaluate_helpfulness.HelpfulnessArguments,),
+    "evaluator/evaluate_safety.py": (evaluate_safety.SafetyArguments,),
+    "evaluator/evaluate_truth_and_info.py": (evaluate_truth_and_info.TruthArguments,),
+    "evaluator/train_judge.py": (train_judge.JudgeArguments, train_judge.JudgeTrainArguments),
+    "evaluator/report.py": (report.ReportArguments,),
+    "benchmarks/bench_moe.py": (bench_moe.BenchmarkArguments,),
+}
+MAINS = {
+    "align_basemodel.py": align_basemodel.main,
+    "inference.py": inference.main,
+    "models/llama_moe.py": llama_moe.main,
+    "models/export.py": export.main,
+    "evaluator/evaluate_likelihood.py": evaluate_likelihood.main,
+    "evaluator/evaluate_helpfulness.py": evaluate_helpfulness.main,
+    "evaluator/evaluate_safety.py": evaluate_safety.main,
+    "evaluator/evaluate_truth_and_info.py": evaluate_truth_and_info.main,
+    "evaluator/train_judge.py": train_judge.main,
+    "evaluator/report.py": report.main,
+}
+
+
+def script_of(command: list[str], folder: str) -> str:
+    """The key of FLAGS of a command, ["python", "llama_moe.py", ...], that is run in `folder` ("" or its name)."""
+    return str(Path(folder) / command[1])
+
+
+def exists(script: str) -> bool:
+    return (ROOT / script).is_file()
