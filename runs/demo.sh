@@ -1,36 +1,38 @@
 #!/usr/bin/env bash
-# The whole method on the embedded SmolLM2-135M and data/sample: the README's commands, one below the other.
-# Minutes on two CPU cores; killed at any point, it goes on from there; done once, it says so.
+# The whole method on the embedded SmolLM2-135M and data/sample, into results/demo.
+# Minutes on two CPU cores. Run it again to resume it where it was interrupted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+R="--results_dir results/demo"
+RUN=mix_moe_reg_00010_00010_00010_gate_10000
 
 # 1. Three aligned experts
-python align_basemodel.py --moe_flag 0 --task_name helpfulness --base_model smollm2 --data_source sample --num_samples 80 --num_train_epochs 2 --batch_size 4
-python align_basemodel.py --moe_flag 0 --task_name safety --base_model smollm2 --data_source sample --num_samples 80 --num_train_epochs 2 --batch_size 4
-python align_basemodel.py --moe_flag 0 --task_name truthfulness --base_model smollm2 --data_source sample --num_samples 80 --num_train_epochs 2 --batch_size 4
+python align_basemodel.py --moe_flag 0 --task_name helpfulness --base_model smollm2 --data_source sample --num_samples 80 --num_train_epochs 2 --batch_size 4 $R
+python align_basemodel.py --moe_flag 0 --task_name safety --base_model smollm2 --data_source sample --num_samples 80 --num_train_epochs 2 --batch_size 4 $R
+python align_basemodel.py --moe_flag 0 --task_name truthfulness --base_model smollm2 --data_source sample --num_samples 80 --num_train_epochs 2 --batch_size 4 $R
 
 # 2. Fused into one mixture of experts
-python models/llama_moe.py
+python models/llama_moe.py $R
 
 # 3. The fusion aligned, with gating loss and drift
-python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 1 --helpfulness_weight 0.001 --safety_weight 0.001 --truthfulness_weight 0.001 --num_samples 80 --num_train_epochs 2 --batch_size 4
+python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 1 --helpfulness_weight 0.001 --safety_weight 0.001 --truthfulness_weight 0.001 --num_samples 80 --num_train_epochs 2 --batch_size 4 $R
 
 # 4. Its answers to all three tasks
-python inference.py --task_name helpfulness --cross_task mix_moe_reg_00010_00010_00010_gate_10000 --dataset_type test --num_samples 16 --max_new_tokens 64
-python inference.py --task_name safety --cross_task mix_moe_reg_00010_00010_00010_gate_10000 --dataset_type test --num_samples 16 --max_new_tokens 64
-python inference.py --task_name truthfulness --cross_task mix_moe_reg_00010_00010_00010_gate_10000 --dataset_type test --num_samples 16 --max_new_tokens 64
+python inference.py --task_name helpfulness --cross_task $RUN --dataset_type test --num_samples 16 --max_new_tokens 64 $R
+python inference.py --task_name safety --cross_task $RUN --dataset_type test --num_samples 16 --max_new_tokens 64 $R
+python inference.py --task_name truthfulness --cross_task $RUN --dataset_type test --num_samples 16 --max_new_tokens 64 $R
 
 # 5. Scores that need no judge
-python evaluator/evaluate_likelihood.py --run raw,helpfulness,safety,truthfulness,moe,mix_moe_reg_00010_00010_00010_gate_10000
+python evaluator/evaluate_likelihood.py --run raw,helpfulness,safety,truthfulness,moe,$RUN $R
 
 # 6. Small local judges, trained on the spot, and the answers' scores by them
-python evaluator/train_judge.py --kind safety --base_model smollm2 --data_source sample --num_samples 120 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1
-python evaluator/train_judge.py --kind truth --base_model smollm2 --data_source sample --num_samples 160 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1
-python evaluator/train_judge.py --kind information --base_model smollm2 --data_source sample --num_samples 80 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1
-python evaluator/evaluate_safety.py --task_name cross_mix_moe_reg_00010_00010_00010_gate_10000 --judge results/judges/safety
-python evaluator/evaluate_truth_and_info.py --task_name cross_mix_moe_reg_00010_00010_00010_gate_10000 --mode 0 --judge results/judges/truth
-python evaluator/evaluate_truth_and_info.py --task_name cross_mix_moe_reg_00010_00010_00010_gate_10000 --mode 1 --judge results/judges/information
-python evaluator/evaluate_helpfulness.py --task_name cross_mix_moe_reg_00010_00010_00010_gate_10000
+python evaluator/train_judge.py --kind safety --base_model smollm2 --data_source sample --num_samples 120 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1 $R
+python evaluator/train_judge.py --kind truth --base_model smollm2 --data_source sample --num_samples 160 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1 $R
+python evaluator/train_judge.py --kind information --base_model smollm2 --data_source sample --num_samples 80 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1 $R
+python evaluator/evaluate_safety.py --task_name cross_$RUN --judge results/demo/judges/safety $R
+python evaluator/evaluate_truth_and_info.py --task_name cross_$RUN --mode 0 --judge results/demo/judges/truth $R
+python evaluator/evaluate_truth_and_info.py --task_name cross_$RUN --mode 1 --judge results/demo/judges/information $R
+python evaluator/evaluate_helpfulness.py --task_name cross_$RUN $R
 
 # 7. One table of all of it
-python evaluator/report.py --runs raw,helpfulness,safety,truthfulness,moe,mix_moe_reg_00010_00010_00010_gate_10000
+python evaluator/report.py --runs raw,helpfulness,safety,truthfulness,moe,$RUN $R

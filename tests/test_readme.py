@@ -1,0 +1,102 @@
+"""The README says what is true: its commands run, on a base like Llama-2's, and its tables are the measured ones."""
+
+import dataclasses
+import json
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+from fake_server import FakeServer
+from scripts import FLAGS, MAINS, exists, script_of
+
+COMMAND = re.compile(r"^ {0,4}\(?(?:cd (\w+) && )?(python [\w/]+\.py\b.*?)\)?$", re.M)
+RUN = "mix_moe_reg_00000_00000_00000_gate_00100"
+
+
+def commands(path) -> list[tuple[str, list[str]]]:
+    """(script, its flags) of every command of a README or shell file, in order; $NAME=... lines are filled in."""
+    text = path.read_text(encoding="utf-8")
+    for name, value in re.findall(r'^ {0,4}(\w+)="?([^"\n]+?)"?$', text, re.M):
+        text = text.replace(f"${name}", value)
+    parsed = [(folder, shlex.split(command, comments=True)) for folder, command in COMMAND.findall(text)]
+    return [(script_of(words, folder), words[2:]) for folder, words in parsed]
+
+
+@pytest.mark.parametrize("path", ["README.md", "runs/demo.sh", "runs/paper.sh"])
+def test_every_script_and_flag_that_is_shown_exists(path):
+    shown = commands(ROOT / path)
+    assert len(shown) >= 10
+    for script, argv in shown:
+        assert exists(script), script
+        flags = {word.removeprefix("--") for word in argv if word.startswith("--")}
+        assert flags <= {field.name for arguments in FLAGS[script] for field in dataclasses.fields(arguments)}, argv
+
+
+def test_the_tables_are_the_committed_measurements():
+    table = (ROOT / "docs" / "measurements" / "demo_table.md").read_text()
+    assert table.split("\n\n")[0].strip() in (ROOT / "README.md").read_text()
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        assert not re.search(r"@[A-Z]+@", path.read_text()), f"{path}: a figure is still to be filled in"
+
+
+TRAINING = ["--max_steps", "2", "--batch_size", "4", "--disable_tqdm", "1", "--use_cpu", "1", "--dtype", "float32"]
+SHORT = {
+    "align_basemodel.py": TRAINING,
+    "inference.py": ["--num_samples", "4", "--max_new_tokens", "5", "--dtype", "float32"],
+    "evaluator/evaluate_likelihood.py": ["--num_samples", "4", "--dtype", "float32"],
+    "evaluator/train_judge.py": [*TRAINING, "--num_samples", "12", "--num_held_out", "12"],
+}
+
+
+JUDGES = {"evaluator/evaluate_safety.py": ("safety",), "evaluator/evaluate_truth_and_info.py": ("truth", "information")}
+
+
+def with_flags(argv: list[str], **values) -> list[str]:
+    """The flags with these set to these values."""
+    for name, value in values.items():
+        flag = f"--{name}"
+        if flag in argv:
+            argv = [*argv[: argv.index(flag)], *argv[argv.index(flag) + 2 :]]
+        argv = [*argv, flag, str(value)]
+    return argv
+
+
+@pytest.mark.slow
+def test_the_whole_chain_of_commands_runs_on_a_base_without_a_pad_token(
+    base_dir, judge_base_dir, adapter_dirs, tmp_path, monkeypatch, capsys
+):
+    """Every command of the README, in its order, with a tiny base, few rows and steps, and judges trained here."""
+    assert json.loads((base_dir / "tokenizer_config.json").read_text()).get("pad_token") is None
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "results"
+    shown = [(script, argv) for script, argv in commands(ROOT / "README.md") if script in MAINS]
+    assert {script for script, _ in shown} == set(MAINS)
+    for kind in ("truth", "information"):  # the README shows how safety's is trained
+        MAINS["evaluator/train_judge.py"](
+            [*SHORT["evaluator/train_judge.py"], "--kind", kind, "--base_model", str(judge_base_dir), "--data_source",
+             "sample", "--results_dir", str(results)]
+        )  # fmt: skip
+    train_safety = next((script, argv) for script, argv in shown if script == "evaluator/train_judge.py")
+    for number, (script, argv) in enumerate([train_safety, *shown]):
+        argv = with_flags([*argv, *SHORT.get(script, ())], results_dir=results)
+        if "--moe_flag" in argv and argv[argv.index("--moe_flag") + 1] == "0":
+            argv = with_flags(argv, base_model=base_dir, data_source="sample")
+        if script == "evaluator/train_judge.py":
+            argv = with_flags(argv, base_model=judge_base_dir, data_source="sample")
+        if script in JUDGES:
+            kind = JUDGES[script][int(argv[argv.index("--mode") + 1]) if "--mode" in argv else 0]
+            argv = with_flags(argv, judge=results / "judges" / kind)
+        if "--output" in argv:
+            argv = with_flags(argv, output=tmp_path / f"output-{number}")
+        if "--experts" in argv:
+            argv = with_flags(argv, experts=",".join(f"{folder.name}={folder}" for folder in adapter_dirs))
+        if "--server_url" not in argv:
+            MAINS[script](argv)
+            continue
+        with FakeServer(lambda request: {"text": " An answer."}) as server:
+            MAINS[script](with_flags(argv, server_url=server.url, results_dir=tmp_path / "answered"))
+    table = (results / "report" / "table.md").read_text()
+    assert all(f"| {run} |" in table for run in ("raw", "safety", "moe", RUN, f"cross_{RUN}"))
+    assert (results / "observation" / "safety" / "test" / f"cross_{RUN}" / "routing.png").exists()
+    capsys.readouterr()
