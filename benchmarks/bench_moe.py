@@ -149,22 +149,22 @@ def mixtral_experts(backend: str) -> Callable:
 
 def forms(compiled: bool) -> dict[str, Callable]:
     """Every form by name; the limit and ours by torch.compile as well."""
-    found = {"dense": dense, "ours": ours}
+    by_name = {"dense": dense, "ours": ours}
     if compiled:
         torch.compiler.reset()
-        found |= {f"{name}, compiled": torch.compile(form, dynamic=False) for name, form in found.items()}
+        by_name |= {f"{name}, compiled": torch.compile(form, dynamic=False) for name, form in by_name.items()}
     backends = {f"Mixtral {name}": mixtral_experts(name) for name in ("eager", "batched_mm", "grouped_mm")}
-    return found | {"expert loop": expert_loop, "MixLoRA": mixlora_sharing, **backends}
+    return by_name | {"expert loop": expert_loop, "MixLoRA": mixlora_sharing, **backends}
 
 
-def inputs(tokens: int, hidden_size: int, top_k: int, dtype: torch.dtype, place) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(tokens: int, hidden_size: int, top_k: int, dtype: torch.dtype, target) -> tuple[Tensor, Tensor, Tensor]:
     """Fresh x (N, D), top_k_index and top_k_weights (N, K) of random logits."""
-    choice = route(torch.randn(tokens, NUM_EXPERTS, device=place), top_k)
-    return torch.randn(tokens, hidden_size, device=place, dtype=dtype), *choice
+    choice = route(torch.randn(tokens, NUM_EXPERTS, device=target), top_k)
+    return torch.randn(tokens, hidden_size, device=target, dtype=dtype), *choice
 
 
-def left_out(here: dict[str, Callable], layer: Layer, x: Tensor, index: Tensor, weights: Tensor) -> dict[str, str]:
-    """Those of the forms that cannot be timed here and why; UserError if one computes something else."""
+def left_out(usable: dict[str, Callable], layer: Layer, x: Tensor, index: Tensor, weights: Tensor) -> dict[str, str]:
+    """Those of the forms that cannot be timed and why; UserError if one computes something else."""
     dtype = str(x.dtype).removeprefix("torch.")
     routing_weights = torch.zeros(len(x), NUM_EXPERTS, device=x.device).scatter(1, index, weights)
     merged = [layer.mixtral.gate_up_proj.float(), layer.mixtral.down_proj.float()]
@@ -173,7 +173,7 @@ def left_out(here: dict[str, Callable], layer: Layer, x: Tensor, index: Tensor, 
         gate, up = F.linear(x.float(), merged[0][i]).chunk(2, dim=-1)
         exact = exact + routing_weights[:, i, None] * F.linear(F.silu(gate) * up, merged[1][i])
     out = {}
-    for name, form in here.items():
+    for name, form in usable.items():
         copies = index.numel() * sum(w[0].numel() for w in layer.mixtral.parameters()) * x.element_size()
         if "batched_mm" in name and copies > BATCHED_MM_LIMIT_BYTES:
             out[name] = f"would copy {copies / 1e9:.0f} GB of weights"
@@ -204,20 +204,20 @@ def timed(form: Callable, layer: Layer, x: Tensor, index: Tensor, weights: Tenso
     return (time.perf_counter() - start) * 1e3
 
 
-def compare(layer: Layer, tokens: int, top_k: int, args: BenchmarkArguments, place) -> list[dict]:
+def compare(layer: Layer, tokens: int, top_k: int, args: BenchmarkArguments, target) -> list[dict]:
     """Time every form in turn; one row per form and pass: median and quartiles in ms, and ratio to the dense FFN."""
     dtype, hidden_size = getattr(torch, args.dtype), layer.base["gate_proj"].in_features
-    here = forms(compiled=not args.quick)
-    absent = left_out(here, layer, *inputs(tokens, hidden_size, top_k, dtype, place))
+    usable = forms(compiled=not args.quick)
+    absent = left_out(usable, layer, *inputs(tokens, hidden_size, top_k, dtype, target))
     rows = [{"form": name, "not_timed": reason} for name, reason in absent.items()]
-    here = {name: form for name, form in here.items() if name not in absent}
+    usable = {name: form for name, form in usable.items() if name not in absent}
     for backward in (False, True):
         layer.use(layer.trained if backward else layer.loaded)
-        seconds = {name: [] for name in here}
+        seconds = {name: [] for name in usable}
         for repeat in range(args.repeats + 2):
-            x, *choice = inputs(tokens, hidden_size, top_k, dtype, place)
+            x, *choice = inputs(tokens, hidden_size, top_k, dtype, target)
             grad_y = torch.randn_like(x) if backward else None
-            for name, form in here.items():
+            for name, form in usable.items():
                 layer.zero_grad(set_to_none=True)
                 took = timed(form, layer, x, *choice, grad_y)
                 if repeat >= 2:
@@ -239,22 +239,22 @@ def compare(layer: Layer, tokens: int, top_k: int, args: BenchmarkArguments, pla
 
 
 def bench_ffn(args: BenchmarkArguments) -> list[dict]:
-    place = device()
-    tokens = args.tokens or ("1,8,512,4096,16384" if place.type == "cuda" else "1,8,512")
+    target = device()
+    tokens = args.tokens or ("1,8,512,4096,16384" if target.type == "cuda" else "1,8,512")
     rows = []
     for shape in args.shapes.split(","):
         if shape not in SHAPES:
             raise UserError(f"--shapes {shape}: must be of {', '.join(SHAPES)}")
         torch.manual_seed(0)
-        layer = Layer(*SHAPES[shape], getattr(torch, args.dtype)).to(place)
+        layer = Layer(*SHAPES[shape], getattr(torch, args.dtype)).to(target)
         for top_k in map(int, args.top_k.split(",")):
             for count in map(int, tokens.split(",")):
-                found = [
+                timed = [
                     {"shape": shape, "top_k": top_k, "tokens": count, **row}
-                    for row in compare(layer, count, top_k, args, place)
+                    for row in compare(layer, count, top_k, args, target)
                 ]
-                print_rows(found)
-                rows += found
+                print_rows(timed)
+                rows += timed
     for top_k in map(int, args.top_k.split(",")):
         print("", *markdown(rows, top_k), sep="\n")
     print()
@@ -280,15 +280,18 @@ def print_bars(rows: list[dict]) -> None:
     """Our ratios against each bar, and how much faster than the best backend of MixtralExperts."""
     timed_rows = [row for row in rows if row["top_k"] == 2 and "ms" in row]
     for (shape, tokens, kind), limit in BARS[device().type].items():
-        here = {
+        row_of_form = {
             row["form"]: row
             for row in timed_rows
             if (row["shape"], row["tokens"], row["pass"]) == (shape, tokens, kind)
         }
         for form in ("ours", "ours, compiled"):
-            if form in here:
-                ratio = here[form]["ratio"]
-                best = min(row["ms"] for name, row in here.items() if name.startswith("Mixtral")) / here[form]["ms"]
+            if form in row_of_form:
+                ratio = row_of_form[form]["ratio"]
+                best = (
+                    min(row["ms"] for name, row in row_of_form.items() if name.startswith("Mixtral"))
+                    / row_of_form[form]["ms"]
+                )
                 print(
                     f"{shape}, {tokens} tokens, {kind}, {form}: {ratio:.2f} x dense (bar {limit:.2f}: "
                     f"{'met' if ratio <= limit else 'missed'}), {best:.2f} x faster than MixtralExperts"
@@ -306,22 +309,22 @@ def markdown(rows: list[dict], top_k: int) -> list[str]:
     for row in rows:
         if row["top_k"] == top_k and "ms" in row:
             groups.setdefault((row["shape"], row["tokens"], row["pass"]), {})[row["form"]] = row
-    for (shape, tokens, kind), here in groups.items():
-        best = min(row["ratio"] for form, row in here.items() if form.startswith("Mixtral"))
-        cells = [f"{here[form]['ratio']:.2f}" if form in here else "–" for form in columns]
+    for (shape, tokens, kind), row_of_form in groups.items():
+        best = min(row["ratio"] for form, row in row_of_form.items() if form.startswith("Mixtral"))
+        cells = [f"{row_of_form[form]['ratio']:.2f}" if form in row_of_form else "–" for form in columns]
         lines.append(
-            f"| {shape}, {tokens} token{'s' * (tokens > 1)} | {kind} | {here['dense']['ms']:.1f} | "
+            f"| {shape}, {tokens} token{'s' * (tokens > 1)} | {kind} | {row_of_form['dense']['ms']:.1f} | "
             f"{' | '.join(cells)} | {best:.2f} |"
         )
     return lines
 
 
-def keep(part: str, found: dict | list, args: BenchmarkArguments) -> dict:
+def keep(part: str, figures: dict | list, args: BenchmarkArguments) -> dict:
     """Write one part into benchmarks/results/<device>.json beside the other."""
     made_by = environment()
     name = re.sub(r"[^a-z0-9]+", "-", made_by["device"].lower()).strip("-")
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    result = {"arguments": vars(args), "threads": torch.get_num_threads(), "made_by": made_by, "results": found}
+    result = {"arguments": vars(args), "threads": torch.get_num_threads(), "made_by": made_by, "results": figures}
     if not args.quick:
         path.parent.mkdir(exist_ok=True)
         write_json(path, {**(read_json(path) if path.exists() else {}), part: result})
@@ -335,8 +338,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.quick:
         args.shapes, args.top_k, args.tokens, args.repeats = "tiny", "2", "1,8", 2
     if args.model and args.random_init:
-        found = whole_model.bench_random(args.random_init, bool(args.quick))
-        result = keep(f"random {args.random_init}", found, args)
+        figures = whole_model.bench_random(args.random_init, bool(args.quick))
+        result = keep(f"random {args.random_init}", figures, args)
     elif args.model:
         result = keep("model", whole_model.bench_model(args.base_model, bool(args.quick)), args)
     else:

@@ -57,19 +57,19 @@ RANDOM_SHAPES = {
 def bench_model(base_model: str, quick: bool) -> dict:
     """Figures of each form, and of 64 prompts answered by ours in batches and one at a time as released."""
     sizes = {name: pair[quick] for name, pair in SIZES.items()}
-    found = {"Llama-2-7B, counted": counted_bytes("Llama-2-7B")}
-    print("Llama-2-7B, counted: " + ", ".join(f"{k} {v:,.4g}" for k, v in found["Llama-2-7B, counted"].items()))
+    figures = {"Llama-2-7B, counted": counted_bytes("Llama-2-7B")}
+    print("Llama-2-7B, counted: " + ", ".join(f"{k} {v:,.4g}" for k, v in figures["Llama-2-7B, counted"].items()))
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_fusion(folder, base_model)
         for form in FORMS:
-            found[form] = measured(form, folder, base_model, sizes)
+            figures[form] = measured(form, folder, base_model, sizes)
         for way in ("ours, batches of 16", "as released"):
-            found[way] = in_own_process(answer, way, folder, base_model, sizes)
-            print(f"{way:<18} {found[way]['answers_per_minute']:.1f} answers/min")
-    speed_up = found["ours, batches of 16"]["answers_per_minute"] / found["as released"]["answers_per_minute"]
+            figures[way] = in_own_process(answer, way, folder, base_model, sizes)
+            print(f"{way:<18} {figures[way]['answers_per_minute']:.1f} answers/min")
+    speed_up = figures["ours, batches of 16"]["answers_per_minute"] / figures["as released"]["answers_per_minute"]
     print(f"answers per minute, ours / as released: {speed_up:.1f}")
-    return found
+    return figures
 
 
 def bench_random(shape: str, quick: bool) -> dict:
@@ -80,9 +80,9 @@ def bench_random(shape: str, quick: bool) -> dict:
 
 def measured(form: str, source: Path | str, base_model: str | None, sizes: dict) -> dict[str, float]:
     """The figures of `measure`, made in a process of their own, and printed."""
-    found = in_own_process(measure, form, source, base_model, sizes)
-    print(f"{form:<18} " + ", ".join(f"{name} {value:,.4g}" for name, value in found.items()))
-    return found
+    figures = in_own_process(measure, form, source, base_model, sizes)
+    print(f"{form:<18} " + ", ".join(f"{name} {value:,.4g}" for name, value in figures.items()))
+    return figures
 
 
 def build(form: str, shape: str):
@@ -109,11 +109,13 @@ def counted_bytes(shape: str) -> dict[str, float]:
             models = {form: build(form, shape) for form in FORMS}
     finally:
         torch.set_default_dtype(before)
-    found = {f"{form} bytes": sum(p.nbytes for p in model.parameters()) for form, model in models.items()}
-    found["fused file bytes"] = sum(models["ours"].state_dict()[key].nbytes for key in models["ours"].own_state_keys())
-    found["memory, ours / dense base"] = found["ours bytes"] / found["dense base bytes"]
-    found["fused file / exported Mixtral"] = found["fused file bytes"] / found["exported Mixtral bytes"]
-    return found
+    figures = {f"{form} bytes": sum(p.nbytes for p in model.parameters()) for form, model in models.items()}
+    figures["fused file bytes"] = sum(
+        models["ours"].state_dict()[key].nbytes for key in models["ours"].own_state_keys()
+    )
+    figures["memory, ours / dense base"] = figures["ours bytes"] / figures["dense base bytes"]
+    figures["fused file / exported Mixtral"] = figures["fused file bytes"] / figures["exported Mixtral bytes"]
+    return figures
 
 
 def make_fusion(folder: Path, base_model: str) -> None:
@@ -174,26 +176,26 @@ def measure(form: str, source: Path | str, base_model: str | None, sizes: dict) 
     """Checkpoint bytes, prefill and decode tokens/s, training step s, and the peak memory of either, of one form."""
     torch.manual_seed(0)
     model, num_bytes = load(form, source, base_model)
-    found = {"checkpoint_bytes": num_bytes}
+    figures = {"checkpoint_bytes": num_bytes}
     if form == "ours" and isinstance(source, Path):
-        found["of_which_fused_file_bytes"] = fused_file(source).stat().st_size
+        figures["of_which_fused_file_bytes"] = fused_file(source).stat().st_size
     ids = random_ids(model, *sizes["prefill"])
     with torch.inference_mode():
-        found["prefill_tokens_per_s"] = ids.numel() / seconds(
+        figures["prefill_tokens_per_s"] = ids.numel() / seconds(
             lambda: model(input_ids=ids, logits_to_keep=1, use_cache=True), sizes["repeats"]
         )
         for batch in sizes["decode_batches"]:
             prompt = random_ids(model, batch, 32)
             took = seconds(lambda prompt=prompt: generate(model, prompt, sizes["new_tokens"]), 3)
-            found[f"decode_tokens_per_s_batch_{batch}"] = batch * sizes["new_tokens"] / took
+            figures[f"decode_tokens_per_s_batch_{batch}"] = batch * sizes["new_tokens"] / took
             if torch.cuda.is_available():  # where generate compiles the model for a static cache
                 took = seconds(
                     lambda p=prompt: generate(model, p, sizes["new_tokens"], cache_implementation="static"), 3
                 )
-                found[f"decode_tokens_per_s_batch_{batch}_static"] = batch * sizes["new_tokens"] / took
-    found["inference_peak_bytes"] = peak_bytes()
+                figures[f"decode_tokens_per_s_batch_{batch}_static"] = batch * sizes["new_tokens"] / took
+    figures["inference_peak_bytes"] = peak_bytes()
     if form == "exported Mixtral" and not isinstance(source, Path):
-        return found  # AdamW on every expert's own weights: over 100 GB at 7B
+        return figures  # AdamW on every expert's own weights: over 100 GB at 7B
     model.train()
     if not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # as align_basemodel.py trains on a CPU
@@ -216,12 +218,12 @@ def measure(form: str, source: Path | str, base_model: str | None, sizes: dict) 
         optimizer.step()
         optimizer.zero_grad()
 
-    found["training_step_s"] = seconds(lambda: step(False), sizes["repeats"])
-    found["training_peak_bytes"] = peak_bytes()
+    figures["training_step_s"] = seconds(lambda: step(False), sizes["repeats"])
+    figures["training_peak_bytes"] = peak_bytes()
     if form == "ours":
         labelled, every = seconds_in_turn([lambda: step(False), lambda: step(True)], sizes["repeats"])
-        found["training_step_in_turn_s"], found["training_step_all_logits_s"] = labelled, every
-    return found
+        figures["training_step_in_turn_s"], figures["training_step_all_logits_s"] = labelled, every
+    return figures
 
 
 def answer(way: str, folder: Path, base_model: str, sizes: dict) -> dict[str, float]:
