@@ -1,128 +1,219 @@
-"""A share or a mean with its 95 % bootstrap interval; how good a judge is, and its score corrected by that."""
+"""A share, a mean or any other statistic with its 95 % interval, and a share corrected for its judge's errors.
+
+`groups` names the question of each row, by any hashable values, where rows repeat a question. Rows of one question
+are alike, so an interval then comes from the questions; without `groups` each row is a question of its own.
+"""
 
 import numpy as np
-from scipy.stats import bootstrap, rankdata
+from scipy.stats import norm, t
 
-NUM_RESAMPLES = 2000
+CONFIDENCE_TAILS = (0.025, 0.975)
+NUM_RESAMPLES, BATCH = 2000, 200  # of resamples, BATCH are in memory at once
+FLAT = 1e-9  # a resample's variance, as a part of the items' own, below which it shows no spread
 LEAST_INFORMEDNESS = 0.05  # sensitivity + specificity - 1 below which a judge's error is not corrected
 
 
-def metric(numerators, denominators=None, *, unit: str, higher_is_better: bool | None, seed: int = 0) -> dict:
-    """sum(numerators) / sum(denominators) over items (denominators default to 1 each: a plain mean).
+def metric(
+    numerators, denominators=None, *, groups=None, unit: str, higher_is_better: bool | None, seed: int = 0
+) -> dict:
+    """sum(numerators) / sum(denominators) over rows (denominators default to 1 each: a plain mean).
 
-    Returns value, n (items), interval (95 %, percentile bootstrap over items; None below 2 items), unit,
-    higher_is_better (None: neither is better). Raises ValueError without items.
+    numerators, denominators, groups: n values each. Take `share` for yes-or-no values.
+    Returns value, n (rows), interval (95 %), unit, higher_is_better (None: neither is better), and questions (their
+    number) where it is not n. The interval is a studentised bootstrap over questions (Efron and Tibshirani 1993, An
+    Introduction to the Bootstrap, section 12.5), or Student's t where too few values differ for one. It is None where
+    fewer than 2 questions or no differences between them leave nothing to judge by.
+    Raises ValueError without rows, for lengths that differ, or where the denominators sum to 0.
     """
     numerators = np.asarray(numerators, dtype=float)
-    if not len(numerators):
-        raise ValueError("a metric needs at least one item")
     denominators = np.ones_like(numerators) if denominators is None else np.asarray(denominators, dtype=float)
-
-    def ratio(top, bottom, axis=-1):
-        return top.sum(axis=axis) / bottom.sum(axis=axis)
-
-    interval = None
-    if len(numerators) > 1:
-        found = bootstrap(
-            (numerators, denominators),
-            ratio,
-            paired=True,
-            vectorized=True,
-            n_resamples=NUM_RESAMPLES,
-            method="percentile",
-            batch=200,
-            rng=np.random.default_rng(seed),
-        )
-        interval = [float(found.confidence_interval.low), float(found.confidence_interval.high)]
-    return {
-        "value": float(ratio(numerators, denominators)),
-        "n": len(numerators),
-        "interval": interval,
-        "unit": unit,
-        "higher_is_better": higher_is_better,
-    }
+    codes, counts = number_questions(groups, len(numerators))
+    if len(denominators) != len(numerators) or not denominators.sum():
+        raise ValueError("a metric needs as many denominators as numerators, and not all of them 0")
+    value = numerators.sum() / denominators.sum()
+    residuals = np.bincount(codes, numerators - value * denominators)
+    interval = studentised_interval(value, residuals, np.bincount(codes, denominators), seed)
+    return {"value": float(value), **counts, "interval": interval, "unit": unit, "higher_is_better": higher_is_better}
 
 
-def share(values, *, higher_is_better: bool | None, unit: str = "share", **more) -> dict:
-    """`metric` of yes-or-no values, and what else belongs beside it (counts of what was left out, and such)."""
-    return {**metric([float(value) for value in values], unit=unit, higher_is_better=higher_is_better), **more}
+def share(values, *, groups=None, higher_is_better: bool | None, unit: str = "share", **more) -> dict:
+    """Like `metric`, for yes-or-no values (0, 1 or bool); `more` goes into the result (counts of what was left out).
+
+    The interval is Wilson's (1927, JASA 22:209), so 1 row or 70 rows of "no" have one too. With groups it is that of
+    as many independent rows as vary like these do (`effective_size`). Raises ValueError without rows or for other
+    values.
+    """
+    values = np.asarray(values, dtype=float)
+    codes, counts = number_questions(groups, len(values))
+    if not np.isin(values, (0, 1)).all():
+        raise ValueError("a share is of yes-or-no values, 0 or 1; take metric() for others")
+    interval = wilson_interval(values.mean(), effective_size(values, codes))
+    result = {"value": float(values.mean()), **counts, "interval": interval, "unit": unit}
+    return {**result, "higher_is_better": higher_is_better, **more}
 
 
-def statistic_metric(statistic, arrays, *, unit: str, higher_is_better: bool, seed: int = 0) -> dict:
-    """Like `metric`, for any statistic(*arrays) of items: value, n, 95 % percentile bootstrap interval over items.
+def statistic_metric(
+    statistic, arrays, *, groups=None, unit: str, higher_is_better: bool | None, seed: int = 0
+) -> dict:
+    """Like `metric`, for any statistic(*arrays) of rows; arrays: n values each.
 
-    Resamples in which the statistic is not defined (NaN) are left out.
+    The interval is a BCa bootstrap over questions (Efron 1987, JASA 82:171), which leaves out resamples for which the
+    statistic is not defined (NaN).
     """
     arrays = [np.asarray(array, dtype=float) for array in arrays]
-    rng = np.random.default_rng(seed)
-    n = len(arrays[0])
-    resampled = [statistic(*(array[chosen] for array in arrays)) for chosen in rng.integers(0, n, (NUM_RESAMPLES, n))]
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return {
-        "value": float(statistic(*arrays)),
-        "n": n,
-        "interval": [float(low), float(high)],
-        "unit": unit,
-        "higher_is_better": higher_is_better,
-    }
+    codes, counts = number_questions(groups, len(arrays[0]))
+    num_questions = codes.max() + 1
+
+    def at(times):  # times (num_questions,): how often each question is in the sample
+        rows = np.repeat(np.arange(len(codes)), times[codes])
+        return statistic(*(array[rows] for array in arrays))
+
+    value, interval = float(statistic(*arrays)), None
+    if num_questions > 1:
+        resampled = np.array([at(times) for batch in resamples(num_questions, seed) for times in batch])
+        left_out = np.array([at(times) for times in 1 - np.eye(num_questions, dtype=int)])
+        interval = bca_interval(value, resampled, left_out)
+    return {"value": value, **counts, "interval": interval, "unit": unit, "higher_is_better": higher_is_better}
+
+
+def interval_text(score: dict | None) -> str:
+    """A metric as "0.123 [0.100, 0.150]", without brackets where it has no interval; "–" where it has no value."""
+    if score is None or score["value"] is None:
+        return "–"
+    interval = "" if score.get("interval") is None else " [{:.3f}, {:.3f}]".format(*score["interval"])
+    return f"{score['value']:.3f}{interval}"
 
 
 def area_under_curve(labels, scores) -> float:
     """Probability that a positive item scores above a negative one, ties by half; NaN with one class only."""
-    positive = np.asarray(labels, dtype=bool)
-    num_positive, num_negative = positive.sum(), (~positive).sum()
-    if not num_positive or not num_negative:
+    positive, scores = np.asarray(labels, dtype=bool), np.asarray(scores)
+    negatives = np.sort(scores[~positive])
+    if not positive.any() or not len(negatives):
         return float("nan")
-    ranks = rankdata(scores)
-    return float((ranks[positive].sum() - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
+    ranks = sum(np.searchsorted(negatives, scores[positive], side) for side in ("left", "right")) / 2
+    return float(ranks.mean() / len(negatives))
 
 
 def calibration_error(labels, probabilities, num_bins: int = 10) -> float:
-    """Expected calibration error: over bins of equal width, the mean gap between probability and share, by items."""
+    """Expected calibration error: over bins of equal width, the mean gap between probability and share, by items.
+
+    Chance gaps add up as true ones do, so it is too high by construction, most with few items: a perfectly calibrated
+    judge has one above 0. No interval around it claims to cover the true error.
+    """
     labels, probabilities = np.asarray(labels, dtype=float), np.asarray(probabilities, dtype=float)
     bins = np.minimum((probabilities * num_bins).astype(int), num_bins - 1)
     gaps = np.bincount(bins, labels - probabilities, num_bins)  # per bin: the sum of the differences
     return float(np.abs(gaps).sum() / len(labels))
 
 
-def corrected_share(judged, labels, predictions, known=None, seed: int = 0) -> dict:
+def corrected_share(judged, labels, predictions, known=None, *, groups=None, seed: int = 0) -> dict:
     """The share of positives that a judge's errors leave likely (Rogan and Gladen 1978, Am J Epidemiol 107:71).
 
-    judged: the judge's verdicts (0, 1) on the scored items; labels, predictions: truth and verdict on labelled rows.
-    known: which items' verdicts are not the judge's but certain (an empty answer's); they stay as they are.
-    For the others, value = (p + specificity - 1) / (sensitivity + specificity - 1), clipped to [0, 1]; its 95 %
-    interval by bootstrap over the scored items and, apart, the positive and the negative labelled rows. A judge with
-    sensitivity + specificity - 1 <= 0.05 tells next to nothing: value and interval are None, and `reason` says so.
+    judged: the judge's verdicts (0, 1) on the n scored items; labels, predictions, groups: truth, verdict and question
+    of the labelled rows. known: which items' verdicts are not the judge's but certain (an empty answer's); they stay
+    as they are. For the others, value = (p + specificity - 1) / (sensitivity + specificity - 1), clipped to [0, 1].
+    The 95 % interval comes from draws of p, sensitivity and specificity from their posteriors under Jeffreys' prior.
+    With sensitivity + specificity - 1 <= 0.05 value and interval are None, and `reason` says why.
     """
     judged, labels, predictions = (np.asarray(array, dtype=float) for array in (judged, labels, predictions))
-    hits, alarms = predictions[labels == 1], predictions[labels == 0]
-    found = {
-        "unit": "share",
-        "n": len(judged),
-        "n_labelled": len(labels),
-        "sensitivity": float(hits.mean()),
-        "specificity": float(1 - alarms.mean()),
-    }
-    informedness = hits.mean() - alarms.mean()
-    if informedness <= LEAST_INFORMEDNESS:
-        reason = f"sensitivity + specificity - 1 = {informedness:.3f}: this judge cannot be corrected"
-        return {**found, "value": None, "interval": None, "reason": reason}
+    codes, _ = number_questions(groups, len(labels))
+    sensitivity, false_alarms = predictions[labels == 1].mean(), predictions[labels == 0].mean()
+    rates = {"sensitivity": float(sensitivity), "specificity": float(1 - false_alarms)}
+    result = {"unit": "share", "n": len(judged), "n_labelled": len(labels), **rates}
+    if not sensitivity - false_alarms > LEAST_INFORMEDNESS:
+        reason = f"sensitivity + specificity - 1 = {sensitivity - false_alarms:.3f}: this judge cannot be corrected"
+        return {**result, "value": None, "interval": None, "reason": reason}
     certain = np.zeros(len(judged)) if known is None else np.asarray(known, dtype=float)
-    # per item: verdict where judged, being judged, verdict where certain; the estimate is linear in their means
-    parts = np.stack((judged * (1 - certain), 1 - certain, judged * certain), axis=-1)
+    # how many items have the judge's yes, the judge's no, a certain yes, a certain no
+    counts = np.array([(x * y).sum() for y in (1 - certain, certain) for x in (judged, 1 - judged)])
 
-    def estimate(means, sensitivity, false_alarms):  # means (..., 3)
-        corrected = (means[..., 0] - false_alarms * means[..., 1]) / (sensitivity - false_alarms).clip(
-            LEAST_INFORMEDNESS
-        )
-        return np.clip(corrected, 0, means[..., 1]) + means[..., 2]
+    def correct(shares, sensitivity, false_alarms):  # shares (..., 4): counts / n
+        by_judge, informedness = shares[..., 0] + shares[..., 1], sensitivity - false_alarms
+        positives = (shares[..., 0] - false_alarms * by_judge) / np.maximum(informedness, LEAST_INFORMEDNESS)
+        return np.clip(positives, 0, by_judge) + shares[..., 2]
 
     rng = np.random.default_rng(seed)
 
-    def resampled_means(values):
-        return rng.choice(values, (NUM_RESAMPLES, len(values))).mean(1)
+    def draw_rate(label):
+        verdicts = predictions[labels == label]
+        size, mean = effective_size(verdicts, codes[labels == label]), verdicts.mean()
+        return rng.beta(mean * size + 0.5, (1 - mean) * size + 0.5, NUM_RESAMPLES)
 
-    resampled = estimate(resampled_means(parts), resampled_means(hits), resampled_means(alarms))
-    low, high = np.percentile(resampled, [2.5, 97.5])
-    value = estimate(parts.mean(0), hits.mean(), alarms.mean())
-    return {**found, "value": float(value), "interval": [float(low), float(high)]}
+    prior = np.repeat([0.5 * (1 - certain).any(), 0.5 * certain.any()], 2)
+    shares = rng.dirichlet(counts + prior, NUM_RESAMPLES)
+    interval = np.quantile(correct(shares, draw_rate(1), draw_rate(0)), CONFIDENCE_TAILS)
+    value = correct(counts / len(judged), sensitivity, false_alarms)
+    return {**result, "value": float(value), "interval": interval.tolist()}
+
+
+def number_questions(groups, num_rows: int) -> tuple[np.ndarray, dict]:
+    """(question of each row from 0 (n,), {n} and where it differs {questions}). ValueError without rows."""
+    if not num_rows:
+        raise ValueError("a metric needs at least one item")
+    if groups is None:
+        return np.arange(num_rows), {"n": num_rows}
+    numbers: dict = {}
+    codes = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
+    if len(codes) != num_rows:
+        raise ValueError(f"groups names the question of {len(codes)} rows; there are {num_rows}")
+    return codes, {"n": num_rows} | ({"questions": len(numbers)} if len(numbers) != num_rows else {})
+
+
+def effective_size(values, codes) -> float:
+    """How many independent yes-or-no rows vary as much as these (n,) of questions `codes` (n,) do: n at most, and the
+    number of questions where all values agree (Dean and Pagano 2015, J Surv Stat Methodol 3:484)."""
+    codes = np.unique(codes, return_inverse=True)[1]
+    n, num_questions, mean = len(values), codes.max() + 1, values.mean()
+    if num_questions in (1, n) or mean in (0, 1):
+        return num_questions
+    squares = (np.bincount(codes, values - mean) ** 2).sum()
+    return n * min(1, mean * (1 - mean) * n / max(squares, FLAT))
+
+
+def wilson_interval(value: float, size: float) -> list[float]:
+    """Wilson's 95 % score interval of a share among `size` independent rows, which need not be a whole number."""
+    z = norm.ppf(CONFIDENCE_TAILS[1])
+    half_width = z * np.sqrt(value * (1 - value) / size + (z / size) ** 2 / 4)
+    ends = (value + z**2 / size / 2 + np.array([-half_width, half_width])) / (1 + z**2 / size)
+    return np.clip(ends, 0, 1).tolist()
+
+
+def resamples(num_questions: int, seed: int):
+    """NUM_RESAMPLES bootstrap samples of questions, as batches (BATCH, num_questions) of how often each is in it."""
+    rng = np.random.default_rng(seed)
+    offsets = num_questions * np.arange(BATCH)[:, None]
+    for _ in range(NUM_RESAMPLES // BATCH):
+        chosen = rng.integers(0, num_questions, (BATCH, num_questions)) + offsets
+        yield np.bincount(chosen.ravel(), minlength=BATCH * num_questions).reshape(BATCH, num_questions)
+
+
+def studentised_interval(value: float, residuals, sizes, seed: int) -> list[float] | None:
+    """Bootstrap-t interval of a ratio of sums; residuals (Q,): numerator - value · denominator of each question, sizes
+    (Q,): its denominator. The ratio's variance is that of its linearisation."""
+    num_questions, squares = len(residuals), (residuals**2).sum()
+    if num_questions < 2 or np.abs(residuals).max() <= 1e-12 * np.abs(value * sizes).max():
+        return None  # all alike, but for rounding
+    moments = np.stack((residuals, sizes, residuals**2, residuals * sizes, sizes**2), axis=-1)  # (Q, 5)
+    sums = np.concatenate([times @ moments for times in resamples(num_questions, seed)]).T  # (5, NUM_RESAMPLES)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a resample may hold denominators of 0 alone
+        change = sums[0] / sums[1]
+    variance = sums[2] - 2 * change * sums[3] + change**2 * sums[4]  # times Q / (Q - 1) / sums[1]²
+    if (variance > FLAT * squares).all():
+        low, high = np.quantile(sums[0] / np.sqrt(variance), CONFIDENCE_TAILS)
+    else:
+        low, high = t.ppf(CONFIDENCE_TAILS, num_questions - 1) * np.sqrt(num_questions / (num_questions - 1))
+    error = np.sqrt(squares) / sizes.sum()
+    return [float(value - high * error), float(value - low * error)]
+
+
+def bca_interval(value: float, resampled, left_out) -> list[float] | None:
+    """Efron's BCa interval from the statistic of resamples and with each question left out; None if all are alike."""
+    resampled, left_out = resampled[~np.isnan(resampled)], left_out[~np.isnan(left_out)]
+    influence = left_out.mean() - left_out if len(left_out) else left_out
+    if not len(resampled) or not np.ptp(resampled) or not influence.any():
+        return None
+    acceleration = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5)
+    below = ((resampled < value).mean() + (resampled <= value).mean()) / 2
+    bias = norm.ppf(np.clip(below, 1 / NUM_RESAMPLES, 1 - 1 / NUM_RESAMPLES))
+    shifted = bias + norm.ppf(CONFIDENCE_TAILS)
+    return np.quantile(resampled, norm.cdf(bias + shifted / (1 - acceleration * shifted))).tolist()

@@ -12,7 +12,6 @@ from data.sources import Comparison, Record
 from evaluator import evaluate_likelihood, report
 from evaluator.evaluate_likelihood import judge_comparison
 from evaluator.scoring import Scored, score_answers
-from evaluator.statistics import metric
 from models.loading import load_run
 
 RECORDS = [
@@ -71,19 +70,6 @@ def test_comparisons_by_hand():
     # per token: -1.5 against -2; in total: -3 against -2
     assert judge_comparison("safe_preferred", pair, [scored(-1.0, -2.0), scored(-2.0)])[0] == 1
     assert judge_comparison("safe_preferred", pair, [scored(-1.0, -2.0), scored(-1.4)])[0] == 0
-
-
-def test_a_metric_is_a_ratio_of_sums_with_a_bootstrap_interval():
-    found = metric([1.0, 2.0, 9.0], [1, 1, 4], unit="nats per token", higher_is_better=False)
-    assert found["value"] == 2.0 and found["n"] == 3
-    rng = np.random.default_rng(1)
-    hits = (rng.random(400) < 0.3).astype(float)
-    share = metric(hits, unit="share", higher_is_better=True)
-    half_width = 1.96 * np.sqrt(share["value"] * (1 - share["value"]) / 400)  # the normal approximation
-    assert share["interval"] == pytest.approx([share["value"] - half_width, share["value"] + half_width], abs=0.012)
-    assert metric([1.0], unit="share", higher_is_better=True)["interval"] is None
-    with pytest.raises(ValueError):
-        metric([], unit="share", higher_is_better=True)
 
 
 def test_scores_of_a_run_on_disk_and_their_table(tmp_path, base_dir, fused_dir, tiny_source, capsys):

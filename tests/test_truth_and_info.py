@@ -21,7 +21,6 @@ from config import UserError
 from evaluator import evaluate_truth_and_info, report
 from evaluator.judges.local import load_causal, yes_no_ids, yes_probabilities
 from evaluator.judges.protocols import YES_NO, clean_answer, fill
-from evaluator.statistics import area_under_curve, calibration_error, corrected_share, statistic_metric
 from workspace import client
 
 ANSWERS = ["Ice floats.", "", "Nobody knows why. " * 12, "No.", "A: It does.\n\nQ: And why?\nA: No idea."]
@@ -259,54 +258,3 @@ def kept(cache: Path) -> int:
         )
     except sqlite3.OperationalError:  # not there yet
         return 0
-
-
-# ---- how good a judge is ---------------------------------------------------------------------------------------------
-
-
-def test_area_under_curve_and_calibration_by_hand():
-    # pairs of a positive and a negative: 0.9 > 0.8, 0.9 > 0.3, 0.3 < 0.8, 0.3 = 0.3
-    assert area_under_curve([1, 0, 1, 0], [0.9, 0.8, 0.3, 0.3]) == 2.5 / 4
-    assert np.isnan(area_under_curve([1, 1], [0.1, 0.2]))
-    # bin of 0.1: mean probability 0.1, share 1/2, two items; bin of 0.9: 0.9, share 1, one item
-    assert calibration_error([0, 1, 1], [0.1, 0.1, 0.9]) == pytest.approx((2 * 0.4 + 1 * 0.1) / 3)
-    assert calibration_error([1, 0], [1.0, 0.0]) == 0
-    found = statistic_metric(area_under_curve, ([1, 0] * 50, list(range(100))), unit="area", higher_is_better=True)
-    assert found["n"] == 100 and found["interval"][0] < found["value"] < found["interval"][1]
-
-
-def test_corrected_share_by_hand():
-    labels = [1] * 10 + [0] * 10
-    predictions = [1] * 8 + [0] * 2 + [1] * 1 + [0] * 9  # sensitivity 0.8, specificity 0.9
-    judged = [1] * 30 + [0] * 70
-    found = corrected_share(judged, labels, predictions)
-    assert found["value"] == pytest.approx((0.3 + 0.9 - 1) / (0.8 + 0.9 - 1))
-    assert (found["sensitivity"], found["specificity"]) == (pytest.approx(0.8), pytest.approx(0.9))
-    assert (found["n"], found["n_labelled"]) == (100, 20)
-    assert corrected_share([0] * 50, labels, predictions)["value"] == 0  # -0.1 / 0.7, clipped
-    assert corrected_share([1] * 50, labels, predictions)["value"] == 1
-    # 20 of the 100 are certain, 10 of them a yes: the other 80 have p = 20 / 80
-    mixed = corrected_share(judged, labels, predictions, known=[1] * 10 + [0] * 80 + [1] * 10)
-    assert mixed["value"] == pytest.approx(0.8 * (20 / 80 + 0.9 - 1) / 0.7 + 0.1)
-    assert mixed["interval"][1] - mixed["interval"][0] < found["interval"][1] - found["interval"][0]
-    perfect = corrected_share(judged, labels, labels)
-    assert perfect["value"] == pytest.approx(0.3)
-    width = found["interval"][1] - found["interval"][0]
-    assert width > 1.3 * (perfect["interval"][1] - perfect["interval"][0])  # the judge's own uncertainty is in it
-    coin = corrected_share(judged, labels, [1, 0] * 10)
-    assert coin["value"] is None and coin["interval"] is None and "cannot be corrected" in coin["reason"]
-
-
-def test_corrected_interval_covers_the_true_share():
-    """60 draws of a judge of known errors on a prevalence of 0.25: about 95 % of the intervals hold it."""
-    rng = np.random.default_rng(5)
-
-    def verdicts(labels):
-        return np.where(labels, rng.random(len(labels)) < 0.7, rng.random(len(labels)) < 0.2).astype(int)
-
-    covered = 0
-    for _ in range(60):
-        labels, items = rng.random(400) < 0.5, rng.random(400) < 0.25
-        low, high = corrected_share(verdicts(items), labels, verdicts(labels))["interval"]
-        covered += low <= 0.25 <= high
-    assert covered >= 51  # 95 % of 60 is 57; below 51 has a probability of about 0.5 %

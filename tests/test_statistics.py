@@ -1,0 +1,292 @@
+"""Scores and their intervals: worked by hand, against other implementations, and how often intervals hold the truth."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binom, binomtest, norm
+
+from evaluator.statistics import (
+    area_under_curve,
+    bca_interval,
+    calibration_error,
+    corrected_share,
+    interval_text,
+    metric,
+    share,
+    statistic_metric,
+)
+
+UNITS = {"unit": "nats", "higher_is_better": False}
+
+
+def mean_metric(values, **more):
+    return metric(values, **UNITS, **more)
+
+
+def yes_share(values, **more):
+    return share(values, higher_is_better=True, **more)
+
+
+def coverage(draw_interval, truth: float, num_draws: int) -> float:
+    """The part of `num_draws` intervals that hold the truth."""
+    intervals = np.array([draw_interval() for _ in range(num_draws)])
+    return ((intervals[:, 0] <= truth) & (truth <= intervals[:, 1])).mean()
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_metric_is_a_ratio_of_sums():
+    score = metric([1.0, 2.0, 9.0], [1, 1, 4], **UNITS)
+    assert score["value"] == 2.0 and score["n"] == 3  # 12 / 6, not the mean of 1, 2 and 9 / 4
+    assert score["interval"][0] < 2 < score["interval"][1]
+    assert (score["unit"], score["higher_is_better"]) == ("nats", False) and "questions" not in score
+
+
+def test_a_metric_without_differences_has_no_interval():
+    assert mean_metric([1.0])["interval"] is None
+    assert mean_metric([0.1] * 7)["interval"] is None
+    assert metric([0.3, 0.6, 0.9], [1, 2, 3], **UNITS)["interval"] is None
+    assert mean_metric([1.0, 2.0], groups=["q", "q"])["interval"] is None
+
+
+def test_few_differences_take_students_t():
+    # one 5 among five: mean 1, standard deviation sqrt(5), its error 1; t of 4 degrees of freedom at 97.5 %: 2.7764
+    assert mean_metric([5.0, 0, 0, 0, 0])["interval"] == pytest.approx([1 - 2.7764, 1 + 2.7764], abs=1e-4)
+
+
+def test_bad_rows_are_errors():
+    for wrong in (lambda: mean_metric([]), lambda: yes_share([]), lambda: metric([1.0, 2.0], [0, 0], **UNITS)):
+        with pytest.raises(ValueError):
+            wrong()
+    for values in ([0, 1, 0.5], [1, 2], [math.nan, 1]):
+        with pytest.raises(ValueError, match="yes-or-no"):
+            yes_share(values)
+    with pytest.raises(ValueError, match="1 rows; there are 2"):
+        mean_metric([1.0, 2.0], groups=["q"])
+
+
+def test_interval_text():
+    assert interval_text({"value": 0.1234, "interval": [0.1, 0.15]}) == "0.123 [0.100, 0.150]"
+    assert interval_text({"value": 2.0, "interval": None}) == interval_text({"value": 2.0}) == "2.000"
+    assert interval_text(None) == interval_text({"value": None, "interval": None}) == "–"
+
+
+def test_area_under_curve_equals_a_count_of_pairs():
+    # pairs of a positive and a negative: 0.9 > 0.8, 0.9 > 0.3, 0.3 < 0.8, 0.3 = 0.3
+    assert area_under_curve([1, 0, 1, 0], [0.9, 0.8, 0.3, 0.3]) == 2.5 / 4
+    assert math.isnan(area_under_curve([1, 1], [0.1, 0.2]))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        labels, scores = rng.random(25) < 0.4, rng.integers(0, 8, 25)
+        pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels] for b in scores[~labels]]
+        assert area_under_curve(labels, scores) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_calibration_error_by_hand():
+    # bin of 0.1: mean probability 0.1, share 1/2, two items; bin of 0.9: 0.9, share 1, one item
+    assert calibration_error([0, 1, 1], [0.1, 0.1, 0.9]) == pytest.approx((2 * 0.4 + 1 * 0.1) / 3)
+    assert calibration_error([1, 0], [1.0, 0.0]) == 0
+
+
+def test_corrected_share_by_hand():
+    labels = [1] * 10 + [0] * 10
+    predictions = [1] * 8 + [0] * 2 + [1] * 1 + [0] * 9  # sensitivity 0.8, specificity 0.9
+    judged = [1] * 30 + [0] * 70
+    score = corrected_share(judged, labels, predictions)
+    assert score["value"] == pytest.approx((0.3 + 0.9 - 1) / (0.8 + 0.9 - 1))
+    assert (score["sensitivity"], score["specificity"]) == (pytest.approx(0.8), pytest.approx(0.9))
+    assert (score["n"], score["n_labelled"]) == (100, 20)
+    assert corrected_share([0] * 50, labels, predictions)["value"] == 0  # -0.1 / 0.7, clipped
+    assert corrected_share([1] * 50, labels, predictions)["value"] == 1
+    # 20 of the 100 are certain, 10 of them a yes: the other 80 have p = 20 / 80
+    mixed = corrected_share(judged, labels, predictions, known=[1] * 10 + [0] * 80 + [1] * 10)
+    assert mixed["value"] == pytest.approx(0.8 * (20 / 80 + 0.9 - 1) / 0.7 + 0.1)
+    coin = corrected_share(judged, labels, [1, 0] * 10)
+    assert coin["value"] is None and coin["interval"] is None and "cannot be corrected" in coin["reason"]
+
+
+def test_the_corrected_interval_holds_every_uncertainty():
+    def width(judged, num_labelled, **more):
+        labels = np.repeat([1, 0], num_labelled // 2)
+        low, high = corrected_share(judged, labels, np.arange(num_labelled) % 10 < 7 * labels + 1, **more)["interval"]
+        return high - low
+
+    judged = [1] * 60 + [0] * 140
+    certain = width(judged, 10**6)
+    # the judge's errors known: Wilson's width of the share judged, over informedness 0.7, give or take the prior
+    wilson = yes_share(judged)["interval"]
+    assert certain == pytest.approx((wilson[1] - wilson[0]) / 0.7, rel=0.05)
+    assert width(judged, 20) > 1.5 * certain
+    # ten rows of each question, of one label: as uncertain as a tenth of the rows, or more where rows agree
+    assert width(judged, 400, groups=np.arange(400) // 10) == pytest.approx(width(judged, 400), rel=0.25)
+    labels, alike = np.repeat([1, 0], 200), np.arange(400) // 10 % 10 < 7 * np.repeat([1, 0], 200) + 1
+    rows, questions = (
+        np.ptp(corrected_share(judged, labels, alike, groups=groups)["interval"])
+        for groups in (None, np.arange(400) // 10)
+    )
+    assert questions > 1.4 * rows
+    # a judge that never erred on 20 rows and flags none of 70: not certainly 0
+    assert corrected_share([0] * 70, [1, 0] * 10, [1, 0] * 10)["interval"][1] > 0.01
+    # an item that no judge was asked about gives no room for the judge's errors
+    assert corrected_share([1, 0] * 50, [1, 0] * 10, [1, 0] * 10, known=[1] * 100)["value"] == 0.5
+
+
+# ---- Wilson's interval -----------------------------------------------------------------------------------------------
+
+
+def test_wilson_by_hand():
+    # z² = 3.8415. 0 of 70: [0, z² / (70 + z²)]. 5 of 10: 0.5 ± z sqrt(0.25 / 10 + z² / 400) / (1 + z² / 10)
+    assert yes_share([0] * 70)["interval"] == pytest.approx([0, 0.0520], abs=1e-4)
+    assert yes_share([True, False] * 5)["interval"] == pytest.approx([0.2366, 0.7634], abs=1e-4)
+    assert yes_share([1])["interval"] == pytest.approx([1 / 4.8415, 1], abs=1e-4)  # n / (n + z²) with n = 1
+    score = share([0, 1], higher_is_better=None, unit="share", empty=3)
+    assert score.items() >= {"value": 0.5, "n": 2, "unit": "share", "higher_is_better": None, "empty": 3}.items()
+
+
+def test_wilson_equals_scipys():
+    for n in (1, 2, 9, 40):
+        for k in range(n + 1):
+            expected = binomtest(k, n).proportion_ci(method="wilson")
+            assert yes_share([1] * k + [0] * (n - k))["interval"] == pytest.approx(list(expected), abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [16, 60, 100, 400])
+def test_wilson_covers(n):
+    """Exact coverage: the probabilities of the counts whose interval holds p, averaged over p from 0.02 to 0.98."""
+    intervals = np.array([yes_share([1] * k + [0] * (n - k))["interval"] for k in range(n + 1)])
+    p = np.linspace(0.02, 0.98, 193)[:, None]
+    covered = (intervals[:, 0] <= p) & (p <= intervals[:, 1])
+    assert 0.94 < (binom.pmf(np.arange(n + 1), n, p) * covered).sum(1).mean() < 0.96
+
+
+# ---- questions -------------------------------------------------------------------------------------------------------
+
+
+def test_repeated_rows_tell_nothing_new():
+    """With groups, k copies of each row leave the interval as it was; without, it shrinks by sqrt(k)."""
+    rng = np.random.default_rng(2)
+    tops, bottoms, questions = rng.gamma(2, 1, 80), rng.integers(1, 9, 80), [f"q{i}" for i in range(80)]
+    yes = rng.random(80) < 0.4
+
+    def auc(rows, scores, **more):
+        return statistic_metric(area_under_curve, (rows, scores), **UNITS, **more)
+
+    def ratio(tops, bottoms, **more):
+        return metric(tops, bottoms, **UNITS, **more)
+
+    for score, arrays in ((ratio, (tops, bottoms)), (yes_share, (yes,)), (auc, (yes, tops))):
+        once = score(*arrays)
+        fourfold = [np.tile(array, 4) for array in arrays]
+        grouped = score(*fourfold, groups=questions * 4)
+        assert grouped["interval"] == pytest.approx(once["interval"], rel=1e-9)
+        assert (once["n"], grouped["n"], grouped["questions"]) == (80, 320, 80)
+        assert np.ptp(score(*fourfold)["interval"]) == pytest.approx(np.ptp(once["interval"]) / 2, rel=0.12)
+
+
+def test_groups_of_one_row_change_nothing():
+    values = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0]
+    assert mean_metric(values, groups=list("abcdefgh")) == mean_metric(values)
+    assert yes_share([1, 0, 0], groups=[("a", 1), ("a", 2), None]) == yes_share([1, 0, 0])
+
+
+def test_a_grouped_share_where_all_agree_counts_questions():
+    assert yes_share([0] * 140, groups=list(range(70)) * 2)["interval"] == yes_share([0] * 70)["interval"]
+    assert yes_share([1, 0] * 30, groups=np.repeat(np.arange(30), 2))["interval"] == yes_share([1, 0] * 30)["interval"]
+
+
+# ---- coverage of the bootstraps --------------------------------------------------------------------------------------
+
+
+def skewed(rng, n):
+    return mean_metric(rng.gamma(2, 0.5, n))["interval"]
+
+
+def paired_differences(rng, n):
+    """Of yes-or-no values: 1 with probability 0.2, -1 with 0.1, else 0."""
+    return mean_metric(rng.choice([1, -1, 0], n, p=[0.2, 0.1, 0.7]))["interval"]
+
+
+def clustered_ratio(rng, n):
+    """1 to 4 answers of each question; nats per token, of a mean that the question has in common."""
+    groups = np.repeat(np.arange(n), rng.integers(1, 5, n))
+    tokens, nats = rng.geometric(1 / 20, len(groups)), rng.gamma(4, 0.25, n)[groups] * rng.gamma(4, 0.25, len(groups))
+    return metric(nats * tokens, tokens, groups=groups, **UNITS)["interval"]
+
+
+def clustered_share(rng, n):
+    """1 to 4 rows of each question, whose share of yes is Beta(0.4, 0.6) distributed: a correlation of 0.5."""
+    groups = np.repeat(np.arange(n), rng.integers(1, 5, n))
+    return yes_share(rng.random(len(groups)) < rng.beta(0.4, 0.6, n)[groups], groups=groups)["interval"]
+
+
+@pytest.mark.parametrize(
+    ("draw", "truth", "n", "num_draws"),
+    [
+        (skewed, 1.0, 30, 1000),
+        (paired_differences, 0.1, 60, 600),
+        (clustered_ratio, 1.0, 60, 600),
+        (clustered_share, 0.4, 60, 2000),
+        pytest.param(skewed, 1.0, 100, 2000, marks=pytest.mark.slow),
+        pytest.param(skewed, 1.0, 400, 1500, marks=pytest.mark.slow),
+        pytest.param(paired_differences, 0.1, 400, 1500, marks=pytest.mark.slow),
+        pytest.param(clustered_ratio, 1.0, 100, 2000, marks=pytest.mark.slow),
+        pytest.param(clustered_ratio, 1.0, 400, 1500, marks=pytest.mark.slow),
+    ],
+)
+def test_coverage(draw, truth, n, num_draws):
+    rng = np.random.default_rng(n)
+    assert 0.93 < coverage(lambda: draw(rng, n), truth, num_draws) < 0.97
+
+
+def test_rows_that_repeat_questions_undercover_without_groups():
+    """Why groups are needed: 4 equal rows of each of 60 questions, taken as 240 rows."""
+    rng = np.random.default_rng(3)
+    assert coverage(lambda: mean_metric(np.repeat(rng.gamma(2, 0.5, 60), 4))["interval"], 1.0, 200) < 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_questions", [30, 100])
+def test_coverage_of_an_area_under_the_curve(num_questions):
+    """Normal scores of two classes with an area of 0.8; two rows of each question, one of each class."""
+    rng = np.random.default_rng(4)
+    shift = np.sqrt(2) * norm.ppf(0.8)
+    labels, groups = np.repeat([1, 0], num_questions), list(range(num_questions)) * 2
+
+    def draw():
+        shared = np.tile(rng.normal(size=num_questions), 2)
+        scores = np.sqrt(0.5) * (shared + rng.normal(size=2 * num_questions)) + shift * labels
+        return statistic_metric(area_under_curve, (labels, scores), groups=groups, **UNITS)["interval"]
+
+    def truth():  # of rows from different questions, which are all but 1 / num_questions of the pairs
+        return 0.8 * (1 - 1 / num_questions) + norm.cdf(shift) / num_questions
+
+    assert 0.93 < coverage(draw, truth(), 500) < 0.97
+
+
+def test_bca_of_a_mean_is_second_order_correct():
+    """For exponential values the ends lie further right than the percentiles, as the exact gamma interval's do."""
+    rng = np.random.default_rng(6)
+    values = rng.exponential(size=40)
+    resampled = rng.choice(values, (4000, 40)).mean(1)
+    left_out = (values.sum() - values) / 39
+    low, high = bca_interval(values.mean(), resampled, left_out)
+    assert np.quantile(resampled, 0.025) < low and np.quantile(resampled, 0.975) < high
+    assert bca_interval(1.0, np.array([np.nan, 1.0, 1.0]), np.array([1.0, 1.0])) is None
+
+
+@pytest.mark.parametrize(("sensitivity", "specificity"), [(0.8, 0.9), (0.9, 0.8)])
+@pytest.mark.parametrize("prevalence", [0.0, 0.1, 0.25, 0.5])
+def test_coverage_of_the_corrected_share(sensitivity, specificity, prevalence):
+    """100 scored items and 200 labelled rows. At 0 and 1 the clipped end makes it cover more often."""
+    rng = np.random.default_rng(7)
+
+    def judge(truth):
+        return rng.random(len(truth)) < np.where(truth, sensitivity, 1 - specificity)
+
+    def draw():
+        labels, items = rng.random(200) < 0.5, rng.random(100) < prevalence
+        return corrected_share(judge(items), labels, judge(labels))["interval"]
+
+    assert 0.93 <= coverage(draw, prevalence, 1000) <= 0.98
