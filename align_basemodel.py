@@ -158,15 +158,6 @@ def settle_training(args: AlignArguments, training: TrainArguments) -> None:
     if args.batch_size is not None:
         check("batch_size", args.batch_size, args.batch_size >= 1, "1 or more")
         training.per_device_train_batch_size = args.batch_size
-    if training.bf16 or training.fp16:
-        wanted = "bfloat16" if training.bf16 else "float16"
-        if args.dtype not in ("auto", wanted):
-            raise UserError(f"--dtype {args.dtype}: contradicts --{'bf16' if training.bf16 else 'fp16'}")
-        args.dtype = wanted
-    # LoRA matrices stay fp32 and are multiplied in the base's dtype; fp16 also needs the Trainer's loss scaling.
-    dtype = base.pick_dtype(args.dtype)
-    training.dataloader_pin_memory &= torch.cuda.is_available()
-    training.bf16, training.fp16 = dtype == torch.bfloat16, dtype == torch.float16
     if training.activation_checkpointing:
         settings = {"use_reentrant": False, **(training.activation_checkpointing_kwargs or {})}
         if settings["use_reentrant"]:
@@ -232,7 +223,7 @@ def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     """What run.json records and a later command with the same folder must repeat."""
     ours = ("base_model", "data_source", *SHARED, *(MIXTURE if args.moe_flag else EXPERT))
     arguments = {name: getattr(args, name) for name in ours}
-    arguments["dtype"] = base.dtype_name(args.dtype)
+    arguments["dtype"] = args.dtype
     if args.moe_flag:
         arguments["fused_sha256"] = run_dir.sha256(Path(args.moe_dir) / "model.safetensors")
     training_arguments = training.to_dict()

@@ -104,14 +104,11 @@ def main(argv: list[str] | None = None) -> None:
     args.data_source = absolute_source(args.data_source) or "hub"
     if args.batch_size is not None:
         training.per_device_train_batch_size = args.batch_size
-    dtype = base.pick_dtype(args.dtype)
-    training.bf16, training.fp16 = dtype == torch.bfloat16, dtype == torch.float16
-    training.dataloader_pin_memory &= torch.cuda.is_available()
     folder = Path(args.output or Path(args.results_dir) / "judges" / args.kind)
     training.output_dir = str(folder)
     settings = training.to_dict()
     arguments = {name: getattr(args, name) for name in OURS} | {name: settings[name] for name in TRAINING_FIELDS}
-    arguments["dtype"] = str(dtype).removeprefix("torch.")
+    arguments["dtype"] = args.dtype
     state = run_dir.begin(
         folder, SCRIPT, arguments, "give this judge a folder of its own with --output, or move that one"
     )
@@ -126,12 +123,13 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: the rows drawn have one label only; take more")
     print(f"{args.kind}: {len(rows)} training and {len(held_out)} held-out rows, no question in both, from {origin}")
     tokenizer = base.load_tokenizer(args.base_model)
-    trainer = judge_trainer(args, training, samples(args, rows, tokenizer), dtype)
+    trainer = judge_trainer(args, training, samples(args, rows, tokenizer))
     trained = trainer.train_into(folder, resume=state == "resume")
     if trained is None:
         return
     trained_s = time.perf_counter() - started
-    model = trainer.model.to(device()).eval()
+    # without the Trainer's autocast: measured as an evaluator will load it
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).to(device()).eval()
     found = measure(args, model, tokenizer, rows, held_out, training.per_device_train_batch_size)
     write_judge(folder, args, held_out, *found)
     train = {
@@ -160,9 +158,9 @@ def samples(args: JudgeArguments, rows: list[Labelled], tokenizer) -> list[dict]
     return encoded
 
 
-def judge_trainer(args: JudgeArguments, training: JudgeTrainArguments, encoded: list[dict], dtype) -> AlignmentTrainer:
+def judge_trainer(args: JudgeArguments, training: JudgeTrainArguments, encoded: list[dict]) -> AlignmentTrainer:
     """A Trainer of LoRA on attention and FFN; logits are made for the answer's position only."""
-    model = base.load_weights(AnswerLossLlama, args.base_model, base.load_base_config(args.base_model), dtype)
+    model = base.load_weights(AnswerLossLlama, args.base_model, base.load_base_config(args.base_model), args.dtype)
     torch.manual_seed(training.seed)
     lora = LoraConfig(
         task_type="CAUSAL_LM",

@@ -4,11 +4,13 @@ import math
 import sys
 from dataclasses import dataclass
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 import cli
 from cli import HELP_ALL, check, flag
 from config import UserError
+from models.base import dtype_name, pick_dtype
 
 
 @dataclass
@@ -26,8 +28,11 @@ class TrainArguments(TrainingArguments):
     report_to: str | None = flag("none", "for example tensorboard")
     remove_unused_columns: bool | None = flag(False, "the collator makes the columns")
     use_cache: bool = flag(False, "the key-value cache is for generation")
+    bf16: bool | None = flag(None, "short for --dtype bfloat16", nargs="?", const=True)
+    fp16: bool | None = flag(None, "short for --dtype float16, which needs a GPU", nargs="?", const=True)
 
     def __post_init__(self):
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         for name in ("learning_rate", "num_train_epochs", "adam_epsilon"):
             value = getattr(self, name)
             check(name, value, math.isfinite(value) and value > 0, "a finite number above 0")
@@ -77,12 +82,41 @@ def parse(argv: list[str] | None, arguments: type, training: type = TrainArgumen
         print("\ntransformers.TrainingArguments:\n" + parser.format_help().partition("options:")[2])
         sys.exit(0)
     args, rest = cli.parse_known(argv, arguments, cli.TRAINING_EPILOG)
-    try:
-        trained, unknown = parser.parse_args_into_dataclasses(
-            rest, return_remaining_strings=True, look_for_args_file=False
-        )
-    except (ValueError, ImportError, OSError, TypeError) as error:  # TrainingArguments' own checks
-        raise UserError(" ".join(str(error).split())) from error
+    namespace, unknown = parser.parse_known_args(rest)
     if unknown:
         raise UserError(f"{' '.join(unknown)}: not a flag of this script (--help and {HELP_ALL} list them)")
+    settings = vars(namespace)
+    args.dtype = resolve_precision(args.dtype, settings["bf16"], settings["fp16"], settings["use_cpu"])
+    compute_dtype = pick_dtype(args.dtype)
+    settings |= {"bf16": compute_dtype == torch.bfloat16, "fp16": compute_dtype == torch.float16}
+    try:
+        trained = training(**settings)
+    except (ValueError, ImportError, OSError, TypeError) as error:  # TrainingArguments' own checks
+        raise UserError(" ".join(str(error).split())) from error
+    if trained.mixed_precision != (wanted := "bf16" if trained.bf16 else "fp16" if trained.fp16 else "no"):
+        raise UserError(
+            f"accelerate's mixed precision is {trained.mixed_precision}, and --dtype asks for {wanted}: leave "
+            "mixed_precision out of accelerate's configuration; --dtype decides it"
+        )
     return args, trained
+
+
+def resolve_precision(dtype: str, bf16: bool | None, fp16: bool | None, use_cpu: bool = False) -> str:
+    """The one --dtype that --dtype, --bf16 and --fp16 ask for; UserError where they contradict each other.
+
+    Frozen weights are held and products run in it; the trained matrices, the router, its losses and the drift are fp32.
+    TrainingArguments must be made with bf16 and fp16 as it says: they fix Accelerate's mixed precision when made.
+    """
+    if bf16 and fp16:
+        raise UserError("--bf16 1 contradicts --fp16 1: give one of them")
+    if dtype == "auto":
+        dtype = "bfloat16" if bf16 else "float16" if fp16 else dtype_name(dtype)
+        if (dtype, False) in (("bfloat16", bf16), ("float16", fp16)):
+            dtype = "float32"
+    compute_dtype = pick_dtype(dtype)
+    for name, value, stands_for in (("bf16", bf16, torch.bfloat16), ("fp16", fp16, torch.float16)):
+        if value is not None and value != (compute_dtype == stands_for):
+            raise UserError(f"--dtype {dtype} contradicts --{name} {int(value)}: leave one of them out")
+    if use_cpu and compute_dtype == torch.float16:
+        raise UserError("--dtype float16 contradicts --use_cpu: float16 needs a GPU")
+    return dtype

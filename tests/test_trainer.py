@@ -1,14 +1,20 @@
 """The alignment of the fusion: gradients, accumulation, checkpointing, logged terms, at toy size."""
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.optim import SGD
 
+import align_basemodel
+from align_basemodel import AlignArguments
 from config import TASKS
 from data.encoding import IGNORED, Collator, Encoder
 from data.sources import answer_records, read_rows
+from models import base, training_arguments
+from models.expert_ffn import PROJECTIONS
 from models.loading import load_run
 from models.losses import mean_routing_probs
 from models.trainer import MixtureTrainer
@@ -242,3 +248,74 @@ def test_a_checkpoint_holds_what_was_learnt_and_loads(fused_dir, samples, tmp_pa
     for (name, ours), (_, theirs) in zip(trainer.model.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     assert (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size < 150_000
+
+
+# ---- mixed precision -------------------------------------------------------------------------------------------------
+
+
+def watch_autocast(model, seen):
+    """Note the autocast dtype (None: off) inside the forward pass."""
+    layer = next(module for name, module in model.named_modules() if name.endswith("layers.0"))
+
+    def note(*_):
+        seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+
+    layer.register_forward_pre_hook(note)
+
+
+@pytest.mark.parametrize("dtype, autocast", [("bfloat16", torch.bfloat16), ("float32", None)])
+def test_accelerate_runs_the_precision_that_dtype_says(fused_dir, base_dir, tmp_path, dtype, autocast):
+    """Of an expert and of the fusion: Accelerate's setting, the autocast in the forward pass, what stays fp32."""
+    common = ["--data_source", "sample", "--base_model", str(base_dir), "--dtype", dtype, "--num_samples", "4"]
+    common += ["--max_steps", "2", "--save_strategy", "no", "--disable_tqdm", "1", "--output_dir", str(tmp_path)]
+    mixture = ["--moe_flag", "1", "--moe_dir", str(fused_dir), "--safety_weight", "0.1", "--expert_topk", "2"]
+    for more in (["--task_name", "safety"], mixture):
+        args, training = training_arguments.parse([*common, *more, "--logging_steps", "1"], AlignArguments)
+        samples = align_basemodel.training_samples(args, 42, base.load_tokenizer(args.base_model))
+        make = align_basemodel.mixture_trainer if args.moe_flag else align_basemodel.expert_trainer
+        trainer = make(args, training, samples)
+        seen = []
+        watch_autocast(trainer.model, seen)
+        trainer.train()
+        assert trainer.accelerator.mixed_precision == {"bfloat16": "bf16", "float32": "no"}[dtype]
+        assert seen == [autocast] * 2
+        dtypes = {p.requires_grad: set() for p in trainer.model.parameters()}
+        for p in trainer.model.parameters():
+            dtypes[p.requires_grad].add(p.dtype)
+        assert dtypes == {True: {torch.float32}, False: {getattr(torch, dtype)}}
+
+
+def test_the_fusions_losses_and_drift_are_fp32_under_mixed_precision(fused_dir, base_dir, samples, tmp_path):
+    """With bf16 products: the drift is that of the fp32 matrices, the gating loss that of fp32 router logits."""
+    trainer = make_trainer(fused_dir, samples, tmp_path, gate=0.5, drift=0.1, bf16=True, max_steps=2)
+    for parameter in trainer.model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    start = trainer.model.start_of_fusion()
+    drifts, logits = [], []
+    real = trainer.model.drift
+    trainer.model.drift = lambda *args: drifts.append(real(*args)) or drifts[-1]
+    hook = trainer.model.blocks[0].router.register_forward_hook(lambda _, __, out: logits.append(out[0]))
+    trainer.train()
+    hook.remove()
+    assert trainer.accelerator.mixed_precision == "bf16"
+    assert {x.dtype for x in (*drifts, *logits)} == {torch.float32}
+    changes = []
+    for block, then in zip(trainer.model.blocks, start, strict=True):
+        for i, p in enumerate(PROJECTIONS):
+            a, b, a_then, b_then = (x[0].double() for x in (*block.experts.matrices(p), then[f"{p}_A"], then[f"{p}_B"]))
+            changes.append(torch.linalg.matrix_norm(b @ a - b_then.T @ a_then) * block.experts.scaling[i, 0])
+    assert real(start)[0].item() == pytest.approx(torch.stack(changes).mean().item(), rel=1e-5)
+
+
+def test_bf16_and_dtype_bfloat16_give_the_same_bits(base_dir, tiny_source, tmp_path):
+    common = ["--task_name", "safety", "--base_model", str(base_dir), "--data_source", str(tiny_source)]
+    common += ["--results_dir", str(tmp_path), "--max_steps", "2", "--batch_size", "2", "--disable_tqdm", "1"]
+    spellings = {"a": ["--bf16", "1"], "b": ["--dtype", "bfloat16"], "c": ["--dtype", "float32"]}
+    for name, spelling in spellings.items():
+        align_basemodel.main([*common, *spelling, "--run_name", name])
+    folders = [tmp_path / "outputs" / name for name in spellings]
+    a, b, c = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    assert all(torch.equal(a[key], b[key]) for key in a) and not all(torch.equal(a[key], c[key]) for key in a)
+    a, b, c = [json.loads((folder / "run.json").read_text())["run"]["arguments"] for folder in folders]
+    assert a == b and a["dtype"] == "bfloat16" and c["dtype"] == "float32"
