@@ -7,8 +7,22 @@ from pathlib import Path
 
 import cli
 import config
-from cli import SourceArguments, check, check_at_least, check_num_samples, flag, is_positive
+from cli import (
+    SourceArguments,
+    check,
+    check_at_least,
+    check_num_samples,
+    effective_flags,
+    flag,
+    flag_with,
+    is_positive,
+    resolve_conditional_flags,
+)
 from config import TASKS, UserError
+
+OF_EXPERT, OF_MIXTURE = {"moe_flag": 0}, {"moe_flag": 1}
+OF_TRAINED_ROUTER = OF_MIXTURE | {"train_router": 1}
+OF_ATTENTION = OF_MIXTURE | {"tune_attention": 1}
 
 
 @dataclass
@@ -19,56 +33,70 @@ class AlignArguments(SourceArguments):
         None, "which data to align on (default with --moe_flag 1: mix)", choices=[*TASKS, "mix"]
     )
     moe_flag: int = flag(0, "0: align one expert (LoRA on the base); 1: align the fused mixture", choices=[0, 1])
-    moe_dir: str | None = flag(
-        None, "the fused model that --moe_flag 1 starts from (default: outputs/moe in --results_dir)"
-    )
     num_samples: int = flag(-1, "training rows per task, drawn with --seed; -1: all")
     max_length: int = flag(300, "tokens; of a longer sample the prompt is cut first")
     batch_size: int | None = flag(None, "samples per device and step; short for --per_device_train_batch_size")
     # one expert
-    rank: int = flag(8, "LoRA rank r")
-    alpha: float = flag(4, "LoRA alpha")
-    lora_dropout: float = flag(0.1, "LoRA dropout (experts, and attention with --tune_attention 1)")
+    rank: int | None = flag_with(OF_EXPERT, 8, "LoRA rank r")
+    alpha: float | None = flag_with(OF_EXPERT, 4.0, "LoRA alpha")
+    lora_dropout: float | None = flag_with(OF_EXPERT, 0.1, "LoRA dropout")
     # the mixture
-    expert_topk: int | None = flag(None, "experts per token, 1 to their number (default: as fused)")
-    gate_loss_weight: float = flag(0.0, "lambda of the gating loss")
-    helpfulness_weight: float = flag(0.0, "gamma_1: weight of the helpfulness expert's drift")
-    safety_weight: float = flag(0.0, "gamma_2: weight of the safety expert's drift")
-    truthfulness_weight: float = flag(0.0, "gamma_3: weight of the truthfulness expert's drift")
-    gate_tokens: str = flag(
+    moe_dir: str | None = flag(
+        None, "the fused model that --moe_flag 1 starts from (default: outputs/moe in --results_dir)"
+    )
+    expert_topk: int | None = flag_with(OF_MIXTURE, None, "experts per token, 1 to their number (default: as fused)")
+    gate_loss_weight: float | None = flag_with(OF_MIXTURE, 0.0, "lambda of the gating loss")
+    helpfulness_weight: float | None = flag_with(OF_MIXTURE, 0.0, "gamma_1: weight of the helpfulness expert's drift")
+    safety_weight: float | None = flag_with(OF_MIXTURE, 0.0, "gamma_2: weight of the safety expert's drift")
+    truthfulness_weight: float | None = flag_with(OF_MIXTURE, 0.0, "gamma_3: weight of the truthfulness expert's drift")
+    gate_tokens: str | None = flag_with(
+        OF_MIXTURE,
         "instruction",
         "tokens the gating loss averages over: those after the template's opening, or all (the paper)",
         choices=["instruction", "all"],
     )
-    gate_gradient: str = flag(
+    gate_gradient: str | None = flag_with(
+        OF_MIXTURE,
         "all",
         "what the gating loss trains: all (routers and experts: the paper), or the routers alone",
         choices=["all", "router"],
     )
-    gate_balance: str = flag(
-        "task", "whether tasks weigh alike in the gating loss, or samples (the paper)", choices=["task", "sample"]
+    gate_balance: str | None = flag_with(
+        OF_MIXTURE,
+        "task",
+        "whether tasks weigh alike in the gating loss, or samples (the paper)",
+        choices=["task", "sample"],
     )
-    router_learning_rate: float = flag(0.1, "learning rate of the router")
-    train_router: int = flag(1, "0: freeze the router (ablation)", choices=[0, 1])
-    tune_attention: int = flag(0, "1: add LoRA on q, k, v, o, as the released code does", choices=[0, 1])
+    train_router: int | None = flag_with(OF_MIXTURE, 1, "0: freeze the router (ablation)", choices=[0, 1])
+    router_learning_rate: float | None = flag_with(OF_TRAINED_ROUTER, 0.1, "learning rate of the router")
+    tune_attention: int | None = flag_with(
+        OF_MIXTURE, 0, "1: add LoRA on q, k, v, o, as the released code does", choices=[0, 1]
+    )
+    attention_rank: int | None = flag_with(OF_ATTENTION, 8, "its rank")
+    attention_alpha: float | None = flag_with(OF_ATTENTION, 4.0, "its alpha")
+    attention_dropout: float | None = flag_with(OF_ATTENTION, 0.1, "its dropout")
 
     def __post_init__(self):
         if self.task_name is None:
             if not self.moe_flag:
                 raise UserError(f"--moe_flag 0 aligns one expert: name it with --task_name {{{','.join(TASKS)},mix}}")
             self.task_name = "mix"
-        check_at_least(1, rank=self.rank)
-        check("alpha", self.alpha, is_positive(self.alpha), "a finite number above 0")
-        check_at_least(1, expert_topk=self.expert_topk)
-        check("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "in [0, 1)")
+        check_at_least(1, rank=self.rank, attention_rank=self.attention_rank, expert_topk=self.expert_topk)
+        check_at_least(1, batch_size=self.batch_size)
+        for name in ("alpha", "attention_alpha", "router_learning_rate"):
+            value = getattr(self, name)
+            check(name, value, value is None or is_positive(value), "a finite number above 0")
+        for name in ("lora_dropout", "attention_dropout"):
+            value = getattr(self, name)
+            check(name, value, value is None or 0 <= value < 1, "in [0, 1)")
         check_at_least(16, max_length=self.max_length)
         check_num_samples(num_samples=self.num_samples)
         for name in ("gate_loss_weight", *(f"{task}_weight" for task in TASKS)):
             value = getattr(self, name)
-            check(name, value, math.isfinite(value) and value >= 0, "a finite number, 0 or more")
-            setattr(self, name, abs(value))  # -0.0 is 0
-        rate = self.router_learning_rate
-        check("router_learning_rate", rate, is_positive(rate), "a finite number above 0")
+            if value is not None:
+                check(name, value, math.isfinite(value) and value >= 0, "a finite number, 0 or more")
+                setattr(self, name, abs(value))  # -0.0 is 0
+        resolve_conditional_flags(self)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -99,22 +127,6 @@ from workspace import run_dir
 from workspace.run_dir import settle
 
 SCRIPT = "align_basemodel.py"
-# Arguments that change the result: a run with others never takes a finished or begun run's folder.
-SHARED = ("task_name", "moe_flag", "num_samples", "max_length")
-EXPERT = ("rank", "alpha", "lora_dropout")
-MIXTURE = (
-    "expert_topk",
-    "gate_loss_weight",
-    "helpfulness_weight",
-    "safety_weight",
-    "truthfulness_weight",
-    "gate_tokens",
-    "gate_gradient",
-    "gate_balance",
-    "router_learning_rate",
-    "train_router",
-    "tune_attention",
-)
 
 
 @cli.command
@@ -155,9 +167,6 @@ def main(argv: list[str] | None = None) -> None:
 
 def settle_training(args: AlignArguments, training: TrainArguments) -> None:
     """Bring our short flags and TrainingArguments' own together."""
-    if args.batch_size is not None:
-        check("batch_size", args.batch_size, args.batch_size >= 1, "1 or more")
-        training.per_device_train_batch_size = args.batch_size
     if training.activation_checkpointing:
         settings = {"use_reentrant": False, **(training.activation_checkpointing_kwargs or {})}
         if settings["use_reentrant"]:
@@ -176,8 +185,6 @@ def settle_sources(args: AlignArguments) -> None:
         args.base_model = base.default_base_model(args.base_model)
         args.data_source = absolute_source(args.data_source) or "hub"
         return
-    if args.rank != AlignArguments.rank or args.alpha != AlignArguments.alpha:
-        raise UserError("--rank and --alpha are the experts' and were set when those were aligned: leave them out")
     args.moe_dir = args.moe_dir or str(config.fused_dir(args.results_dir))
     moe_dir = Path(args.moe_dir)
     fused = run_dir.read_run(moe_dir)
@@ -221,9 +228,8 @@ def run_name(args: AlignArguments, training: TrainArguments) -> str:
 
 def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     """What run.json records and a later command with the same folder must repeat."""
-    ours = ("base_model", "data_source", *SHARED, *(MIXTURE if args.moe_flag else EXPERT))
-    arguments = {name: getattr(args, name) for name in ours}
-    arguments["dtype"] = args.dtype
+    shared = ("base_model", "data_source", "dtype", "task_name", "moe_flag", "num_samples", "max_length")
+    arguments = {name: getattr(args, name) for name in shared} | effective_flags(args)
     if args.moe_flag:
         arguments["fused_sha256"] = run_dir.sha256(Path(args.moe_dir) / "model.safetensors")
     training_arguments = training.to_dict()
@@ -265,7 +271,7 @@ def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: lis
     model.set_top_k(args.expert_topk)
     if args.tune_attention:
         torch.manual_seed(training.seed)
-        model.add_attention_lora(args.rank, args.alpha, args.lora_dropout)
+        model.add_attention_lora(args.attention_rank, args.attention_alpha, args.attention_dropout)
     for block in model.blocks:
         block.router.weight.requires_grad_(bool(args.train_router))
         block.router.gate_gradient = args.gate_gradient

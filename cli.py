@@ -59,6 +59,34 @@ def flag(default, text: str, **metadata):
     return field(default=default, metadata={"help": text, **metadata})
 
 
+def flag_with(only_with: dict, default, text: str, **metadata):
+    """A `flag` that has an effect only where other flags, given before it, have the values of `only_with`."""
+    text = text if default is None else f"{text} (default: {default})"
+    return flag(None, text, only_with=only_with, default_value=default, **metadata)
+
+
+def resolve_conditional_flags(args) -> None:
+    """Give the conditional flags of a dataclass their defaults; UserError for one that would be ignored."""
+    for item in dataclasses.fields(args):
+        if getattr(args, item.name) is None and "only_with" in item.metadata:
+            setattr(args, item.name, item.metadata["default_value"])
+            continue
+        for name, needed in item.metadata.get("only_with", {}).items():
+            if getattr(args, name) != needed:
+                value = getattr(args, item.name)
+                raise UserError(f"--{item.name} {value}: has an effect with --{name} {needed} only; leave it out")
+
+
+def effective_flags(args) -> dict:
+    """The conditional flags of a dataclass whose conditions hold: name to value."""
+    return {
+        item.name: getattr(args, item.name)
+        for item in dataclasses.fields(args)
+        if (only_with := item.metadata.get("only_with"))
+        and all(getattr(args, name) == needed for name, needed in only_with.items())
+    }
+
+
 def check(name: str, value, holds: bool, allowed: str) -> None:
     """Raise a UserError naming the flag, its value and what is allowed, unless `holds`."""
     if not holds:

@@ -102,8 +102,6 @@ def main(argv: list[str] | None = None) -> None:
     args, training = training_arguments.parse(argv, JudgeArguments, JudgeTrainArguments)
     args.base_model = base.default_base_model(args.base_model)
     args.data_source = absolute_source(args.data_source) or "hub"
-    if args.batch_size is not None:
-        training.per_device_train_batch_size = args.batch_size
     folder = Path(args.output or Path(args.results_dir) / "judges" / args.kind)
     training.output_dir = str(folder)
     settings = training.to_dict()

@@ -192,11 +192,14 @@ class LlamaMoeForCausalLM(AnswerLossLlama):
             parameter.requires_grad_(name in own)
 
     def add_attention_lora(self, rank: int, alpha: float, dropout: float) -> None:
-        """Put LoRA on q, k, v and o of every layer, recorded in the configuration (by PEFT's injection)."""
+        """Put fp32 LoRA on q, k, v and o of every layer, recorded in the configuration (by PEFT's injection)."""
         from peft import LoraConfig, inject_adapter_in_model
 
         lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(ATTENTION_PROJECTIONS))
         inject_adapter_in_model(lora, self)
+        for name, parameter in self.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()  # injected in the base's dtype
         self.config.attention_lora = {"rank": rank, "alpha": alpha, "dropout": dropout}
         self.seal_base()
 

@@ -86,6 +86,10 @@ def parse(argv: list[str] | None, arguments: type, training: type = TrainArgumen
     if unknown:
         raise UserError(f"{' '.join(unknown)}: not a flag of this script (--help and {HELP_ALL} list them)")
     settings = vars(namespace)
+    if args.batch_size is not None:
+        if any(argument.partition("=")[0] == "--per_device_train_batch_size" for argument in rest):
+            raise UserError("--batch_size is short for --per_device_train_batch_size: give one of them")
+        settings["per_device_train_batch_size"] = args.batch_size
     args.dtype = resolve_precision(args.dtype, settings["bf16"], settings["fp16"], settings["use_cpu"])
     compute_dtype = pick_dtype(args.dtype)
     settings |= {"bf16": compute_dtype == torch.bfloat16, "fp16": compute_dtype == torch.float16}

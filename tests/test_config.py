@@ -229,6 +229,36 @@ def test_flags_that_do_not_go_together(arguments, argv, told):
         cli.parse(argv, arguments)
 
 
+@pytest.mark.parametrize(
+    ("argv", "ignored"),
+    [
+        (["--moe_flag", "1", "--rank", "8"], "--rank 8"),
+        (["--moe_flag", "1", "--lora_dropout", "0"], "--lora_dropout 0.0"),
+        (["--moe_flag", "1", "--attention_rank", "8"], "--attention_rank 8"),
+        (["--moe_flag", "1", "--train_router", "0", "--router_learning_rate", "1"], "--router_learning_rate 1.0"),
+        (["--task_name", "safety", "--gate_loss_weight", "0"], "--gate_loss_weight 0.0"),
+        (["--task_name", "safety", "--tune_attention", "1", "--attention_alpha", "2"], "--tune_attention 1"),
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_an_error(argv, ignored):
+    with pytest.raises(UserError, match=f"{ignored}: has an effect with --"):
+        align(*argv)
+
+
+def test_attention_has_flags_of_its_own_that_are_recorded():
+    default = align("--moe_flag", "1", "--tune_attention", "1")
+    assert (default.attention_rank, default.attention_alpha, default.attention_dropout) == (8, 4, 0.1)
+    given = ["--attention_rank", "2", "--attention_alpha", "3", "--attention_dropout", "0"]
+    recorded = cli.effective_flags(align("--moe_flag", "1", "--tune_attention", "1", *given))
+    assert {name: recorded[name] for name in recorded if "attention" in name} == {
+        "tune_attention": 1,
+        "attention_rank": 2,
+        "attention_alpha": 3.0,
+        "attention_dropout": 0.0,
+    }
+    assert "rank" not in recorded and "attention_rank" not in cli.effective_flags(align("--moe_flag", "1"))
+
+
 # ---- what a user sees ------------------------------------------------------------------------------------------------
 
 

@@ -181,7 +181,7 @@ def test_a_token_is_never_taken_where_a_checkpoint_would_keep_it(results, capsys
 
 
 def test_attention_lora_is_saved_and_loaded(results):
-    fused(results, "--tune_attention", 1, "--max_steps", 3, "--lora_dropout", 0)
+    fused(results, "--tune_attention", 1, "--max_steps", 3, "--attention_dropout", 0)
     name = "mix_moe_reg_00000_00000_00000_gate_00000_attention_tuned"
     saved = load_file(results / "outputs" / name / "model.safetensors")
     lora = {key for key in saved if ".lora_" in key}

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.optim import SGD
 
 import align_basemodel
@@ -15,6 +15,7 @@ from data.encoding import IGNORED, Collator, Encoder
 from data.sources import answer_records, read_rows
 from models import base, training_arguments
 from models.expert_ffn import PROJECTIONS
+from models.llama_moe import load_fused
 from models.loading import load_run
 from models.losses import mean_routing_probs
 from models.trainer import MixtureTrainer
@@ -269,6 +270,7 @@ def test_accelerate_runs_the_precision_that_dtype_says(fused_dir, base_dir, tmp_
     common = ["--data_source", "sample", "--base_model", str(base_dir), "--dtype", dtype, "--num_samples", "4"]
     common += ["--max_steps", "2", "--save_strategy", "no", "--disable_tqdm", "1", "--output_dir", str(tmp_path)]
     mixture = ["--moe_flag", "1", "--moe_dir", str(fused_dir), "--safety_weight", "0.1", "--expert_topk", "2"]
+    mixture += ["--tune_attention", "1"]
     for more in (["--task_name", "safety"], mixture):
         args, training = training_arguments.parse([*common, *more, "--logging_steps", "1"], AlignArguments)
         samples = align_basemodel.training_samples(args, 42, base.load_tokenizer(args.base_model))
@@ -306,6 +308,25 @@ def test_the_fusions_losses_and_drift_are_fp32_under_mixed_precision(fused_dir, 
             a, b, a_then, b_then = (x[0].double() for x in (*block.experts.matrices(p), then[f"{p}_A"], then[f"{p}_B"]))
             changes.append(torch.linalg.matrix_norm(b @ a - b_then.T @ a_then) * block.experts.scaling[i, 0])
     assert real(start)[0].item() == pytest.approx(torch.stack(changes).mean().item(), rel=1e-5)
+
+
+def test_attention_is_tuned_in_fp32_and_what_was_saved_in_less_still_loads(fused_dir, base_dir, tmp_path):
+    """On a bf16 base. Runs made before kept the attention's LoRA in the base's dtype."""
+    model = load_fused(fused_dir, str(base_dir), "bfloat16")
+    model.add_attention_lora(rank=2, alpha=2, dropout=0.0)
+    lora = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    assert {p.dtype for p in lora.values()} == {torch.float32}
+    with torch.no_grad():
+        for parameter in lora.values():
+            parameter.normal_()
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    before = {key: value.bfloat16() if ".lora_" in key else value for key, value in saved.items()}
+    save_file(before, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = load_fused(tmp_path, str(base_dir), "bfloat16")
+    for name, parameter in loaded.named_parameters():
+        if ".lora_" in name:
+            assert parameter.dtype == torch.float32 and torch.equal(parameter, lora[name].bfloat16().float())
 
 
 def test_bf16_and_dtype_bfloat16_give_the_same_bits(base_dir, tiny_source, tmp_path):

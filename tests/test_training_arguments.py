@@ -75,3 +75,25 @@ def test_accelerates_own_setting_may_not_contradict(monkeypatch):
     with pytest.raises(UserError, match="--dtype decides"):
         parsed("--dtype", "float32")
     assert parsed("--dtype", "bfloat16")[1].mixed_precision == "bf16"
+
+
+# ---- the batch -------------------------------------------------------------------------------------------------------
+
+JUDGE = ["--kind", "truth", "--data_source", "sample"]
+
+
+@pytest.mark.parametrize(
+    "classes, argv",
+    [
+        ((AlignArguments, TrainArguments), EXPERT),
+        ((train_judge.JudgeArguments, train_judge.JudgeTrainArguments), JUDGE),
+    ],
+)
+def test_batch_size_is_one_flag_with_two_names(classes, argv):
+    def parse(*more):
+        return training_arguments.parse([*argv, *more], *classes)[1].per_device_train_batch_size
+
+    assert parse("--batch_size", "3") == parse("--per_device_train_batch_size", "3") == 3
+    for long in (["--per_device_train_batch_size", "4"], ["--per_device_train_batch_size=4"]):
+        with pytest.raises(UserError, match="give one of them"):
+            parse("--batch_size", "3", *long)
