@@ -139,9 +139,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} (--help lists the flags)")
 
 
-def parse(argv: list[str] | None, arguments: type):
-    """One instance of the dataclass `arguments` from `argv` (default: the command line); UserError on a bad flag."""
-    return arguments(**vars(Parser(arguments).parse_args(argv)))
+def parse(argv: list[str] | None, arguments: type, epilog: str | None = None):
+    """One instance of the dataclass `arguments` from `argv` (default: the command line); UserError on a bad flag.
+
+    epilog: text below the flags in --help.
+    """
+    return arguments(**vars(Parser(arguments, epilog).parse_args(argv)))
 
 
 def parse_known(argv: list[str] | None, arguments: type, epilog: str) -> tuple:

@@ -91,6 +91,11 @@ def pick_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
 
 
+def own_dtype(base_config: LlamaConfig) -> torch.dtype:
+    """The dtype that a base's weights are kept in, as its configuration records it; float32 where it does not."""
+    return base_config.dtype or torch.float32
+
+
 def dtype_name(name: str) -> str:
     """A --dtype as runs record it: what "auto" is on this device, else itself."""
     return name if name == NF4 else str(pick_dtype(name)).removeprefix("torch.")

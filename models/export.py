@@ -1,15 +1,16 @@
 """A fused model in the forms that other programs read; mixtral and peft are checked against ours after writing:
 
-python models/export.py --cross_task RUN --to mixtral --output DIR [--dtype float16]
+python models/export.py --cross_task RUN --to mixtral --output DIR [--dtype float16] [--verify 0]
 python models/export.py --cross_task RUN --to peft --expert safety --output DIR
 python models/export.py --cross_task RUN --to pt --output moe.pt
 """
 
 import math
+import shutil
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,12 @@ if not __package__:  # run as a script, from any folder
 import cli
 from cli import flag
 from config import RESULTS_DIR, UserError
+
+MEMORY = """memory: the fused model is held in float32, 4 bytes per parameter of the base (27 GB for 7 B).
+  --to mixtral  the check reads the export back in float32 after ours is let go: 4 bytes per parameter of the base with
+                all its experts as dense FFNs (62 GB for three on 7 B); --verify 0 needs the fused model and one layer
+  --to peft     the check holds a second base: 8 bytes per parameter (54 GB); --verify 0 needs half
+  --to pt       the whole file lies in memory beside the model: 27 GB and 31 GB in float16"""
 
 
 @dataclass
@@ -33,8 +40,14 @@ class ExportArguments:
     )
     output: str | None = flag(None, "where to write: a new folder, or with --to pt a new file")
     expert: str | None = flag(None, "with --to peft: which expert")
+    base_model: str | None = flag(None, "where the run's base model lies (default: as the run recorded)")
     dtype: str = flag(
-        "float32", "of the written weights (peft: always float32)", choices=["bfloat16", "float16", "float32"]
+        "auto",
+        "of the written weights; auto: the base's own, as its config.json records it (peft: always float32)",
+        choices=["auto", "bfloat16", "float16", "float32"],
+    )
+    verify: int | None = flag(
+        None, "1: read the export back and compare it with ours (default: 1; pt: 0)", choices=[0, 1]
     )
     checkpoint_number: int | None = flag(None, "export the run's checkpoint-N instead of its end")
     results_dir: str = flag(str(RESULTS_DIR), "where runs are looked for")
@@ -44,80 +57,75 @@ class ExportArguments:
             raise UserError("name the fused run with --cross_task and where to write with --output")
         if (self.to == "peft") != (self.expert is not None):
             raise UserError("--expert names the one expert that --to peft writes: give both or neither")
+        if self.to == "peft" and self.dtype not in ("auto", "float32"):
+            raise UserError(f"--dtype {self.dtype}: an adapter is written in float32; leave the flag out")
+        if self.to == "pt" and self.verify:
+            raise UserError("--verify 1: the released code reads moe.pt and is not part of this project; leave it out")
+        if self.verify is None:
+            self.verify = int(self.to != "pt")
+
+
+def parse(argv: list[str] | None) -> ExportArguments:
+    return cli.parse(argv, ExportArguments, MEMORY)
 
 
 if __name__ == "__main__":
-    cli.check_early(cli.parse, ExportArguments)
+    cli.check_early(parse)
 
 import torch
+from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaForCausalLM, MixtralForCausalLM
 
-from data.prompts import WITHOUT_INPUT, render_prompt
 from models import base
+from models.behaviour import behaviour, compare, greedy_texts, tokenized
 from models.expert_ffn import PROJECTIONS
-from models.llama_moe import ATTENTION_PROJECTIONS, LlamaMoeConfig, LlamaMoeForCausalLM
-from models.loading import base_of_run, is_fused, load_run, weights_file
+from models.llama_moe import ATTENTION_PROJECTIONS, LlamaMoeForCausalLM
+from models.loading import is_fused, load_run, run_sources, weights_file
+from models.mixtral import MIXTRAL_NAMES, layer_weights, outer_weights, write_mixtral
 from models.released import expert_key, router_key
 from workspace import run_dir
 
 SCRIPT = "export.py"
-MIXTRAL_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-SHARED_SETTINGS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "rope_parameters",
-    "attention_dropout",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "num_experts_per_tok",
-)
-INSTRUCTIONS = (
-    "Name three birds.",
-    "Why is the sky blue?",
-    "How do I boil an egg?",
-    "Write a short poem about rain.",
-    "Is it safe to mix bleach and vinegar?",
-    "Who wrote Hamlet?",
-    "Explain what a router does.",
-    "Count to ten.",
-)
-NEW_TOKENS = 16
-# Allowed difference of next-token logits from ours, both computed in fp32. float32: the largest of all. Half precision
-# rounds the merged weights: relative to the norm, median of the prompts, since rounding may turn a router's choice.
-TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
+NOT_VERIFIED = "written, not verified"
 
 
 @cli.command
 def main(argv: list[str] | None = None) -> None:
-    args = cli.parse(argv, ExportArguments)
+    args = parse(argv)
     path = run_dir.find_run(args.cross_task, Path(args.results_dir) / "outputs", args.checkpoint_number)
     if not is_fused(path):
         raise UserError(f"--cross_task {args.cross_task}: is not a fused model; make one with models/llama_moe.py")
+    base_model, _ = run_sources(path, args.base_model, None, args.results_dir)
+    if args.to == "peft":
+        args.dtype = "float32"
+    elif args.dtype == "auto":
+        args.dtype = str(base.own_dtype(base.load_base_config(base_model))).removeprefix("torch.")
+    with open_partial(Path(args.output)) as partial:
+        if args.to == "pt":
+            export_file(path, base_model, args, partial)
+        else:
+            export_folder(path, base_model, args, partial)
+
+
+def export_file(path: Path, base_model: str, args: ExportArguments, partial: Path) -> None:
+    """Write the released code's moe.pt."""
     output = Path(args.output)
-    if args.to == "pt":
-        if output.exists():
-            raise UserError(f"--output {output}: is there already; name a new file")
-        model, _ = load_run(path, dtype="float32")
-        write_whole(output, lambda partial: torch.save(released_state(model, args.dtype), partial))
-        print(f"{output}: {output.stat().st_size / 1e6:,.0f} MB, the released code's moe.pt")
-        return
-    run = run_dir.read_run(path)
+    if output.exists():
+        raise UserError(f"--output {output}: exists; name a new file")
+    model, _ = load_run(path, base_model, dtype="float32")
+    torch.save(released_state(model, getattr(torch, args.dtype)), partial)
+    partial.rename(output)
+    print(f"{output}: {output.stat().st_size / 1e6:,.0f} MB, the released code's moe.pt")
+
+
+def export_folder(path: Path, base_model: str, args: ExportArguments, partial: Path) -> None:
+    """Write a Mixtral checkpoint or an adapter, its run.json last; or say that it is complete."""
+    run, output = run_dir.read_run(path), Path(args.output)
     arguments = {
-        "base_model": base_of_run(path),
+        "base_model": base_model,
         "data_source": run and run["run"]["arguments"].get("data_source"),
         "run": args.cross_task,
         "to": args.to,
@@ -129,169 +137,89 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--output {output}: is a file; name a folder")
     if output.exists() and any(output.iterdir()):
         run_dir.begin(output, SCRIPT, arguments, "move it away, or name another folder with --output")
-        print(f"{output} is this export already: nothing to do")
+        written = run_dir.read_run(output)["meta"]["verified"]
+        if args.verify and written == NOT_VERIFIED:
+            raise UserError(f"{output}: holds this export, written with --verify 0; remove it to write and verify it")
+        print(f"{output} is this export already ({written}): nothing to do")
         return
-    model, tokenizer = load_run(path, dtype="float32")
+    model, tokenizer = load_run(path, base_model, dtype="float32")
+    partial.mkdir()
     export = export_mixtral if args.to == "mixtral" else export_peft
-
-    def write(partial: Path) -> None:
-        partial.mkdir()
-        verdict = export(model, tokenizer, partial, args)
-        run_dir.finish(partial, SCRIPT, arguments, train={}, meta={"verified": verdict})
-        print(f"{output}: {verdict}")
-
-    write_whole(output, write)
+    verdict = export(model, tokenizer, partial, args, base_model)
+    run_dir.finish(partial, SCRIPT, arguments, train={}, meta={"verified": verdict})
+    partial.rename(output)
+    print(f"{output}: {verdict}")
 
 
-def write_whole(output: Path, write) -> None:
-    """Let `write` make a file or folder under another name beside `output`, then rename it: whole or not at all."""
+@contextmanager
+def open_partial(output: Path) -> Iterator[Path]:
+    """`<output>.partial`, where to write what is then renamed to `output`: whole or not at all.
+
+    Held by `<output>.lock`: UserError if another process is at it. What a killed process left is removed first, what
+    this one leaves last.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as workplace:
-        write(partial := Path(workplace) / output.name)
-        partial.rename(output)
+    partial = output.with_name(f"{output.name}.partial")
+    try:
+        with FileLock(output.with_name(f"{output.name}.lock"), timeout=0):
+            remove(partial)
+            try:
+                yield partial
+            finally:
+                remove(partial)
+    except Timeout as error:
+        raise UserError(f"--output {output}: another process is writing it; wait for it, or name another") from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder if it exists."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 # ---- Mixtral
 
 
-def export_mixtral(model: LlamaMoeForCausalLM, tokenizer, folder: Path, args: ExportArguments) -> str:
-    """Write a MixtralForCausalLM checkpoint into `folder`, one shard per layer, and compare it with `model`."""
-    prompts = [tokenizer(render_prompt(text))["input_ids"] for text in INSTRUCTIONS]
-    ours = behaviour(model, prompts)
-    settings = mixtral_config(model.config, args.dtype)
-    save_config(settings, folder)
-    GenerationConfig(
-        bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(model.config, args), encoding="utf-8")
-    write_shards(model, getattr(torch, args.dtype), folder)
+def export_mixtral(model: LlamaMoeForCausalLM, tokenizer, folder: Path, args: ExportArguments, base_model: str) -> str:
+    """Write a Mixtral checkpoint into `folder`; unless --verify 0, read it back and compare it with `model`."""
+    if not args.verify:
+        write_mixtral(model, tokenizer, folder, args.cross_task, base_model, args.dtype)
+        return NOT_VERIFIED
+    ours = behaviour(model, greedy_texts(model, tokenized(tokenizer)))
+    write_mixtral(model, tokenizer, folder, args.cross_task, base_model, args.dtype)
     attention = model.config._attn_implementation
     model.to("meta")  # ours is not needed any more, and the export is the larger one
     written = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
-    again = AutoTokenizer.from_pretrained(folder)
-    return compare(ours, behaviour(written, [again(render_prompt(t))["input_ids"] for t in INSTRUCTIONS]), args.dtype)
-
-
-def mixtral_config(moe_config: LlamaMoeConfig, dtype: str) -> MixtralConfig:
-    """The same model's configuration as a Mixtral; UserError where Mixtral has no place for something."""
-    settings = moe_config.to_dict()
-    for name in ("attention_bias", "mlp_bias"):
-        if settings[name]:
-            raise UserError(f"the base has {name}: Mixtral's form has no biases; use --to peft")
-    return MixtralConfig(
-        **{name: settings[name] for name in SHARED_SETTINGS},
-        architectures=["MixtralForCausalLM"],
-        num_local_experts=moe_config.num_experts,
-        sliding_window=None,
-        output_router_logits=False,
-        router_aux_loss_coef=0.0,
-        dtype=dtype,
-    )
-
-
-def save_config(settings: MixtralConfig, folder: Path) -> None:
-    """config.json, with the rope parameters also under the names that readers older than transformers 5 look for."""
-    settings.save_pretrained(folder)
-    rope = dict(settings.rope_parameters)
-    old_names = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if rope["rope_type"] != "default" else None}
-    run_dir.write_json(folder / "config.json", {**run_dir.read_json(folder / "config.json"), **old_names})
-
-
-def write_shards(model: LlamaMoeForCausalLM, dtype: torch.dtype, folder: Path) -> None:
-    """Safetensors and their index: a shard for the embeddings and one per layer, so that one at a time is in memory."""
-    num_shards = len(model.blocks) + 1
-    weight_map, total_size = {}, 0
-    for number in range(num_shards):
-        named = layer_weights(model, number - 1) if number else outer_weights(model)
-        shard = {name: weight.detach().to(dtype).contiguous() for name, weight in named}
-        file = f"model-{number + 1:05}-of-{num_shards:05}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, file))
-        total_size += sum(weight.nbytes for weight in shard.values())
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    run_dir.write_json(folder / "model.safetensors.index.json", index)
-
-
-def outer_weights(model: LlamaMoeForCausalLM) -> Iterator[tuple[str, Tensor]]:
-    """Embeddings, last norm, and the head unless it is the embeddings."""
-    yield "model.embed_tokens.weight", model.model.embed_tokens.weight
-    yield "model.norm.weight", model.model.norm.weight
-    if not model.config.tie_word_embeddings:
-        yield "lm_head.weight", model.lm_head.weight
-
-
-def layer_weights(model: LlamaMoeForCausalLM, number: int) -> Iterator[tuple[str, Tensor]]:
-    """One layer's weights under Mixtral's names on disk, everything low-rank merged."""
-    prefix, layer = f"model.layers.{number}", model.model.layers[number]
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        yield f"{prefix}.{name}.weight", layer.get_submodule(name).weight
-    for name in ATTENTION_PROJECTIONS:
-        yield f"{prefix}.self_attn.{name}.weight", merged_attention(layer.self_attn.get_submodule(name))
-    yield f"{prefix}.block_sparse_moe.gate.weight", layer.mlp.router.weight
-    for expert in range(model.config.num_experts):
-        for name in PROJECTIONS:
-            weight = layer.mlp.experts.merged(expert, name, layer.mlp.get_submodule(name).weight)
-            yield f"{prefix}.block_sparse_moe.experts.{expert}.{MIXTRAL_NAMES[name]}.weight", weight
-
-
-def merged_attention(module: nn.Module) -> Tensor:
-    """The weight of a projection, with its LoRA where the fusion tuned the attention."""
-    if isinstance(module, nn.Linear):
-        return module.weight
-    return module.base_layer.weight + module.get_delta_weight("default")
-
-
-def model_card(moe_config: LlamaMoeConfig, args: ExportArguments) -> str:
-    """README.md of an exported checkpoint."""
-    experts = "\n".join(f"- expert {i}: {e['name']} (rank {e['rank']})" for i, e in enumerate(moe_config.experts))
-    name = moe_config.base_model_name_or_path
-    return f"""---
-{f"base_model: {name}" if not Path(name).exists() else "tags: [mixture-of-experts]"}
-library_name: transformers
-pipeline_tag: text-generation
----
-# {Path(args.cross_task).name}
-
-An H3Fusion mixture of aligned experts (https://arxiv.org/abs/2411.17792) as a plain Mixtral checkpoint, {args.dtype}:
-top-{moe_config.num_experts_per_tok} of {moe_config.num_experts} experts per token.
-
-{experts}
-
-The licence of the base model applies to it. The prompt it was aligned on, answers ending at EOS:
-
-```
-{WITHOUT_INPUT}
-```
-"""
+    if tokenized(AutoTokenizer.from_pretrained(folder)) != tokenized(tokenizer):
+        raise UserError("the export is not the model, and was not kept: its tokenizer gives other tokens")
+    return compare(ours, behaviour(written, ours.texts), args.dtype)
 
 
 # ---- one expert as a PEFT adapter
 
 
-def export_peft(model: LlamaMoeForCausalLM, tokenizer, folder: Path, args: ExportArguments) -> str:
-    """Write one expert as a PEFT adapter and compare base + adapter with `model` routed to that expert alone."""
+def export_peft(model: LlamaMoeForCausalLM, tokenizer, folder: Path, args: ExportArguments, base_model: str) -> str:
+    """Write one expert as a PEFT adapter; unless --verify 0, compare base + adapter with `model` routed to it alone."""
     names = [expert["name"] for expert in model.config.experts]
     if args.expert not in names:
         raise UserError(f"--expert {args.expert}: the experts of {args.cross_task} are {', '.join(names)}")
     number = names.index(args.expert)
-    prompts = [tokenizer(render_prompt(text))["input_ids"] for text in INSTRUCTIONS]
+    write_adapter(model, number, folder, base_model)
+    if not args.verify:
+        return NOT_VERIFIED
 
     def to_it_alone(router, args, output):
         router_logits, top_k_index, top_k_weights = output
         return router_logits, torch.full_like(top_k_index[:, :1], number), torch.ones_like(top_k_weights[:, :1])
 
     hooks = [block.router.register_forward_hook(to_it_alone) for block in model.blocks]
-    ours = behaviour(model, prompts)
+    ours = behaviour(model, greedy_texts(model, tokenized(tokenizer)))
     for hook in hooks:
         hook.remove()
-    base_model = model.config.base_model_name_or_path
-    write_adapter(model, number, folder)
     llama = base.load_weights(LlamaForCausalLM, base_model, base.load_base_config(base_model), "float32")
-    return compare(ours, behaviour(PeftModel.from_pretrained(llama, str(folder)).eval(), prompts), "float32")
+    return compare(ours, behaviour(PeftModel.from_pretrained(llama, str(folder)).eval(), ours.texts), "float32")
 
 
-def write_adapter(model: LlamaMoeForCausalLM, expert: int, folder: Path) -> None:
+def write_adapter(model: LlamaMoeForCausalLM, expert: int, folder: Path, base_model: str) -> None:
     """adapter_config.json and adapter_model.safetensors of one expert (and of LoRA on the attention, if tuned).
 
     Ranks lose their padding. Rank and alpha that most modules share are the adapter's; the others go into patterns.
@@ -322,7 +250,7 @@ def write_adapter(model: LlamaMoeForCausalLM, expert: int, folder: Path) -> None
         target_modules=projections if everywhere else sorted(ranks),
         rank_pattern={module: value for module, value in ranks.items() if value != rank},
         alpha_pattern={module: value for module, value in alphas.items() if value != alpha},
-        base_model_name_or_path=base.base_path(model.config.base_model_name_or_path),
+        base_model_name_or_path=base.base_path(base_model),
     ).save_pretrained(folder)
     tensors = {
         f"base_model.model.{module}.lora_{letter}.weight": matrix.contiguous()
@@ -342,55 +270,25 @@ def alpha_of(scaling: float, rank: int) -> float:
 # ---- the released code's moe.pt
 
 
-def released_state(model: LlamaMoeForCausalLM, dtype: str) -> dict[str, Tensor]:
+def released_state(model: LlamaMoeForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state dict that the released code loads: all of it in memory, and the head always written out."""
-    state = {name: weight for name, weight in outer_weights(model)}
-    state["lm_head.weight"] = model.lm_head.weight
+
+    def copied(weight: Tensor) -> Tensor:
+        return weight.detach().to(dtype, copy=True)
+
+    state = {name: copied(weight) for name, weight in outer_weights(model)}
+    state["lm_head.weight"] = copied(model.lm_head.weight)
     for number in range(len(model.blocks)):
         for name, weight in layer_weights(model, number):
-            head, moe, tail = name.partition(".block_sparse_moe.")
+            _, moe, tail = name.partition(".block_sparse_moe.")
             if moe and tail.startswith("gate"):
                 name = router_key(number)
             elif moe:
                 _, expert, matrix, _ = tail.split(".")
                 projection = next(p for p, short in MIXTRAL_NAMES.items() if short == matrix)
                 name = expert_key(number, int(expert), projection)
-            state[name] = weight
-    return {name: weight.detach().to(getattr(torch, dtype), copy=True) for name, weight in state.items()}
-
-
-# ---- the check
-
-
-@torch.inference_mode()
-def behaviour(model, prompts: list[list[int]]) -> tuple[Tensor, list[list[int]]]:
-    """Next-token logits (P, V) of P prompts, one at a time, and their greedy continuations."""
-    logits, continuations = [], []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        logits.append(model(input_ids=ids).logits[0, -1].float())
-        settings = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0)
-        answer = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-        continuations.append(answer[0, len(prompt) :].tolist())
-    return torch.stack(logits), continuations
-
-
-def compare(ours: tuple, theirs: tuple, dtype: str) -> str:
-    """One line that says how close the export is; UserError if it is not close enough for the dtype it is kept in."""
-    difference = theirs[0] - ours[0]  # (P, V)
-    if dtype == "float32":
-        size, kind = difference.abs().max(), "at most"
-    else:
-        size, kind = (difference.norm(dim=1) / ours[0].norm(dim=1)).median(), "relative, median of the prompts:"
-    same = sum(a == b for a, b in zip(ours[1], theirs[1], strict=True))
-    found = (
-        f"next-token logits differ by {kind} {size:.1e} in fp32, {same} of {len(ours[1])} greedy continuations "
-        "are the same"
-    )
-    if not size <= TOLERANCES[dtype] or (dtype == "float32" and same < len(ours[1])):
-        needed = f"{TOLERANCES[dtype]:.0e}" + (" and every continuation" if dtype == "float32" else "")
-        raise UserError(f"the export is not the model, and was not kept: {found}; needed: {needed}")
-    return f"verified: {found}"
+            state[name] = copied(weight)
+    return state
 
 
 if __name__ == "__main__":

@@ -27,21 +27,26 @@ def expert_key(layer: int, expert: int, projection: str) -> str:
 
 
 class RecoveredExpert:
-    """An expert found in a dense copy as base + low rank; `fuse` takes it like an adapter's `Expert`."""
+    """An expert recovered from a dense copy as base + low rank; `fuse` takes it like an adapter's `Expert`."""
 
     dtype = torch.float32
 
     def __init__(self, name: str, base_model: str):
         self.name, self.base_model = name, base_model
         self.task = name if name in TASKS else None
-        self.rank, self.residual = 1, 0.0
+        self.rank, self.residual, self.rounding = 1, 0.0, 0.0
         self.matrices: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
-    def add(self, layer: int, projection: str, dense: Tensor, base_weight: Tensor, max_rank: int) -> None:
-        """Take dense - base of one module apart. Keeps the largest rank and the largest residual, relative to dense."""
-        a, b, residual = low_rank_difference(dense, base_weight, max_rank)
+    def add(self, layer: int, projection: str, dense: Tensor, base_weight: Tensor, max_rank: int) -> float:
+        """Take dense - base of one module apart, in the dtype of `dense`; returns what is left, relative to dense.
+
+        Keeps the largest rank, the largest such residual and the coarsest rounding of a dtype.
+        """
+        a, b, residual = low_rank_difference(dense, base_weight.to(dense.dtype), max_rank)
         self.matrices[layer, projection] = a, b
         self.rank, self.residual = max(self.rank, len(a)), max(self.residual, residual)
+        self.rounding = max(self.rounding, torch.finfo(dense.dtype).eps)
+        return residual
 
     def delta(self, layer: int, projection: str) -> tuple[Tensor, Tensor, float]:
         """(A (r, in), B (out, r), scaling) of one module; the scaling is within A and B."""
@@ -53,12 +58,13 @@ def low_rank_difference(dense: Tensor, base_weight: Tensor, max_rank: int) -> tu
 
     Kept are the singular values, at most `max_rank`, that stand out of the rounding of `dense` to its dtype: errors
     of standard deviation s in an (m, n) matrix have none above s (sqrt(m) + sqrt(n)). One rounding of a weight w errs
-    by 0.2 eps |w| on average over all w, and a merge rounds once or twice: s = 0.5 eps rms(w).
+    by 0.2 eps |w| on average over all w; a merge rounds its product, in an order that the processor chooses, and its
+    sum, which came to 0.5 eps rms(w) where the change is larger than the base. Taken is twice that: s = eps rms(w).
     """
     delta = dense.double() - base_weight.double()
     left, values, right = torch.svd_lowrank(delta, q=min(max_rank + 8, *delta.shape), niter=4)
     size = dense.double().norm()
-    edge = 0.5 * torch.finfo(dense.dtype).eps * size / math.sqrt(dense.numel()) * sum(map(math.sqrt, dense.shape))
+    edge = torch.finfo(dense.dtype).eps * size / math.sqrt(dense.numel()) * sum(map(math.sqrt, dense.shape))
     rank = min(int((values > edge).sum()), max_rank)
     root = values[:rank].sqrt()
     a, b = (right[:, :rank] * root).T.float(), (left[:, :rank] * root).float()
@@ -71,35 +77,34 @@ def read_moe_pt(
 ) -> tuple[list[RecoveredExpert], list[Tensor]]:
     """The experts of a moe.pt, as low-rank deltas on `base_model`, and each layer's router (E, D), fp32.
 
-    UserError if the file is no moe.pt of this base, or if an expert is not base + low rank: if its residual is above
-    the rounding of the file's dtype, eps relative to the expert's weights.
+    Each tensor counts in its own dtype, to which the base's is rounded. UserError if the file is no moe.pt of this
+    base, or if an expert is not base + low rank: if its residual is above its dtype's eps, relative to its weights.
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         num_experts = len(saved[router_key(0)])
-        dtype = saved[router_key(0)].dtype
     except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError) as error:
         raise UserError(f"--from_pt {path}: no moe.pt of the released code ({type(error).__name__})") from error
     if num_experts != len(names):
         raise UserError(f"--experts {','.join(names)}: {path} holds {num_experts} experts; name them in its order")
-    weights = base.load_weights(LlamaForCausalLM, base_model, base_config, dtype).state_dict()
+    weights = base.load_weights(LlamaForCausalLM, base_model, base_config, base.own_dtype(base_config)).state_dict()
     check_base(path, saved, weights, num_experts, base_model)
     experts = [RecoveredExpert(name, base_model) for name in names]
-    eps = torch.finfo(dtype).eps
     for layer in range(base_config.num_hidden_layers):
         for (number, expert), projection in ((e, p) for e in enumerate(experts) for p in PROJECTIONS):
             dense = saved[expert_key(layer, number, projection)]
-            expert.add(layer, projection, dense, weights[f"model.layers.{layer}.mlp.{projection}.weight"], max_rank)
-            if expert.residual > eps:
+            base_weight = weights[f"model.layers.{layer}.mlp.{projection}.weight"]
+            residual = expert.add(layer, projection, dense, base_weight, max_rank)
+            if residual > (eps := torch.finfo(dense.dtype).eps):
                 raise UserError(
                     f"{path}: expert {expert.name} is not {base_model} + rank {max_rank}: what is left of {projection} "
-                    f"in layer {layer} is {expert.residual:.1e} of it (rounding to {dtype}: {eps:.1e}). The released "
+                    f"in layer {layer} is {residual:.1e} of it (rounding to {dense.dtype}: {eps:.1e}). The released "
                     "code fuses onto Llama-2-7b-chat-hf; give the right --base_model, or a larger --max_rank"
                 )
     for expert in experts:
         print(
             f"{expert.name}: rank {expert.rank} recovered, residual {expert.residual:.1e} of the weights "
-            f"(rounding to {dtype}: {eps:.1e})"
+            f"(rounding to the file's dtype: {expert.rounding:.1e})"
         )
     if same_experts(saved, base_config.num_hidden_layers, num_experts):
         print(
@@ -125,7 +130,10 @@ def check_base(path: Path, saved: dict, weights: dict, num_experts: int, base_mo
     for name, shape in expected.items():
         if saved[name].shape != tuple(shape):
             raise UserError(f"{path}: {name} is {tuple(saved[name].shape)}, {base_model} needs {tuple(shape)}")
-        if name in weights and not torch.allclose(saved[name], weights[name], rtol=torch.finfo(saved[name].dtype).eps):
+        if name not in weights:
+            continue
+        dtype = saved[name].dtype
+        if not torch.allclose(saved[name], weights[name].to(dtype), rtol=torch.finfo(dtype).eps):
             raise UserError(
                 f"{path}: {name} is not {base_model}'s, but only the FFNs may differ from the base; "
                 "give the --base_model it was fused onto"

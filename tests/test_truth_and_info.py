@@ -16,7 +16,6 @@ from conftest import ROOT, make_tokenizer, run_script, write_answers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-import config
 from config import UserError
 from evaluator import evaluate_truth_and_info, report
 from evaluator.judges.local import load_causal, yes_no_ids, yes_probabilities
@@ -156,7 +155,7 @@ def test_a_tokenizer_without_such_a_token_is_an_error(tokenizer):
 # ---- engines on a server ---------------------------------------------------------------------------------------------
 
 
-def test_openai_engines_are_named_by_flag_or_by_config(tmp_path, monkeypatch, capsys):
+def test_openai_engines_are_named_by_flag_or_in_the_script(tmp_path, monkeypatch, capsys):
     write_answers(tmp_path, "truthfulness", ANSWERS)
     asked = []
     monkeypatch.setattr(client, "make_client", lambda url, concurrency: (url, concurrency))
@@ -167,8 +166,8 @@ def test_openai_engines_are_named_by_flag_or_by_config(tmp_path, monkeypatch, ca
     )
     with pytest.raises(SystemExit):
         run(1, "openai", tmp_path)
-    assert "--judge_model, or informative_engine_name in config.py" in capsys.readouterr().err
-    monkeypatch.setattr(config, "informative_engine_name", "ft:info")
+    assert "--judge_model, or informative_engine_name in this script" in capsys.readouterr().err
+    monkeypatch.setattr(evaluate_truth_and_info, "informative_engine_name", "ft:info")
     run(1, "openai", tmp_path)
     run(0, "openai", tmp_path, "--judge_model", "ft:truth")
     assert asked == ["ft:info", "ft:truth"]

@@ -1,0 +1,144 @@
+"""The fused model written as a MixtralForCausalLM checkpoint: every expert a dense FFN, everything low-rank merged."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import GenerationConfig, MixtralConfig
+
+from config import UserError
+from data.prompts import WITHOUT_INPUT
+from models.expert_ffn import PROJECTIONS
+from models.llama_moe import ATTENTION_PROJECTIONS, LlamaMoeConfig, LlamaMoeForCausalLM
+from workspace import run_dir
+
+MIXTRAL_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+SHARED_SETTINGS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_dropout",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "num_experts_per_tok",
+)
+
+
+def write_mixtral(model: LlamaMoeForCausalLM, tokenizer, folder: Path, run: str, base_model: str, dtype: str) -> None:
+    """Write configuration, tokenizer, model card and weights in `dtype` into `folder`, one shard per layer.
+
+    run and base_model are named in the card. UserError where Mixtral has no place for something.
+    """
+    settings = mixtral_config(model.config, dtype)
+    save_config(settings, folder)
+    GenerationConfig(
+        bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(model_card(model.config, run, base_model, dtype), encoding="utf-8")
+    write_shards(model, getattr(torch, dtype), folder)
+
+
+def mixtral_config(moe_config: LlamaMoeConfig, dtype: str) -> MixtralConfig:
+    """The same model's configuration as a Mixtral; UserError where Mixtral has no place for something."""
+    settings = moe_config.to_dict()
+    for name in ("attention_bias", "mlp_bias"):
+        if settings[name]:
+            raise UserError(f"the base has {name}: Mixtral's form has no biases; use --to peft")
+    return MixtralConfig(
+        **{name: settings[name] for name in SHARED_SETTINGS},
+        architectures=["MixtralForCausalLM"],
+        num_local_experts=moe_config.num_experts,
+        sliding_window=None,
+        output_router_logits=False,
+        router_aux_loss_coef=0.0,
+        dtype=dtype,
+    )
+
+
+def save_config(settings: MixtralConfig, folder: Path) -> None:
+    """config.json, with the rope parameters also under the names that readers older than transformers 5 look for."""
+    settings.save_pretrained(folder)
+    rope = dict(settings.rope_parameters)
+    old_names = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if rope["rope_type"] != "default" else None}
+    run_dir.write_json(folder / "config.json", {**run_dir.read_json(folder / "config.json"), **old_names})
+
+
+def write_shards(model: LlamaMoeForCausalLM, dtype: torch.dtype, folder: Path) -> None:
+    """Safetensors and their index: a shard for the embeddings and one per layer, so that one at a time is in memory."""
+    num_shards = len(model.blocks) + 1
+    weight_map, total_size = {}, 0
+    for number in range(num_shards):
+        named = layer_weights(model, number - 1) if number else outer_weights(model)
+        shard = {name: weight.detach().to(dtype).contiguous() for name, weight in named}
+        file = f"model-{number + 1:05}-of-{num_shards:05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(shard, file))
+        total_size += sum(weight.nbytes for weight in shard.values())
+    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+    run_dir.write_json(folder / "model.safetensors.index.json", index)
+
+
+def outer_weights(model: LlamaMoeForCausalLM) -> Iterator[tuple[str, Tensor]]:
+    """Embeddings, last norm, and the head unless it is the embeddings."""
+    yield "model.embed_tokens.weight", model.model.embed_tokens.weight
+    yield "model.norm.weight", model.model.norm.weight
+    if not model.config.tie_word_embeddings:
+        yield "lm_head.weight", model.lm_head.weight
+
+
+def layer_weights(model: LlamaMoeForCausalLM, number: int) -> Iterator[tuple[str, Tensor]]:
+    """One layer's weights under Mixtral's names on disk, everything low-rank merged."""
+    prefix, layer = f"model.layers.{number}", model.model.layers[number]
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        yield f"{prefix}.{name}.weight", layer.get_submodule(name).weight
+    for name in ATTENTION_PROJECTIONS:
+        yield f"{prefix}.self_attn.{name}.weight", merged_attention(layer.self_attn.get_submodule(name))
+    yield f"{prefix}.block_sparse_moe.gate.weight", layer.mlp.router.weight
+    for expert in range(model.config.num_experts):
+        for name in PROJECTIONS:
+            weight = layer.mlp.experts.merged(expert, name, layer.mlp.get_submodule(name).weight)
+            yield f"{prefix}.block_sparse_moe.experts.{expert}.{MIXTRAL_NAMES[name]}.weight", weight
+
+
+def merged_attention(module: nn.Module) -> Tensor:
+    """The weight of a projection, with its LoRA where the fusion tuned the attention."""
+    if isinstance(module, nn.Linear):
+        return module.weight
+    return module.base_layer.weight + module.get_delta_weight("default")
+
+
+def model_card(moe_config: LlamaMoeConfig, run: str, base_model: str, dtype: str) -> str:
+    """README.md of an exported checkpoint."""
+    experts = "\n".join(f"- expert {i}: {e['name']} (rank {e['rank']})" for i, e in enumerate(moe_config.experts))
+    return f"""---
+{f"base_model: {base_model}" if not Path(base_model).exists() else "tags: [mixture-of-experts]"}
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {Path(run).name}
+
+An H3Fusion mixture of aligned experts (https://arxiv.org/abs/2411.17792) as a plain Mixtral checkpoint, {dtype}:
+top-{moe_config.num_experts_per_tok} of {moe_config.num_experts} experts per token.
+
+{experts}
+
+The licence of the base model applies to it. The prompt it was aligned on, answers ending at EOS:
+
+```
+{WITHOUT_INPUT}
+```
+"""
