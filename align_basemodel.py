@@ -121,8 +121,8 @@ from models.expert_ffn import PROJECTIONS
 from models.llama import AnswerLossLlama
 from models.llama_moe import LlamaMoeConfig, load_fused
 from models.loading import base_of_run
-from models.trainer import AlignmentTrainer, MixtureTrainer
-from models.training_arguments import TRAINING_FIELDS, TrainArguments
+from models.trainer import AlignmentTrainer, MixtureTrainer, on_first_process
+from models.training_arguments import TrainArguments
 from workspace import run_dir
 from workspace.run_dir import settle
 
@@ -137,30 +137,28 @@ def main(argv: list[str] | None = None) -> None:
     name = run_name(args, training)
     folder = Path(args.results_dir) / "outputs" / name
     arguments = result_arguments(args, training)
-    state = run_dir.begin(
-        folder, SCRIPT, arguments, "give this run a name of its own with --run_name, or move that one"
-    )
+    remedy = "give this run a name of its own with --run_name, or move that one"
+    state = on_first_process(training, lambda: run_dir.begin(folder, SCRIPT, arguments, remedy))
     if state == "complete":
         print(f"{folder} is complete: nothing to do")
         return
     training.output_dir = str(folder)
+    print(training.describe_batch())
     started = time.perf_counter()
     tokenizer = base.load_tokenizer(args.base_model)
     samples = training_samples(args, training.seed, tokenizer)
     trainer = (mixture_trainer if args.moe_flag else expert_trainer)(args, training, samples)
-    trained = trainer.train_into(folder, resume=state == "resume")
+    trained = trainer.train_into(folder, state == "resume", started)
     if trained is None:
         return
     train = {
         "samples": len(samples),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "dtype": arguments["dtype"],
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_bytes": peak_memory_bytes(),
         **trained,
     }
     files = [path for task in args.tasks for path in source_files(task, "train", args.data_source)]
-    meta = {"data_sha256": {path.name: run_dir.sha256(path) for path in files}}
+    meta = {"data_sha256": {path.name: run_dir.sha256(path) for path in files}, "training": training.recorded()}
     run_dir.finish(folder, SCRIPT, arguments, train, meta)
     print(f"Aligned on {args.task_name} in {train['seconds']:.0f} s: {folder}")
 
@@ -175,8 +173,6 @@ def settle_training(args: AlignArguments, training: TrainArguments) -> None:
                 "gradient from the gating loss"
             )
         training.activation_checkpointing_kwargs = training.gradient_checkpointing_kwargs = settings
-    if training.hub_token:
-        raise UserError("--hub_token: checkpoints would hold it; set HF_TOKEN in the environment instead")
 
 
 def settle_sources(args: AlignArguments) -> None:
@@ -208,12 +204,11 @@ def settle_sources(args: AlignArguments) -> None:
         1 <= args.expert_topk <= moe_config.num_experts,
         f"1 to {moe_config.num_experts}",
     )
-    without = [task for task in args.tasks if task not in moe_config.expert_of_task]
-    if without:
-        there = ", ".join(moe_config.expert_of_task) or "no task"
-        raise UserError(
-            f"--moe_dir {moe_dir}: its experts are for {there}; the gating loss needs one for {', '.join(without)}"
-        )
+    for task in TASKS:
+        for name, weight in (("gate_loss_weight", args.gate_loss_weight), (f"{task}_weight", args.drift_weights[task])):
+            if weight and task not in moe_config.expert_of_task and (task in args.tasks or name != "gate_loss_weight"):
+                tasks = ", ".join(moe_config.expert_of_task) or "no task"
+                raise UserError(f"--{name} {weight}: needs an expert for {task}; {moe_dir} has experts for {tasks}")
 
 
 def run_name(args: AlignArguments, training: TrainArguments) -> str:
@@ -232,8 +227,7 @@ def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     arguments = {name: getattr(args, name) for name in shared} | effective_flags(args)
     if args.moe_flag:
         arguments["fused_sha256"] = run_dir.sha256(Path(args.moe_dir) / "model.safetensors")
-    training_arguments = training.to_dict()
-    return arguments | {name: training_arguments[name] for name in TRAINING_FIELDS}
+    return arguments | training.compared()
 
 
 def training_samples(args: AlignArguments, seed: int, tokenizer) -> list[dict]:
@@ -285,15 +279,6 @@ def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: lis
         drift_weights=args.drift_weights,
         router_learning_rate=args.router_learning_rate,
     )
-
-
-def peak_memory_bytes() -> int:
-    """The largest memory held: the GPU's if there is one, else the process's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

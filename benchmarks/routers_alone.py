@@ -22,7 +22,8 @@ import cli
 import config
 from cli import flag
 from config import TASKS
-from data.encoding import IGNORED, Collator, Encoder, LengthGroupedSampler
+from data.encoding import IGNORED, Collator, Encoder
+from data.sampling import StepSampler
 from data.sources import answer_records, draw, prompt_of, read_rows, trainable_rows
 from models.loading import device, load_run
 from models.losses import gate_loss, routing_hits
@@ -70,7 +71,7 @@ def train_routers(train, rate: float, std: float, seed: int) -> torch.Tensor:
     optimizer = torch.optim.AdamW([weight], lr=rate, weight_decay=0.0)
     steps = 2 * -(-len(train) // 8)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
-    sampler = LengthGroupedSampler([x.shape[1] for x, _ in train], 8, seed)
+    sampler = StepSampler([x.shape[1] for x, _ in train], 8, seed)
     counts = torch.bincount(torch.tensor([task for _, task in train]), minlength=len(TASKS))
     task_weights = counts.sum() / (len(TASKS) * counts)
     for epoch in range(2):

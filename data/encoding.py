@@ -1,11 +1,9 @@
 """From records to token ids and from token ids to padded tensors: labels on the answer and its end mark only."""
 
-import random
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch.utils.data import Sampler
 
 from config import TASKS, UserError
 from data.batching import pad
@@ -112,38 +110,6 @@ def describe(counts: dict[str, int]) -> str:
         f"{counts['samples']} samples ({counts['cut_prompts']} prompts and {counts['cut_answers']} answers cut to "
         f"the maximal length, {counts['dropped_without_answer']} dropped without an answer)"
     )
-
-
-class LengthGroupedSampler(Sampler):
-    """Indices whose consecutive batches hold samples of like length, the batches in random order.
-
-    transformers' sampler of that name leaves each 50 batches sorted from long to short: on mixed tasks every such
-    stretch, and the training's end, would be of one task only. The order depends on seed and epoch alone, so that a
-    resumed run sees the batches it would have seen.
-    """
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self):
-        rng = random.Random(f"{self.seed} {self.epoch}")
-        order = rng.sample(range(len(self.lengths)), len(self.lengths))
-        stretch = 50 * self.batch_size
-        order = [
-            index
-            for start in range(0, len(order), stretch)
-            for index in sorted(order[start : start + stretch], key=self.lengths.__getitem__)
-        ]
-        whole = len(order) // self.batch_size * self.batch_size
-        batches = [order[start : start + self.batch_size] for start in range(0, whole, self.batch_size)]
-        rng.shuffle(batches)
-        yield from (index for batch in [*batches, order[whole:]] for index in batch)
 
 
 @dataclass

@@ -57,7 +57,7 @@ class Comparison:
 def read_rows(task: str, split: str, source: str) -> list[dict]:
     """Rows of one task and split ("train" or "test"), in source order, with the public column names.
 
-    Raises UserError for an unknown task, a source that is not there, or a bad row (with file and line).
+    Raises UserError for an unknown task, a source that does not exist, or a bad row (with file and line).
     """
     if task not in (*TASKS, XSTEST):
         raise UserError(f"unknown task {task!r}: the tasks are {', '.join(TASKS)}")
@@ -239,8 +239,8 @@ def prompt_records(task: str, rows: list[dict], source: str) -> list[Record]:
     """The prompts of the rows in source order, each with its reference answer where there is one; safety's, which
     stand with several responses each, once.
 
-    The safety prompts of the hub are the first 500, as the paper scores them. In the reference's place XSTest's prompts
-    have what is known of them: "safe" or "unsafe".
+    The safety prompts of the hub are the first 500, as the paper scores them. XSTest's prompts have their label,
+    "safe" or "unsafe", as the reference.
     """
     if task == XSTEST:
         return [Record(row["id"], task, row["prompt"], "", row["label"]) for row in rows]
@@ -250,10 +250,10 @@ def prompt_records(task: str, rows: list[dict], source: str) -> list[Record]:
         return [Record(row["id"], task, row["question"], "", row["best_answer"]) for row in rows]
     records = {}
     for row in rows:
-        known = records.get(row["prompt"])
+        earlier = records.get(row["prompt"])
         reference = row["response"] if row["is_safe"] else ""
-        if known is None or (reference and not known.output):
-            records[row["prompt"]] = Record(known.id if known else row["id"], task, row["prompt"], "", reference)
+        if earlier is None or (reference and not earlier.output):
+            records[row["prompt"]] = Record(earlier.id if earlier else row["id"], task, row["prompt"], "", reference)
     return list(records.values())[: NUM_SAFETY_PROMPTS if source == "hub" else None]
 
 

@@ -63,8 +63,8 @@ from evaluator.statistics import area_under_curve, calibration_error, metric, sh
 from models import base, training_arguments
 from models.llama import AnswerLossLlama
 from models.loading import device
-from models.trainer import AlignmentTrainer
-from models.training_arguments import TRAINING_FIELDS, TrainArguments
+from models.trainer import AlignmentTrainer, on_first_process
+from models.training_arguments import TrainArguments
 from workspace import run_dir
 
 SCRIPT = "train_judge.py"
@@ -75,6 +75,7 @@ OURS = (
     "kind",
     "base_model",
     "data_source",
+    "dtype",
     "num_samples",
     "num_held_out",
     "max_length",
@@ -104,15 +105,13 @@ def main(argv: list[str] | None = None) -> None:
     args.data_source = absolute_source(args.data_source) or "hub"
     folder = Path(args.output or Path(args.results_dir) / "judges" / args.kind)
     training.output_dir = str(folder)
-    settings = training.to_dict()
-    arguments = {name: getattr(args, name) for name in OURS} | {name: settings[name] for name in TRAINING_FIELDS}
-    arguments["dtype"] = args.dtype
-    state = run_dir.begin(
-        folder, SCRIPT, arguments, "give this judge a folder of its own with --output, or move that one"
-    )
+    arguments = {name: getattr(args, name) for name in OURS} | training.compared()
+    remedy = "give this judge a folder of its own with --output, or move that one"
+    state = on_first_process(training, lambda: run_dir.begin(folder, SCRIPT, arguments, remedy))
     if state == "complete":
         print(f"{folder} is complete: nothing to do")
         return
+    print(training.describe_batch())
     started = time.perf_counter()
     rows, held_out, origin = judge_rows(args.kind, args.data_source)
     rows, held_out = draw(rows, args.num_samples, training.seed), spread(held_out, args.num_held_out)
@@ -122,25 +121,25 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{args.kind}: {len(rows)} training and {len(held_out)} held-out rows, no question in both, from {origin}")
     tokenizer = base.load_tokenizer(args.base_model)
     trainer = judge_trainer(args, training, samples(args, rows, tokenizer))
-    trained = trainer.train_into(folder, resume=state == "resume")
+    trained = trainer.train_into(folder, state == "resume", started)
     if trained is None:
         return
-    trained_s = time.perf_counter() - started
+    trained_at = time.perf_counter()
     # without the Trainer's autocast: measured as an evaluator will load it
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).to(device()).eval()
-    found = measure(args, model, tokenizer, rows, held_out, training.per_device_train_batch_size)
-    write_judge(folder, args, held_out, *found)
+    metrics, p_yes = measure(args, model, tokenizer, rows, held_out, training.per_device_train_batch_size)
+    write_judge(folder, args, held_out, metrics, p_yes)
     train = {
         "samples": len(rows),
         "held_out": len(held_out),
-        "train_seconds": round(trained_s, 1),
-        "seconds": round(time.perf_counter() - started, 1),
-        **found[0],
+        **metrics,
         **trained,
+        "train_seconds": trained["seconds"],
+        "seconds": round(trained["seconds"] + time.perf_counter() - trained_at, 1),
     }
     files = {path.name: run_dir.sha256(path) for path in judge_files(args.kind, args.data_source)}
-    run_dir.finish(folder, SCRIPT, arguments, train, {"data_sha256": files})
-    for name, value in found[0].items():
+    run_dir.finish(folder, SCRIPT, arguments, train, {"data_sha256": files, "training": training.recorded()})
+    for name, value in metrics.items():
         print(f"  {name} {show(value)}")
     print(f"Trained the {args.kind} judge in {train['seconds']:.0f} s: {folder}")
 
@@ -174,8 +173,8 @@ def judge_trainer(args: JudgeArguments, training: JudgeTrainArguments, encoded: 
 def measure(args: JudgeArguments, model, tokenizer, rows: list[Labelled], held_out: list[Labelled], batch_size: int):
     """({metric: ...} on the held-out rows, p(" yes") per held-out row)."""
     texts = [row.text(args.kind) for row in held_out]
-    found = dict(yes_probabilities(model, tokenizer, texts, batch_size, args.max_length, "held-out rows"))
-    p = [found[text] for text in texts]
+    p_of_text = dict(yes_probabilities(model, tokenizer, texts, batch_size, args.max_length, "held-out rows"))
+    p = [p_of_text[text] for text in texts]
     labels = [row.label for row in held_out]
     verdicts = [int(value >= THRESHOLD) for value in p]
     hits = [verdict == label for verdict, label in zip(verdicts, labels, strict=True)]

@@ -50,10 +50,10 @@ class Expert:
     def __init__(self, folder: Path):
         self.folder, self.name = folder, folder.name
         if not (folder / "adapter_config.json").exists():
-            raise UserError(f"{folder}: no adapter_config.json there; align the expert first, or name a PEFT adapter")
+            raise UserError(f"{folder}: holds no adapter_config.json; align the expert first, or name a PEFT adapter")
         weights = folder / "adapter_model.safetensors"
         if not weights.exists():
-            raise UserError(f"{folder}: no adapter_model.safetensors there (weights are read as safetensors only)")
+            raise UserError(f"{folder}: holds no adapter_model.safetensors (weights are read as safetensors only)")
         self.config = PeftConfig.from_pretrained(str(folder))
         self._refuse_other_forms()
         run = read_run(folder)

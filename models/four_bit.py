@@ -48,13 +48,13 @@ def dequantised_again(linears: Sequence[nn.Linear], weights: Sequence[Tensor]) -
     pairs = [(linear, weight) for linear, weight in zip(linears, weights, strict=True) if is_quantized(linear)]
     if not pairs:
         return nullcontext()
-    linear_at = {weight.data_ptr(): linear for linear, weight in pairs}
+    linear_of_address = {weight.data_ptr(): linear for linear, weight in pairs}
 
     def unpack(saved: Tensor | tuple[nn.Linear, torch.dtype]) -> Tensor:
         return saved if isinstance(saved, Tensor) else dense_weight(saved[0]).to(saved[1])
 
     def pack(tensor: Tensor) -> Tensor | tuple[nn.Linear, torch.dtype]:
-        linear = linear_at.get(tensor.data_ptr())
+        linear = linear_of_address.get(tensor.data_ptr())
         return tensor if linear is None else (linear, tensor.dtype)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

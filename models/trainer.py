@@ -1,42 +1,88 @@
 """transformers.Trainer with the fusion's three losses, their logging, and the router's own learning rate."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import Trainer
 
-from config import TASKS
-from data.encoding import LengthGroupedSampler
+from config import TASKS, UserError
+from data.sampling import PaddedSamples, StepSampler
+from models.cost import TrainingCost
 from models.llama_moe import LlamaMoeForCausalLM
 from models.losses import gate_loss, mean_routing_probs, routing_hits
+from models.training_arguments import TrainArguments
 from workspace import run_dir
 
 
-class AlignmentTrainer(Trainer):
-    """Trainer whose length-grouped batches come in random order, and which goes on from where it was stopped."""
+def on_first_process(training: TrainArguments, action: Callable[[], str]) -> str:
+    """What `action` returns, called in the first process alone. Its UserError ends the others too, silently."""
+    outcome, error = [None], None
+    if training.process_index == 0:
+        try:
+            outcome = [action()]
+        except UserError as raised:
+            error = raised
+    if training.world_size > 1:
+        broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    if outcome[0] is None:
+        sys.exit(2)
+    return outcome[0]
 
-    def train_into(self, folder: Path, resume: bool) -> dict | None:
+
+class AlignmentTrainer(Trainer):
+    """Trainer that goes on from where it was stopped, and whose steps do not depend on the number of processes."""
+
+    def __init__(self, model, args: TrainArguments, train_dataset: list[dict], **kwargs):
+        super().__init__(model, args, train_dataset=PaddedSamples(train_dataset), **kwargs)
+
+    def train_into(self, folder: Path, resume: bool, started: float) -> dict | None:
         """Train, with `resume` from the folder's last checkpoint if it has one, and save the model there.
 
-        Returns the numbers of the training and its log; None in every process but the first.
+        started: time.perf_counter() at the command's beginning. Returns steps, seconds and peak memory (of all parts of
+        a resumed run) and the log; None in every process but the first. UserError if the memory does not suffice.
         """
+        cost = TrainingCost(started)
+        self.add_callback(cost)
         checkpoint = run_dir.last_checkpoint(folder) if resume else None
         if checkpoint:
             print(f"Going on from {checkpoint}")
-        result = self.train(resume_from_checkpoint=checkpoint)
+            cost.resume(checkpoint)
+        try:
+            self.train(resume_from_checkpoint=checkpoint)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            size, batches = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
+            raise UserError(
+                f"out of memory at {size} samples per device: take a smaller --batch_size (with "
+                f"--gradient_accumulation_steps {2 * batches}, half of it makes the same steps), or "
+                "--gradient_checkpointing 1"
+            ) from error
         if not self.is_world_process_zero():
             return None
         self.model.save_pretrained(folder)
-        numbers = {key: value for key, value in result.metrics.items() if isinstance(value, int | float)}
-        return {**numbers, "log": self.state.log_history}
+        return {"steps": self.state.global_step, **cost.total(), "log": self.state.log_history}
 
-    def _get_train_sampler(self, train_dataset=None):
-        samples = train_dataset if train_dataset is not None else self.train_dataset
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        lengths = [len(sample["input_ids"]) for sample in samples]
-        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
+    def _get_train_sampler(self, train_dataset=None) -> StepSampler:
+        args = self.args
+        return StepSampler(
+            [len(sample["input_ids"]) for sample in self.train_dataset],
+            args.effective_batch_size,
+            args.seed,
+            args.train_sampling_strategy,
+            padded_to=args.world_size * args.train_batch_size if args.world_size > 1 else 1,
+        )
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch could not allocate memory, on a GPU or (it has no class of its own for that) on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class MixtureTrainer(AlignmentTrainer):
@@ -44,7 +90,8 @@ class MixtureTrainer(AlignmentTrainer):
 
     gate_loss_weight: lambda. gate_balance: "task" lets tasks weigh alike in the gating loss whatever their numbers of
     samples, "sample" the samples. drift_weights: gamma by task. Each log line gets the terms, apart and unweighted,
-    as means over the steps since the last one, and the routing accuracy over their samples.
+    as means over the steps since the last one, and the routing accuracy over their samples; where every gamma is 0,
+    the drift as it is when the line is written. Samples of a task without an expert have no gating loss.
     Batches need task_ids and routing_mask (data.encoding.Collator with routing=True).
     """
 
@@ -65,18 +112,19 @@ class MixtureTrainer(AlignmentTrainer):
         self.gate_loss_weight = gate_loss_weight
         self.router_learning_rate = router_learning_rate
         expert_of_task = model.config.expert_of_task
-        self.expert_of_task_id = torch.tensor([expert_of_task.get(task, -1) for task in TASKS])
+        # the last entry is that of the padding samples, whose task is -1
+        self.expert_of_task_id = torch.tensor([*(expert_of_task.get(task, -1) for task in TASKS), -1])
         counts = torch.bincount(torch.tensor([sample["task"] for sample in self.train_dataset]), minlength=len(TASKS))
         self.weight_of_task_id = torch.ones(len(TASKS))
         if gate_balance == "task":
             self.weight_of_task_id = counts.sum() / ((counts > 0).sum() * counts.clamp(min=1))
         self.drift_weights = torch.zeros(model.config.num_experts)
         for task, weight in drift_weights.items():
-            if task in expert_of_task:
+            if weight:
                 self.drift_weights[expert_of_task[task]] = weight
         self.start = [{name: t.to(self.args.device) for name, t in layer.items()} for layer in model.start_of_fusion()]
-        self.samples_in_step = 1.0
-        self.batches_in_step = 1
+        self.routed_in_step = 1.0
+        self.is_first_batch = True
         self.meters: dict[str, Tensor] = {}
         self.metered_steps = 0
 
@@ -96,47 +144,57 @@ class MixtureTrainer(AlignmentTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of one optimiser step; counts their samples, which the gating loss is averaged over."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        samples = torch.tensor(float(sum(len(batch["task_ids"]) for batch in batches)), device=device)
-        self.samples_in_step = self.accelerator.gather(samples).float().mean().item()  # per process: DDP averages
-        self.batches_in_step = len(batches)
+        routed = sum((self._experts(batch["task_ids"]) >= 0).sum() for batch in batches)
+        routed = torch.as_tensor(routed, device=device, dtype=torch.float32)
+        self.routed_in_step = max(self.accelerator.gather(routed).mean().item(), 1e-9)  # per process: DDP averages
+        self.is_first_batch = True
         self.metered_steps += 1
         return batches, num_items_in_batch
+
+    def _experts(self, task_ids: Tensor) -> Tensor:
+        """The expert of each sample's task, (B,); -1 where it has none."""
+        return self.expert_of_task_id.to(task_ids.device)[task_ids]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This batch's share of the step's loss: the shares of a step's batches add up to the loss of the whole."""
         inputs = dict(inputs)
-        task_ids = inputs.pop("task_ids")
-        experts = self.expert_of_task_id.to(task_ids.device)[task_ids]  # (B,)
-        weights = self.weight_of_task_id.to(task_ids.device)[task_ids]  # (B,)
-        routing_mask = inputs.pop("routing_mask")
+        task_ids, routing_mask = inputs.pop("task_ids"), inputs.pop("routing_mask")
+        experts = self._experts(task_ids)  # (B,)
+        routed = experts >= 0
+        weights = self.weight_of_task_id.to(task_ids.device)[task_ids] * routed  # (B,)
         outputs = model(**inputs, num_items_in_batch=num_items_in_batch, output_router_logits=True)
-        sft = outputs.loss
-        if self.args.average_tokens_across_devices:  # num_items_in_batch counts all processes' tokens; DDP averages
-            sft = sft * self.accelerator.num_processes
+        # num_items_in_batch counts the tokens of all processes, and DDP averages their gradients
+        sft = outputs.loss * self.accelerator.num_processes
         probs = mean_routing_probs(outputs.router_logits, routing_mask)  # (B, E)
-        share = len(experts) / self.samples_in_step
-        gate = gate_loss(probs, experts, weights) * share
-        with torch.set_grad_enabled(bool(self.drift_weights.any())):
+        gate = gate_loss(probs, experts.clamp(min=0), weights) * len(experts) / self.routed_in_step
+        loss = sft + self.gate_loss_weight * gate
+        terms = {"sft_loss": sft, "gate_loss": gate}
+        terms |= {"hits": (routing_hits(probs, experts) & routed).sum(), "routed": routed.sum()}
+        if self.is_first_batch and self.drift_weights.any():
             # through the wrapped model's parameters: DDP and the optimiser see the same tensors
-            drift = self.accelerator.unwrap_model(model).drift(self.start) / self.batches_in_step  # (E,)
-        self._measure(sft, gate, drift, routing_hits(probs, experts))
-        loss = sft + self.gate_loss_weight * gate + (self.drift_weights.to(drift.device) * drift).sum()
+            drift = self.accelerator.unwrap_model(model).drift(self.start)  # (E,)
+            loss = loss + (self.drift_weights.to(drift.device) * drift).sum()
+            terms |= self._by_expert(drift)
+        self.is_first_batch = False
+        for name, value in terms.items():
+            self.meters[name] = self.meters.get(name, 0) + value.detach().float()
         return (loss, outputs) if return_outputs else loss
 
-    def _measure(self, sft: Tensor, gate: Tensor, drift: Tensor, hits: Tensor) -> None:
-        names = [expert["name"] for expert in self.model.config.experts]
-        values = {"sft_loss": sft, "gate_loss": gate, "hits": hits.sum(), "samples": torch.tensor(float(len(hits)))}
-        values |= {f"drift_{name}": value for name, value in zip(names, drift, strict=True)}
-        for name, value in values.items():
-            value = value.detach().float().to(sft.device)
-            self.meters[name] = self.meters[name] + value if name in self.meters else value
+    def _by_expert(self, drift: Tensor) -> dict[str, Tensor]:
+        experts = self.model.config.experts
+        return {f"drift_{expert['name']}": value for expert, value in zip(experts, drift, strict=True)}
 
     def log(self, logs, start_time=None):
         """Add the terms' means since the last log line."""
         if "loss" in logs and self.meters:
             sums = {name: self.accelerator.gather(value).mean().item() for name, value in self.meters.items()}
-            hits, samples = sums.pop("hits"), sums.pop("samples")
+            hits, routed = sums.pop("hits"), sums.pop("routed")
             logs |= {name: value / self.metered_steps for name, value in sums.items()}
-            logs["routing_accuracy"] = hits / samples
+            if routed:
+                logs["routing_accuracy"] = hits / routed
+            if not self.drift_weights.any():
+                with torch.no_grad():
+                    drift = self.accelerator.unwrap_model(self.model).drift(self.start)
+                logs |= {name: value.item() for name, value in self._by_expert(drift).items()}
             self.meters, self.metered_steps = {}, 0
         super().log(logs, start_time)

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
@@ -10,6 +10,7 @@ from transformers import HfArgumentParser, TrainingArguments
 import cli
 from cli import HELP_ALL, check, flag
 from config import UserError
+from data.sampling import STRATEGIES
 from models.base import dtype_name, pick_dtype
 
 
@@ -42,28 +43,96 @@ class TrainArguments(TrainingArguments):
             check(
                 name, getattr(self, name), math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "0 or more"
             )
-        samplers = ("random", "sequential", "group_by_length", "batch_rebalance")
-        check(
-            "train_sampling_strategy",
-            self.train_sampling_strategy,
-            self.train_sampling_strategy in samplers,
-            f"one of {', '.join(samplers)}",
-        )
-        check(
-            "eval_strategy",
-            self.eval_strategy,
-            self.eval_strategy == "no",
-            "no: held-out rows are scored by evaluator/evaluate_likelihood.py",
-        )
+        strategy = self.train_sampling_strategy
+        check("train_sampling_strategy", strategy, strategy in STRATEGIES, f"one of {', '.join(STRATEGIES)}")
         super().__post_init__()
 
+    @property
+    def n_gpu(self) -> int:
+        """At most one: of several GPUs a single process uses the first (torch's DataParallel, which transformers would
+        take, weighs the samples' losses wrongly)."""
+        return min(super().n_gpu, 1)
 
-# TrainingArguments that change what is learnt: a run with others never takes a finished or begun run's folder.
-TRAINING_FIELDS = (
-    "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type",
-    "gradient_accumulation_steps", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2",
-    "adam_epsilon", "max_grad_norm", "seed", "data_seed", "train_sampling_strategy",
-)  # fmt: skip
+    @property
+    def effective_batch_size(self) -> int:
+        """Samples per optimiser step: processes x samples per device x batches."""
+        return self.world_size * self.train_batch_size * self.gradient_accumulation_steps
+
+    def describe_batch(self) -> str:
+        """The effective batch in words, and the GPUs that stand idle."""
+        idle = super().n_gpu - self.n_gpu
+        factors = f"{self.world_size} x {self.train_batch_size} x {self.gradient_accumulation_steps}"
+        text = f"{self.effective_batch_size} samples per step ({factors}: processes, samples, batches)"
+        return text + (f"; {idle} GPUs stand idle: torchrun --nproc_per_node {idle + 1} uses all" if idle > 0 else "")
+
+    def compared(self) -> dict:
+        """The arguments that change what is learnt: a run with others never takes a finished or begun run's folder."""
+        settings = self.to_dict()
+        return {name: settings[name] for name in COMPARED} | {"effective_batch_size": self.effective_batch_size}
+
+    def recorded(self) -> dict:
+        """The arguments that change how fast, and in which pieces, the same is learnt: a run may be resumed with
+        others."""
+        settings = self.to_dict()
+        return {"processes": self.world_size} | {name: settings[name] for name in RECORDED}
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# Every field of transformers.TrainingArguments is in one of these four (tests/test_training_arguments.py).
+COMPARED = words("""
+    num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args
+    weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed train_sampling_strategy tf32
+""")
+RECORDED = words("""
+    per_device_train_batch_size gradient_accumulation_steps bf16 fp16 use_cpu full_determinism
+    activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
+    torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+    ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed
+""")
+FREE = words("""
+    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
+    log_level_replica include_num_input_tokens_seen disable_tqdm report_to run_name project trackio_space_id
+    trackio_bucket_id trackio_static_space_id save_strategy save_steps save_total_limit save_on_each_node
+    enable_jit_checkpoint debug skip_memory_metrics local_rank
+""")
+REFUSED = {  # reason: fields
+    "--results_dir and --run_name (a judge's --output) say where a run is written": words("output_dir"),
+    "a command given again resumes by itself": words("""
+        resume_from_checkpoint ignore_data_skip save_only_model restore_callback_states_from_checkpoint do_train
+    """),
+    "--seed orders the data": words("data_seed dataloader_in_order dataloader_drop_last"),
+    "the loss is the cross-entropy of the answers' tokens, each weighing alike": words("""
+        label_smoothing_factor average_tokens_across_devices label_names
+    """),
+    "held-out rows are scored by evaluator/evaluate_likelihood.py": words("""
+        eval_strategy eval_steps eval_delay per_device_eval_batch_size prediction_loss_only eval_on_start
+        eval_do_concat_batches eval_use_gather_object eval_accumulation_steps include_for_metrics batch_eval_metrics
+        bf16_full_eval fp16_full_eval do_eval do_predict load_best_model_at_end metric_for_best_model greater_is_better
+    """),
+    "nothing is uploaded; for gated models set HF_TOKEN in the environment": words("""
+        push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+    """),
+    "this project does not honour it": words("""
+        optim_target_modules use_liger_kernel liger_kernel_config use_cache neftune_noise_alpha auto_find_batch_size
+        accelerator_config parallelism_config remove_unused_columns length_column_name
+    """),
+}
+
+
+def refuse_ignored(settings: dict, training: type) -> None:
+    """UserError for a field of REFUSED that is not as the dataclass `training` has it by default."""
+    defaults = {
+        field.name: field.default_factory() if field.default is MISSING else field.default for field in fields(training)
+    }
+    for reason, names in REFUSED.items():
+        for name in names:
+            if settings[name] != defaults[name]:
+                raise UserError(f"--{name}: {reason}; leave it out")
 
 
 class TrainParser(HfArgumentParser):
@@ -87,9 +156,11 @@ def parse(argv: list[str] | None, arguments: type, training: type = TrainArgumen
         raise UserError(f"{' '.join(unknown)}: not a flag of this script (--help and {HELP_ALL} list them)")
     settings = vars(namespace)
     if args.batch_size is not None:
-        if any(argument.partition("=")[0] == "--per_device_train_batch_size" for argument in rest):
+        flags = {argument.partition("=")[0].lstrip("-").replace("-", "_") for argument in rest}
+        if "per_device_train_batch_size" in flags:
             raise UserError("--batch_size is short for --per_device_train_batch_size: give one of them")
         settings["per_device_train_batch_size"] = args.batch_size
+    refuse_ignored(settings, training)
     args.dtype = resolve_precision(args.dtype, settings["bf16"], settings["fp16"], settings["use_cpu"])
     compute_dtype = pick_dtype(args.dtype)
     settings |= {"bf16": compute_dtype == torch.bfloat16, "fp16": compute_dtype == torch.float16}

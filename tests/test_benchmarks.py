@@ -35,7 +35,7 @@ def test_quick_ffn_ends_in_json(capsys):
 def test_the_tables_of_the_documents_are_the_committed_figures():
     kept = [json.loads(path.read_text()) for path in (ROOT / "benchmarks" / "results").glob("*.json")]
     rows = [device["ffn"]["results"] for device in kept if "ffn" in device]
-    every = [line for found in rows for top_k in (1, 2, 3) for line in bench_moe.markdown(found, top_k)]
+    every = [line for result in rows for top_k in (1, 2, 3) for line in bench_moe.markdown(result, top_k)]
     for name in ("README.md", "docs/reproduction.md"):
         text = (ROOT / name).read_text(encoding="utf-8")
         quoted = [line for line in text.splitlines() if re.match(r"\| (SmolLM2-135M|Llama-2-7B), \d+ token", line)]
@@ -46,26 +46,27 @@ def test_the_tables_of_the_documents_are_the_committed_figures():
 def test_quick_model_ends_in_json(base_dir):
     result = run_script("benchmarks/bench_moe.py", "--model", 1, "--quick", 1, "--base_model", base_dir)
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])["model"]["results"]
-    assert found["dense base"]["checkpoint_bytes"] < found["ours"]["checkpoint_bytes"]
-    assert found["ours"]["of_which_fused_file_bytes"] > 0
-    peaks = {form: found[form]["inference_peak_bytes"] for form in ("dense base", "exported Mixtral", "ours")}
+    measured = json.loads(result.stdout.splitlines()[-1])["model"]["results"]
+    assert measured["dense base"]["checkpoint_bytes"] < measured["ours"]["checkpoint_bytes"]
+    assert measured["ours"]["of_which_fused_file_bytes"] > 0
+    peaks = {form: measured[form]["inference_peak_bytes"] for form in ("dense base", "exported Mixtral", "ours")}
     assert len(set(peaks.values())) == 3  # each process's own, not their parent's
-    assert all(value > 0 for form in found.values() for value in form.values())
+    assert all(value > 0 for form in measured.values() for value in form.values())
 
 
 @pytest.mark.slow
 def test_a_randomly_initialised_model_ends_in_json():
     result = run_script("benchmarks/bench_moe.py", "--model", 1, "--quick", 1, "--random_init", "tiny")
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])["random tiny"]["results"]
-    assert set(found) == {"dense base", "exported Mixtral", "ours"}
-    assert found["ours"]["training_step_s"] > 0 and found["exported Mixtral"]["prefill_tokens_per_s"] > 0
+    measured = json.loads(result.stdout.splitlines()[-1])["random tiny"]["results"]
+    assert set(measured) == {"dense base", "exported Mixtral", "ours"}
+    assert measured["ours"]["training_step_s"] > 0 and measured["exported Mixtral"]["prefill_tokens_per_s"] > 0
 
 
 def test_llama_2_7b_costs_what_the_documents_say():
-    found = whole_model.counted_bytes("Llama-2-7B")
-    assert found["dense base bytes"] == 2 * 6_738_415_616
-    assert found["fused file bytes"] == 32 * 4 * (3 * 8 * 3 * (4096 + 11008) + 3 * 4096) + 32 * 8 * 9  # scalings: fp64
-    assert found["memory, ours / dense base"] < 1.02
-    assert found["fused file / exported Mixtral"] < 0.006
+    counted = whole_model.counted_bytes("Llama-2-7B")
+    assert counted["dense base bytes"] == 2 * 6_738_415_616
+    scalings = 32 * 8 * 9  # fp64
+    assert counted["fused file bytes"] == 32 * 4 * (3 * 8 * 3 * (4096 + 11008) + 3 * 4096) + scalings
+    assert counted["memory, ours / dense base"] < 1.02
+    assert counted["fused file / exported Mixtral"] < 0.006

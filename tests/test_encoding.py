@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 import align_basemodel
 import inference
 from config import UserError
-from data.encoding import Collator, Encoder, LengthGroupedSampler, describe
+from data.encoding import Collator, Encoder, describe
 from data.sources import Record
 
 HEAD = "Below is an instruction that describes a task"
@@ -229,24 +229,6 @@ def test_a_tokenizer_without_eos_is_refused(tokenizer):
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>")
     with pytest.raises(UserError, match="no EOS"):
         Encoder(without, 300)
-
-
-def test_length_grouped_batches_come_in_an_order_of_seed_and_epoch_alone():
-    lengths = [10 * (i % 7) + i % 3 for i in range(101)]
-
-    def order(seed=42, epoch=0):
-        sampler = LengthGroupedSampler(lengths, 4, seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
-
-    first = order()
-    assert sorted(first) == list(range(101)) and first == order()
-    assert len({tuple(order(seed, epoch)) for seed, epoch in ((42, 0), (42, 1), (7, 0))}) == 3
-    batches = [[lengths[i] for i in first[start : start + 4]] for start in range(0, 100, 4)]
-    assert sum(max(batch) - min(batch) for batch in batches) < 0.2 * 25 * 60  # within a batch: alike
-    means = [sum(batch) for batch in batches]
-    falls = sum(a > b for a, b in zip(means, means[1:], strict=False))
-    assert 5 < falls < 20  # between batches: no order
 
 
 def test_text_that_spells_a_special_token_is_text(tokenizer):

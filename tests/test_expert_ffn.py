@@ -105,9 +105,9 @@ def test_lower_precision_is_as_close_as_dense_experts_in_it(dtype, rounding, top
 
     def errors(y, inputs):
         assert y.dtype == dtype
-        found = [y, *torch.autograd.grad(y, inputs, grad_y.to(dtype))]
-        pairs = zip((t.detach().double() for t in found), (t.detach() for t in exact), strict=False)
-        return [float((low - true).norm() / true.norm()) / rounding for low, true in pairs]
+        low = [y, *torch.autograd.grad(y, inputs, grad_y.to(dtype))]
+        pairs = zip((t.detach().double() for t in low), (t.detach() for t in exact), strict=False)
+        return [float((value - true).norm() / true.norm()) / rounding for value, true in pairs]
 
     ours = errors(experts(low_x, index, low_weights, *base), [low_x, low_weights, *experts.parameters()])
     dense = errors(merged(low_x), [low_x])
@@ -137,13 +137,13 @@ def test_autocast_runs_in_its_dtype_and_reaches_fp32_experts():
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0 for p in experts.parameters())
 
 
-def saved_for_backward(compute, known) -> int:
-    """Number of values that autograd keeps for the backward, `known` tensors aside."""
-    known = {tensor.data_ptr() for tensor in known}
+def saved_for_backward(compute, parameters) -> int:
+    """Number of values that autograd keeps for the backward, `parameters` aside."""
+    addresses = {tensor.data_ptr() for tensor in parameters}
     saved = {}
 
     def keep(tensor):
-        if tensor.data_ptr() not in known:
+        if tensor.data_ptr() not in addresses:
             saved[tensor.data_ptr()] = tensor.numel()
         return tensor
 
@@ -159,11 +159,11 @@ def test_saves_two_widths_per_token_whatever_top_k(top_k):
     experts, linears = LowRankExperts(16, width, 3, 2), []
     for size in ((16, width), (16, width), (width, 16)):
         linears.append(nn.Linear(*size, bias=False).requires_grad_(False))
-    known = [*experts.parameters(), *experts.buffers(), *(layer.weight for layer in linears)]
+    parameters = [*experts.parameters(), *experts.buffers(), *(layer.weight for layer in linears)]
     x = torch.randn(tokens, 16, requires_grad=True)
     choice = route(torch.randn(tokens, 3), top_k)
-    assert saved_for_backward(lambda: experts(x, *choice, *linears), known) / (tokens * width) < 2.2
-    plain = saved_for_backward(lambda: dense_mixture(linears, experts, x, *choice), known)
+    assert saved_for_backward(lambda: experts(x, *choice, *linears), parameters) / (tokens * width) < 2.2
+    plain = saved_for_backward(lambda: dense_mixture(linears, experts, x, *choice), parameters)
     assert plain / (tokens * width) > 10  # what is counted does see what plain autograd keeps
 
 

@@ -395,8 +395,8 @@ def test_a_near_tie_is_not_held_against_an_export():
     ours = behaviour.Behaviour([[0] * 3], logits)
     turned = logits.clone()
     turned[0, 0, :2] = torch.tensor([1.0 - 1e-5, 1.0])
-    told = behaviour.compare(ours, behaviour.Behaviour(ours.texts, turned), "float32")
-    assert "1 of 1 greedy tokens" in told
+    summary = behaviour.compare(ours, behaviour.Behaviour(ours.texts, turned), "float32")
+    assert "1 of 1 greedy tokens" in summary
     turned[0, 1, :2] = torch.tensor([0.5, 1.0])
     with pytest.raises(UserError, match="0 of 1 greedy tokens"):
         behaviour.compare(ours, behaviour.Behaviour(ours.texts, turned), "float32")

@@ -44,15 +44,15 @@ gc.collect()
 assert len(made) == 9 and not any(weight() is not None for weight in made), "dense weights outlive the forward"
 loss.backward()
 assert len(made) == 18
-found = {name: p.grad for name, p in small.named_parameters() if p.requires_grad}
+actual = {name: p.grad for name, p in small.named_parameters() if p.requires_grad}
 
 same = llama_moe.load_fused(folder, base_model, "bfloat16")
 for (_, small_module), (_, dense_module) in zip(small.named_modules(), same.named_modules(), strict=True):
     if isinstance(small_module, torch.nn.Linear) and four_bit.is_quantized(small_module):
         dense_module.weight.data = dense_weight(small_module)
 expected = gradients(same)
-assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
-assert all(found[f"model.layers.{i}.mlp.router.weight"].any() for i in range(3))
+assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in actual)
+assert all(actual[f"model.layers.{i}.mlp.router.weight"].any() for i in range(3))
 
 full = llama_moe.load_fused(folder, base_model, "bfloat16")
 assert not torch.equal(full.blocks[0].gate_proj.weight, dense_weight(small.blocks[0].gate_proj)), "nothing was rounded"
@@ -105,14 +105,14 @@ def run(*command):
 @pytest.mark.slow
 def test_the_whole_method_in_four_bits(tmp_path, base_of_64):
     data = ["--data_source", "sample", "--num_samples", "8", "--num_train_epochs", "1", "--batch_size", "4"]
-    here = ["--results_dir", tmp_path, "--dtype", "nf4"]
-    run("align_basemodel.py", "--moe_flag", 0, "--task_name", "safety", "--base_model", base_of_64, *data, *here)
+    common = ["--results_dir", tmp_path, "--dtype", "nf4"]
+    run("align_basemodel.py", "--moe_flag", 0, "--task_name", "safety", "--base_model", base_of_64, *data, *common)
     for seed, task in enumerate(("helpfulness", "truthfulness")):
         save_adapter(tmp_path / "outputs" / task, base_of_64, seed)
     moe = tmp_path / "moe"
     llama_moe.main(["--results_dir", str(tmp_path), "--output", str(moe)])
     assert run("-c", EXACTNESS, moe, base_of_64).endswith("exact\n")
-    fusion = ["--moe_flag", 1, "--moe_dir", moe, "--gate_loss_weight", 0.1, *data, *here]
+    fusion = ["--moe_flag", 1, "--moe_dir", moe, "--gate_loss_weight", 0.1, *data, *common]
     run("align_basemodel.py", *fusion, "--gradient_checkpointing", 1, "--save_steps", 2, "--max_steps", 4)
     name = "mix_moe_reg_00000_00000_00000_gate_01000"
     folder = tmp_path / "outputs" / name
@@ -123,7 +123,7 @@ def test_the_whole_method_in_four_bits(tmp_path, base_of_64):
     assert json.loads((folder / "run.json").read_text())["run"]["arguments"]["dtype"] == "nf4"
 
     asked = ["--task_name", "safety", "--cross_task", name, "--num_samples", 2, "--max_new_tokens", 4]
-    run("inference.py", *asked, *here)
-    run("evaluator/evaluate_likelihood.py", "--run", f"safety,{name}", "--num_samples", 2, *here)
+    run("inference.py", *asked, *common)
+    run("evaluator/evaluate_likelihood.py", "--run", f"safety,{name}", "--num_samples", 2, *common)
     scores = tmp_path / "evaluation" / "safety" / "test" / name / "likelihood" / "metrics.json"
     assert json.loads(scores.read_text())["metrics"]["nll_per_token"]["n"] == 2

@@ -307,27 +307,29 @@ def test_safety_comparisons_from_pairs_less_the_trained_prompts_else_from_rows(t
     assert plain(sources.safety_comparisons("test", str(tmp_path))) == [("1", ("good", "bad"), (1, 0))]
     pairs = [{"id": p, "prompt": p, "safe": "s", "unsafe": "u"} for p in ("ptrain", "new", "ptest", "qtrain")]
     write_jsonl(tmp_path / "safety_pairs.jsonl", pairs)
-    found = plain(sources.safety_comparisons("test", str(tmp_path)))
-    assert found == [("new", ("s", "u"), (1, 0)), ("ptest", ("s", "u"), (1, 0))]
+    assert plain(sources.safety_comparisons("test", str(tmp_path))) == [
+        ("new", ("s", "u"), (1, 0)),
+        ("ptest", ("s", "u"), (1, 0)),
+    ]
 
 
 def test_truthfulness_comparisons_from_the_published_targets_else_from_columns(tmp_path):
     for split in ("train", "test"):
         write_jsonl(tmp_path / f"truthfulness_{split}.jsonl", [question(split)])
 
-    def found(split):
+    def comparisons(split):
         return [plain(half) for half in sources.truthfulness_comparisons(split, str(tmp_path))]
 
     def built(id):
         return [[(id, ("b", "w", "x"), (1, 0, 0))], [(id, ("b", "c", "w", "x"), (1, 1, 0, 0))]]
 
-    assert found("test") == built("test")
+    assert comparisons("test") == built("test")
     published = {"mc1_targets": targets(["n", "y"], [0, 1]), "mc2_targets": targets(["y", "z", "n"], [1, 1, 0])}
     row = {"idx": 408, "question": "?", **published}
     write_jsonl(tmp_path / "truthfulness_mc.jsonl", [row])
     id = "truthfulqa-408"
-    assert found("test") == [[(id, ("n", "y"), (0, 1))], [(id, ("y", "z", "n"), (1, 1, 0))]]
-    assert found("train") == built("train")  # the published targets are the test half's
+    assert comparisons("test") == [[(id, ("n", "y"), (0, 1))], [(id, ("y", "z", "n"), (1, 1, 0))]]
+    assert comparisons("train") == built("train")  # the published targets are the test half's
 
 
 def test_spread_and_draw():

@@ -12,6 +12,7 @@ import align_basemodel
 from align_basemodel import AlignArguments
 from config import TASKS
 from data.encoding import IGNORED, Collator, Encoder
+from data.sampling import PADDING_SAMPLE
 from data.sources import answer_records, read_rows
 from models import base, training_arguments
 from models.expert_ffn import PROJECTIONS
@@ -251,6 +252,41 @@ def test_a_checkpoint_holds_what_was_learnt_and_loads(fused_dir, samples, tmp_pa
     assert (tmp_path / "checkpoint-2" / "model.safetensors").stat().st_size < 150_000
 
 
+@pytest.mark.parametrize("drift, calls", [(0.0, 2), (0.1, 4)])
+def test_drift_is_computed_once_a_step_and_for_the_log_alone_where_it_has_no_weight(
+    fused_dir, samples, tmp_path, drift, calls
+):
+    """4 steps of 2 batches, 2 log lines."""
+    settings = dict(max_steps=4, logging_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    trainer = make_trainer(fused_dir, samples, tmp_path, drift=drift, **settings)
+    measured = []
+    real = trainer.model.drift
+    trainer.model.drift = lambda start: measured.append(real(start)) or measured[-1]
+    trainer.train()
+    assert len(measured) == calls
+    expected = [x[1].item() for x in measured]
+    if drift:
+        expected = [(expected[0] + expected[1]) / 2, (expected[2] + expected[3]) / 2]
+    logged = [log["drift_safety"] for log in trainer.state.log_history if "sft_loss" in log]
+    assert logged == pytest.approx(expected) and logged[1] > 0
+
+
+def test_samples_of_a_task_without_an_expert_have_no_gating_loss(fused_dir, samples, tmp_path):
+    """Nor have the samples that fill up a batch: the terms are those of the others alone."""
+    routed = [sample for sample in samples if sample["task"] != 2]
+    settings = dict(per_device_train_batch_size=9, gate=0.5)
+    expected = make_trainer(fused_dir, routed, tmp_path / "a", **settings)
+    trainer = make_trainer(fused_dir, samples, tmp_path / "b", **settings)
+    trainer.train_dataset.append(PADDING_SAMPLE)
+    trainer.expert_of_task_id[2] = -1
+    logs = []
+    for each in (expected, trainer):
+        each.train()
+        logs.append(each.state.log_history[0])
+    for key in ("gate_loss", "routing_accuracy"):
+        assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-5)
+
+
 # ---- mixed precision -------------------------------------------------------------------------------------------------
 
 
@@ -268,11 +304,12 @@ def watch_autocast(model, seen):
 def test_accelerate_runs_the_precision_that_dtype_says(fused_dir, base_dir, tmp_path, dtype, autocast):
     """Of an expert and of the fusion: Accelerate's setting, the autocast in the forward pass, what stays fp32."""
     common = ["--data_source", "sample", "--base_model", str(base_dir), "--dtype", dtype, "--num_samples", "4"]
-    common += ["--max_steps", "2", "--save_strategy", "no", "--disable_tqdm", "1", "--output_dir", str(tmp_path)]
+    common += ["--max_steps", "2", "--save_strategy", "no", "--disable_tqdm", "1"]
     mixture = ["--moe_flag", "1", "--moe_dir", str(fused_dir), "--safety_weight", "0.1", "--expert_topk", "2"]
     mixture += ["--tune_attention", "1"]
     for more in (["--task_name", "safety"], mixture):
         args, training = training_arguments.parse([*common, *more, "--logging_steps", "1"], AlignArguments)
+        training.output_dir = str(tmp_path)
         samples = align_basemodel.training_samples(args, 42, base.load_tokenizer(args.base_model))
         make = align_basemodel.mixture_trainer if args.moe_flag else align_basemodel.expert_trainer
         trainer = make(args, training, samples)

@@ -1,8 +1,12 @@
 """Trainer's arguments: one decision about the precision, one place for every field of TrainingArguments."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from accelerate import Accelerator
+from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 import align_basemodel
 from align_basemodel import AlignArguments
@@ -94,6 +98,66 @@ def test_batch_size_is_one_flag_with_two_names(classes, argv):
         return training_arguments.parse([*argv, *more], *classes)[1].per_device_train_batch_size
 
     assert parse("--batch_size", "3") == parse("--per_device_train_batch_size", "3") == 3
-    for long in (["--per_device_train_batch_size", "4"], ["--per_device_train_batch_size=4"]):
+    for long in (["--per_device_train_batch_size", "4"], ["--per-device-train-batch-size=4"]):
         with pytest.raises(UserError, match="give one of them"):
             parse("--batch_size", "3", *long)
+
+
+def test_of_several_gpus_one_process_uses_one(monkeypatch):
+    """transformers would take them all, by DataParallel."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert TrainingArguments(output_dir="unused").n_gpu == 4
+    training = TrainArguments(output_dir="unused", per_device_train_batch_size=3, gradient_accumulation_steps=2)
+    assert (training.n_gpu, training.train_batch_size, training.effective_batch_size) == (1, 3, 6)
+    assert training.parallel_mode == ParallelMode.NOT_PARALLEL
+    told = training.describe_batch()
+    assert told.startswith("6 samples per step (1 x 3 x 2") and "3 GPUs stand idle: torchrun --nproc_per_node 4" in told
+
+
+# ---- every field -----------------------------------------------------------------------------------------------------
+
+
+def test_every_field_of_transformers_is_compared_recorded_free_or_refused():
+    """A field that a new transformers brings is to be put where it belongs."""
+    refused = [name for names in training_arguments.REFUSED.values() for name in names]
+    groups = (training_arguments.COMPARED, training_arguments.RECORDED, training_arguments.FREE, refused)
+    assert sorted(name for group in groups for name in group) == sorted(f.name for f in fields(TrainingArguments))
+
+
+def test_every_field_that_would_be_ignored_is_refused_by_name():
+    settings = vars(training_arguments.TrainParser(TrainArguments).parse_args([]))
+    training_arguments.refuse_ignored(settings, TrainArguments)
+    for reason, names in training_arguments.REFUSED.items():
+        for name in names:
+            with pytest.raises(UserError) as raised:
+                training_arguments.refuse_ignored(settings | {name: "another"}, TrainArguments)
+            assert str(raised.value) == f"--{name}: {reason}; leave it out"
+
+
+@pytest.mark.parametrize(
+    "argv", ["--label_smoothing_factor 0.1", "--output_dir x", "--data_seed 3", "--do_train", "--eval_strategy steps"]
+)
+def test_a_field_that_would_be_ignored_is_refused_on_the_command_line(argv):
+    with pytest.raises(UserError, match=f"{argv.split()[0]}: .*; leave it out"):
+        parsed(*argv.split())
+
+
+@pytest.mark.parametrize(
+    "name, value", [("lr_scheduler_kwargs", '{"num_cycles": 2}'), ("optim_args", "a=1"), ("adam_beta2", "0.98")]
+)
+def test_what_changes_the_result_is_compared(name, value):
+    default, changed = (align_basemodel.result_arguments(*parsed(*more)) for more in ([], [f"--{name}", value]))
+    assert {key for key in default if default[key] != changed[key]} == {name}
+
+
+def test_the_effective_batch_is_compared_and_how_it_is_made_up_recorded():
+    whole, split = (parsed("--batch_size", size, *more) for size, more in BATCHES)
+    assert align_basemodel.result_arguments(*whole) == align_basemodel.result_arguments(*split)
+    assert align_basemodel.result_arguments(*whole)["effective_batch_size"] == 8
+    changed = {key for key, value in whole[1].recorded().items() if split[1].recorded()[key] != value}
+    assert changed == {"per_device_train_batch_size", "gradient_accumulation_steps", *CHECKPOINTING}
+
+
+CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"}
+BATCHES = [("8", []), ("2", ["--gradient_accumulation_steps", "4", "--gradient_checkpointing", "1"])]
