@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,12 +84,13 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from data import sources
+from data.batching import batches_by_length, pad
 from data.encoding import prompt_ids
 from data.prompts import STOP_STRING, render_prompt
 from data.sources import Record
 from models import base
 from models.loading import device, is_fused, load_run, run_sources, weights_file
-from models.routing import draw_heat_map, prompt_and_answer, routing_usage, usage_line
+from models.routing import draw_heat_map, routing_usage, usage_line
 from workspace import client, run_dir
 
 SCRIPT = "inference.py"
@@ -122,8 +124,7 @@ def answer_one(args: InferArguments, path: Path | None, base_model: str) -> None
     (answer,) = generate(model, tokenizer, [record], args, args.seed)
     print(answer["output"])
     if is_fused(path):
-        texts = [(render_prompt(args.prompt), answer["output"])]
-        print(usage_line(routing_usage(model, tokenizer, texts, 1, progress=False)))
+        print(usage_line(routing_usage(model, tokenizer, [answered_record(answer)], 1, progress=False)))
 
 
 def answer_task(args: InferArguments, path: Path | None, base_model: str, data_source: str) -> None:
@@ -144,16 +145,21 @@ def answer_task(args: InferArguments, path: Path | None, base_model: str, data_s
     rows = sources.read_rows(args.task_name, args.dataset_type, data_source)
     records = sources.spread(sources.prompt_records(args.task_name, rows, data_source), args.num_samples)
     state = run_dir.begin(folder, SCRIPT, arguments, "move it away, or write to another --results_dir")
+    outputs = folder / "outputs.jsonl"
+    observation = Path(args.results_dir) / "observation" / args.task_name / args.dataset_type / name
+    observe = is_fused(path) and not args.server_url
     if state == "complete":
         print(f"{folder} is complete: nothing to do")
+        if observe and not (observation / "routing.json").exists():  # stopped, or failed, after the answers
+            model, tokenizer = load_run(path, base_model, args.dtype)
+            observe_routing(model.to(device()), tokenizer, list(run_dir.read_lines(outputs)), args, observation)
         return
-    outputs = folder / "outputs.jsonl"
     if args.server_url:
         batches = [[record] for record in records]
     else:
         model, tokenizer = load_run(path, base_model, args.dtype)
         model.to(device())
-        batches = batched_by_length(records, tokenizer, args.batch_size)
+        batches = batches_by_length(records, lambda record: len(prompt_ids(tokenizer, record)), args.batch_size)
     done = finished_batches(outputs, batches)
     num_done = sum(len(batches[i]) for i in done)
     if done:
@@ -167,21 +173,35 @@ def answer_task(args: InferArguments, path: Path | None, base_model: str, data_s
         for answer in tqdm(answers, desc=name, unit="answer", initial=num_done, total=len(records)):
             file.write(json.dumps({**answer, "generator": name}, ensure_ascii=False) + "\n")
             file.flush()
-    found = put_in_order(outputs, records)
-    if is_fused(path) and not args.server_url:
-        usage = routing_usage(model, tokenizer, [prompt_and_answer(row) for row in found], args.batch_size)
-        place = Path(args.results_dir) / "observation" / args.task_name / args.dataset_type / name
-        draw_heat_map(usage, place / "routing.png", f"{args.task_name}, {name}")
-        run_dir.write_json(place / "routing.json", usage)
-        print(f"{usage_line(usage)}: {place}")
+    rows = put_in_order(outputs, records)
     files = sources.source_files(args.task_name, args.dataset_type, data_source)
     meta = {"data_sha256": {file.name: run_dir.sha256(file) for file in files}}
-    run_dir.finish(folder, SCRIPT, arguments, {"answers": len(found)}, meta)
-    cut = sum(row["finish_reason"] == "length" for row in found)
+    run_dir.finish(folder, SCRIPT, arguments, {"answers": len(rows)}, meta)
+    cut = sum(row["finish_reason"] == "length" for row in rows)
     print(
-        f"{len(found)} answers ({cut} stopped by --max_new_tokens, "
-        f"{sum(not row['output'] for row in found)} empty): {outputs}"
+        f"{len(rows)} answers ({cut} stopped by --max_new_tokens, "
+        f"{sum(not row['output'] for row in rows)} empty): {outputs}"
     )
+    if observe:
+        observe_routing(model, tokenizer, rows, args, observation)
+
+
+def observe_routing(model, tokenizer, rows: list[dict], args: InferArguments, folder: Path) -> None:
+    """Write which expert answered what, routing.json and routing.png. The answers are complete by now: a failure here
+    is a warning, and the same command tries again."""
+    try:
+        usage = routing_usage(model, tokenizer, [answered_record(row) for row in rows], args.batch_size)
+        draw_heat_map(usage, folder / "routing.png", f"{args.task_name}, {folder.name}")
+        run_dir.write_json(folder / "routing.json", usage)
+    except Exception as error:
+        print(f"warning: the answers are complete, their routing was not written: {error!r}", file=sys.stderr)
+        return
+    print(f"{usage_line(usage)}: {folder}")
+
+
+def answered_record(row: dict) -> Record:
+    """The record of a line of outputs.jsonl, with the answer that was given."""
+    return Record(row["id"], row["task"], row["instruction"], row["input"], row["output"])
 
 
 def local_arguments(args: InferArguments, path: Path | None) -> dict:
@@ -208,13 +228,6 @@ def directory_name(args: InferArguments) -> str:
     return name + (f"_{args.checkpoint_number}" if args.checkpoint_number is not None else "")
 
 
-def batched_by_length(records: list[Record], tokenizer, batch_size: int) -> list[list[Record]]:
-    """The records in batches of prompts of like length, longest first: what does not fit in memory shows at once."""
-
-    ordered = sorted(records, key=lambda record: len(prompt_ids(tokenizer, record)), reverse=True)
-    return [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
-
-
 @torch.inference_mode()
 def generate(model, tokenizer, batch: list[Record], args: InferArguments, seed: int) -> list[dict]:
     """One answer per record: sampled at --temperature from the whole distribution, or greedy at 0.
@@ -228,9 +241,7 @@ def generate(model, tokenizer, batch: list[Record], args: InferArguments, seed: 
             f"{model.config.max_position_embeddings} positions"
         )
     prompts = [prompt_ids(tokenizer, record)[-window:] for record in batch]
-    length = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.eos_token_id] * (length - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    ids, mask = pad(prompts, left=True, value=tokenizer.eos_token_id)
     sampling = {"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if args.temperature > 0 else {}
     settings = GenerationConfig(
         max_new_tokens=args.max_new_tokens,
@@ -248,7 +259,7 @@ def generate(model, tokenizer, batch: list[Record], args: InferArguments, seed: 
         attention_mask=mask.to(model.device),
         generation_config=settings,
         tokenizer=tokenizer,
-    )[:, length:].tolist()
+    )[:, ids.shape[1] :].tolist()
     answers = []
     for record, tokens in zip(batch, generated, strict=True):
         ended = tokenizer.eos_token_id in tokens
@@ -267,7 +278,7 @@ def answers_of_server(args: InferArguments, records: list[Record]) -> Iterator[d
     for record in records:
         records_of.setdefault(render_prompt(record.instruction, record.input), []).append(record)
     server = client.make_client(args.server_url, args.concurrency, flag="server_url")
-    found = client.complete_all(
+    completions = client.complete_all(
         server,
         args.server_model,
         list(records_of),
@@ -277,7 +288,7 @@ def answers_of_server(args: InferArguments, records: list[Record]) -> Iterator[d
         seed=args.seed,
         stop=[STOP_STRING],
     )
-    for prompt, completion in found:
+    for prompt, completion in completions:
         choice, usage = completion.choices[0], completion.usage
         text, mark, _ = choice.text.partition(STOP_STRING)  # of a server that does not know `stop`
         for record in records_of[prompt]:
@@ -307,22 +318,22 @@ def finished_batches(outputs: Path, batches: list[list[Record]]) -> set[int]:
     """Which batches have all their answers in the file; the lines of the others are taken out of it."""
     if not outputs.exists():
         return set()
-    found = {}
+    answers = {}
     for line in outputs.read_bytes().split(b"\n"):
         try:
             row = json.loads(line)
         except ValueError:  # the line that was being written when the run was killed
             continue
-        found[row["id"]] = row
-    done = {i for i, batch in enumerate(batches) if all(record.id in found for record in batch)}
-    write_rows(outputs, [found[record.id] for i in sorted(done) for record in batches[i]])
+        answers[row["id"]] = row
+    done = {i for i, batch in enumerate(batches) if all(record.id in answers for record in batch)}
+    write_rows(outputs, [answers[record.id] for i in sorted(done) for record in batches[i]])
     return done
 
 
 def put_in_order(outputs: Path, records: list[Record]) -> list[dict]:
     """Bring the answers into their prompts' order; returns them."""
-    found = {row["id"]: row for row in map(json.loads, outputs.read_bytes().strip().split(b"\n"))}
-    rows = [found[record.id] for record in records]
+    answers = {row["id"]: row for row in map(json.loads, outputs.read_bytes().strip().split(b"\n"))}
+    rows = [answers[record.id] for record in records]
     write_rows(outputs, rows)
     return rows
 

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 
 from config import TASKS, UserError
+from data.batching import pad
 from data.prompts import RESPONSE_MARK, render_prompt
 from data.sources import Record
 
@@ -16,12 +17,11 @@ IGNORED = -100  # the label of a position that is not trained
 class Encoder:
     """Tokenises records. Prompt and answer are tokenised apart and joined, so that the border between them is exact.
 
-    `end_mark=False` leaves out the EOS label, for answers that are compared and not trained on.
+    max_length: of prompt and answer together, in tokens.
     """
 
     tokenizer: object
     max_length: int
-    end_mark: bool = True
 
     def __post_init__(self):
         if self.tokenizer.eos_token_id is None:
@@ -51,27 +51,32 @@ class Encoder:
 
         return shared(ids("Apples", ""), ids("7", "")), shared(ids("Apples", "?"), ids("7", "?"))
 
-    def encode(self, record: Record) -> dict:
+    def answer_ids(self, record: Record) -> list[int]:
+        """Token ids of the answer and the EOS token after it; nothing of an empty answer."""
+        answer = self._answer_ids(record.output)
+        return [*answer, self.tokenizer.eos_token_id] if answer else []
+
+    def encode(self, record: Record, room: int = 0) -> dict:
         """Token ids and labels of one sample, at most `max_length` of each.
+
+        room: tokens to keep for an answer, if more than this one takes: the prompt is then cut as for a longer answer,
+        so that all answers that are compared follow the same prompt.
 
         Returns input_ids, labels (IGNORED but on the answer and its EOS), opening (the number of leading tokens that
         belong to the template's opening), task (index), and cut ("", "prompt" or "answer"). Of a sample that is too
         long the prompt loses its beginning (but a BOS token), down to the response mark; an answer that still does
         not fit is cut and gets no EOS. Labels may be all IGNORED: see `encode_all`.
         """
-        prompt = self.prompt_ids(record)
-        answer = self._answer_ids(record.output)
+        prompt, answer = self.prompt_ids(record), self.answer_ids(record)
         opening = self._openings[1 if record.input.strip() else 0]
-        if answer and self.end_mark:
-            answer = [*answer, self.tokenizer.eos_token_id]
-        too_many = len(prompt) + len(answer) - self.max_length
+        too_many = len(prompt) + max(len(answer), room) - self.max_length
         cut = ""
         if too_many > 0:
             cut, mark = "prompt", len(self._answer_ids(RESPONSE_MARK))
             bos = [token for token in prompt[:1] if token == self.tokenizer.bos_token_id]
             dropped = min(too_many, max(len(prompt) - len(bos) - mark, 0))
             prompt, opening = bos + prompt[len(bos) + dropped :], max(opening - dropped, len(bos))
-            if too_many > dropped:
+            if len(prompt) + len(answer) > self.max_length:
                 cut, answer = "answer", answer[: self.max_length - len(prompt)]
         return {
             "input_ids": prompt + answer,
@@ -120,20 +125,13 @@ class Collator:
     gate_tokens: str = "instruction"
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
-        length = max(len(sample["input_ids"]) for sample in samples)
-
-        def padded(rows: list[list[int]], value: int) -> torch.Tensor:
-            return torch.tensor([row + [value] * (length - len(row)) for row in rows])
-
         ids = [sample["input_ids"] for sample in samples]
-        batch = {
-            "input_ids": padded(ids, 0),
-            "attention_mask": padded([[1] * len(row) for row in ids], 0),
-            "labels": padded([sample["labels"] for sample in samples], IGNORED),
-        }
+        input_ids, attention_mask = pad(ids, left=False)
+        labels, _ = pad([sample["labels"] for sample in samples], left=False, value=IGNORED)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         if self.routing:
             skipped = [0 if self.gate_tokens == "all" else sample["opening"] for sample in samples]
             mask = [[0] * skip + [1] * (len(row) - skip) for row, skip in zip(ids, skipped, strict=True)]
-            batch["routing_mask"] = padded(mask, 0)
+            batch["routing_mask"], _ = pad(mask, left=False)
             batch["task_ids"] = torch.tensor([sample["task"] for sample in samples])
         return batch

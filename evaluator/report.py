@@ -91,11 +91,22 @@ def likelihood_table(results_dir: Path, runs: list[str], split: str) -> str:
             for run, found in scores.items()
         ),
         "",
-        "Held-out rows; 95 % bootstrap intervals over items. Likelihoods of given answers, no judge: not the paper's "
-        "metrics. A run named moe is the fused model before its alignment.",
+        "Held-out rows; 95 % intervals (Wilson for shares, bootstrap over questions otherwise). Likelihoods of given "
+        "answers, no judge: not the paper's metrics. Routing: the share of questions whose own tokens go most to their "
+        "task's expert. A run named moe is the fused model before its alignment." + cut_text(scores, columns),
         "",
     ]
     return "\n".join(lines)
+
+
+def cut_text(scores: dict[str, dict], columns: list[tuple]) -> str:
+    """A sentence of how many items of each column lost tokens to the model's window (or --max_length); "" if none."""
+    most = {
+        heading: max(of_run.get((task, name), {}).get("cut", 0) for of_run in scores.values())
+        for heading, task, name in columns
+    }
+    cut = [f"{count} of {heading.rstrip(' ↓↑')}" for heading, count in most.items() if count]
+    return f" Longer than the model's window, and cut to it: {', '.join(cut)}." if cut else ""
 
 
 def judged_table(results_dir: Path, split: str) -> str:

@@ -1,6 +1,6 @@
 """How likely a model finds given answers: log-probabilities per token, every prompt read once for all its answers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +15,15 @@ from models.losses import mean_routing_probs
 
 @dataclass(frozen=True)
 class Scored:
-    """One answer: log_probs of its tokens (A,) and of the EOS after them (None if it was cut); the mean routing
-    probabilities (E,) over instruction and answer for a fused model, else None."""
+    """One answer: log_probs of its tokens (A,) and of the EOS after them (None if it was cut); for a fused model the
+    mean routing probabilities (E,) over the instruction, which is what a router sees of a question, and over
+    instruction and answer, else None; cut: whether the prompt or the answer lost tokens to the window."""
 
     log_probs: Tensor
     end_log_prob: float | None
-    routing_probs: Tensor | None
+    routing_probs: Tensor | None = None
+    routing_probs_with_answer: Tensor | None = None
+    cut: bool = False
 
 
 @dataclass
@@ -31,7 +34,7 @@ class _Row:
     opening: int
     records: list[Record]
     answers: list[list[int]]
-    cut: list[bool]
+    cut: list[str]  # as Encoder.encode says it
 
     @property
     def length(self) -> int:
@@ -41,6 +44,8 @@ class _Row:
 def score_answers(model, encoder: Encoder, records: list[Record], batch_size: int, device, name: str) -> dict:
     """{record: Scored} for every different record; a record without an answer token is left out.
 
+    Answers to one question (records alike but for their output) follow the same prompt: where the longest does not fit
+    the encoder's max_length, the prompt is cut for all of them.
     Answers to one prompt share a row of the batch by a block mask: the same numbers as one row each (rounding
     apart), at a fraction of the tokens.
     """
@@ -56,9 +61,13 @@ def score_answers(model, encoder: Encoder, records: list[Record], batch_size: in
 
 
 def _rows(encoder: Encoder, records: list[Record]) -> list[_Row]:
+    longest: dict[Record, int] = {}
+    for record in records:
+        question = replace(record, output="")
+        longest[question] = max(longest.get(question, 0), len(encoder.answer_ids(record)))
     rows: dict[tuple, _Row] = {}
     for record in records:
-        sample = encoder.encode(record)
+        sample = encoder.encode(record, room=longest[replace(record, output="")])
         answer = [label for label in sample["labels"] if label != IGNORED]
         if not answer:
             continue
@@ -66,7 +75,7 @@ def _rows(encoder: Encoder, records: list[Record]) -> list[_Row]:
         row = rows.setdefault(tuple(prompt), _Row(prompt, sample["opening"], [], [], []))
         row.records.append(record)
         row.answers.append(answer)
-        row.cut.append(sample["cut"] == "answer")
+        row.cut.append(sample["cut"])
     return list(rows.values())
 
 
@@ -81,9 +90,9 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
         end = len(row.prompt)
         ids[i, :end], positions[i, :end], part[i, :end] = torch.tensor(row.prompt), torch.arange(end), 0
         for number, answer in enumerate(row.answers, start=1):
-            place = slice(end, end + len(answer))
-            ids[i, place], part[i, place] = torch.tensor(answer), number
-            positions[i, place] = len(row.prompt) + torch.arange(len(answer))
+            columns = slice(end, end + len(answer))
+            ids[i, columns], part[i, columns] = torch.tensor(answer), number
+            positions[i, columns] = len(row.prompt) + torch.arange(len(answer))
             end += len(answer)
     own = part[:, :, None] == part[:, None, :]
     seen = (own | (part[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()  # (B, query, key)
@@ -103,8 +112,8 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
     lengths = [len(rows[i].answers[number - 1]) for i, number in answers]
     sources = []  # position t predicts t + 1
     for i, number in answers:
-        places = (part[i] == number).nonzero()[:, 0]
-        sources.append(torch.cat((torch.tensor([len(rows[i].prompt) - 1]), places[:-1])))
+        columns = (part[i] == number).nonzero()[:, 0]
+        sources.append(torch.cat((torch.tensor([len(rows[i].prompt) - 1]), columns[:-1])))
     hidden = outputs.last_hidden_state[samples.repeat_interleave(torch.tensor(lengths)), torch.cat(sources)]
     tokens = torch.tensor([token for i, number in answers for token in rows[i].answers[number - 1]], device=device)
     log_probs = (
@@ -117,17 +126,22 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
         .cpu()
         .split(lengths)
     )
-    probs = [None] * len(answers)
+    probs = probs_with_answer = [None] * len(answers)
     if fused:
         openings = torch.tensor([row.opening for row in rows])
         of_prompt = (part == 0) & (torch.arange(length) >= openings[:, None])
         counted = torch.stack([of_prompt[i] | (part[i] == number) for i, number in answers])  # (answers, T)
         router_logits = [x.view(len(rows), length, -1)[samples] for x in outputs.router_logits]
-        probs = mean_routing_probs(router_logits, counted.to(device)).cpu()
+        probs = mean_routing_probs(router_logits, of_prompt[samples].to(device)).cpu()
+        probs_with_answer = mean_routing_probs(router_logits, counted.to(device)).cpu()
     scored = {}
-    for (i, number), of_answer, routing_probs in zip(answers, log_probs, probs, strict=True):
-        ended = not rows[i].cut[number - 1]
+    for (i, number), of_answer, *routing_probs in zip(answers, log_probs, probs, probs_with_answer, strict=True):
+        cut = rows[i].cut[number - 1]
+        ended = cut != "answer"
         scored[rows[i].records[number - 1]] = Scored(
-            of_answer[:-1] if ended else of_answer, of_answer[-1].item() if ended else None, routing_probs
+            of_answer[:-1] if ended else of_answer,
+            of_answer[-1].item() if ended else None,
+            *routing_probs,
+            cut=bool(cut),
         )
     return scored

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.prompts import render_prompt
+from data.batching import batches_by_length, pad
+from data.encoding import Encoder
+from data.sources import Record
 from models.llama_moe import LlamaMoeForCausalLM, route
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")  # one per expert
@@ -14,25 +16,24 @@ COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f
 
 @torch.inference_mode()
 def routing_usage(
-    model: LlamaMoeForCausalLM,
-    tokenizer,
-    prompts_and_answers: list[tuple[str, str]],
-    batch_size: int,
-    progress: bool = True,
+    model: LlamaMoeForCausalLM, tokenizer, answered: list[Record], batch_size: int, progress: bool = True
 ) -> dict:
-    """Routing over all real tokens of prompts and answers: padding never counts, and every token counts once.
+    """Routing over the tokens of prompts and answers (the records' outputs), as far as the model's window reaches:
+    padding never counts, and every token counts once.
 
     Returns experts, top_k, tokens, and per layer (a list of L lists of E): weight, the mean routing weight after top-k
     (each row sums to 1), and selected, the share of tokens that select the expert (each row sums to K).
     """
-    texts = sorted((prompt + answer for prompt, answer in prompts_and_answers), key=len)
+    window = model.config.max_position_embeddings
+    encoder = Encoder(tokenizer, window)
+    samples = [(encoder.prompt_ids(record) + encoder.answer_ids(record)[:-1])[:window] for record in answered]
     weight, selected = torch.zeros(2, len(model.blocks), model.config.num_experts, dtype=torch.float64)  # each (L, E)
     tokens = 0
-    for start in tqdm(range(0, len(texts), batch_size), desc="routing", unit="batch", disable=not progress):
-        batch = tokenizer(texts[start : start + batch_size], padding=True, padding_side="right", return_tensors="pt")
-        batch = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
-        outputs = model.model(**batch, use_cache=False, output_router_logits=True)
-        real = batch["attention_mask"].flatten().bool()
+    batches = batches_by_length(samples, len, batch_size)
+    for batch in tqdm(batches, desc="routing", unit="batch", disable=not progress):
+        ids, mask = (tensor.to(model.device) for tensor in pad(batch, left=False))
+        outputs = model.model(input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True)
+        real = mask.flatten().bool()
         for layer, router_logits in enumerate(outputs.router_logits):
             chosen = route(router_logits[real], model.config.num_experts_per_tok)
             top_k_index, top_k_weights = (x.flatten().cpu() for x in chosen)
@@ -46,11 +47,6 @@ def routing_usage(
         "weight": (weight / tokens).tolist(),
         "selected": (selected / tokens).tolist(),
     }
-
-
-def prompt_and_answer(row: dict) -> tuple[str, str]:
-    """The two texts of a line of outputs.jsonl."""
-    return render_prompt(row["instruction"], row["input"]), row["output"]
 
 
 def usage_line(usage: dict) -> str:

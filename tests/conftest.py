@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,8 +21,8 @@ SHARED_DATA = ROOT.parent / "shared" / "data"  # slices of the public data sets,
 FFN = ["gate_proj", "up_proj", "down_proj"]
 
 
-def make_tokenizer(more: str = "") -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on data/sample and `more`; pad token = EOS, as SmolLM2 has it."""
+def make_tokenizer(more: str = "", **special) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on data/sample and `more`; without a pad token, as Llama-2 has it."""
     text = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "data" / "sample").glob("*_train.jsonl"))]
     text.append(more)
     tokenizer = Tokenizer(models.BPE())
@@ -32,12 +33,18 @@ def make_tokenizer(more: str = "") -> PreTrainedTokenizerFast:
         vocab_size=600, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(text, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", **special)
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def padded_tokenizer():
+    """The same with pad token = EOS, as SmolLM2 has it."""
+    return make_tokenizer(pad_token="</s>")
 
 
 def tiny_config(**changes) -> LlamaConfig:
@@ -66,6 +73,14 @@ def base_dir(tmp_path_factory, tokenizer) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(tiny_config()).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def padded_base_dir(tmp_path, base_dir, padded_tokenizer) -> Path:
+    """The same base with a tokenizer whose pad token is EOS."""
+    folder = shutil.copytree(base_dir, tmp_path / "padded" / "tiny-llama")
+    padded_tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -80,13 +80,6 @@ def test_labels_are_the_answer_and_eos(tokenizer, record):
     assert sample["labels"].count(EOS) == 1 and sample["cut"] == ""
 
 
-def test_without_end_mark_there_is_no_eos(tokenizer):
-    sample = Encoder(tokenizer, 512, end_mark=False).encode(PLAIN)
-    prompt, answer = whole(tokenizer, PLAIN)
-    assert sample["input_ids"] == prompt + answer[:-1]
-    assert sample["labels"] == [IGNORED] * len(prompt) + answer[:-1]
-
-
 @pytest.mark.parametrize("answer", ["- one\n- two", '"Yes," she said.', "...", '."', "--x", "Yes"])
 def test_the_border_is_exact_where_prompt_and_answer_would_merge(merging_tokenizer, answer):
     joined = merging_tokenizer(PROMPTS["a"] + answer)["input_ids"]
@@ -132,8 +125,11 @@ def test_opening_is_the_template_before_the_instruction(name, instruction, reque
         assert tokenizer.decode(rest).startswith(f"{instruction}\n\n### ")
 
 
-def test_padding_is_marked_by_position_although_pad_is_eos(tokenizer):
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id == EOS
+@pytest.mark.parametrize("name", ["tokenizer", "padded_tokenizer"])
+def test_padding_is_marked_by_position(name, request):
+    """Whether there is no pad token or it is the EOS that ends an answer."""
+    tokenizer = request.getfixturevalue(name)
+    assert tokenizer.eos_token_id == EOS and tokenizer.pad_token_id == (EOS if name == "padded_tokenizer" else None)
     samples, _ = Encoder(tokenizer, 512).encode_all([PLAIN, WITH_INPUT])
     lengths = [len(sample["input_ids"]) for sample in samples]
     assert lengths[0] != lengths[1]

@@ -204,11 +204,12 @@ def test_prompt_answers_in_the_terminal_with_the_experts_used(tmp_path, fused_di
 def test_routing_is_counted_by_tokens_not_by_calls(fused_dir):
     """One long and one short text in a batch: padding adds nothing, and each token counts once."""
     model, tokenizer = load_run(fused_dir, dtype="float32")
-    texts = [("A", "b"), ("The quick brown fox jumps over the lazy dog", " again and again and again")]
-    usage = routing_usage(model, tokenizer, texts, batch_size=2, progress=False)
+    texts = [("A", "b"), ("Does the quick brown fox jump over the lazy dog?", "Again and again and again.")]
+    answered = [Record(str(i), "safety", prompt, "", answer) for i, (prompt, answer) in enumerate(texts)]
+    usage = routing_usage(model, tokenizer, answered, batch_size=2, progress=False)
     total, tokens = 0, 0
     for prompt, answer in texts:
-        ids = torch.tensor([tokenizer(prompt + answer)["input_ids"]])
+        ids = torch.tensor([tokenizer(render_prompt(prompt))["input_ids"] + tokenizer(answer)["input_ids"]])
         with torch.no_grad():
             logits = model.model(input_ids=ids, output_router_logits=True).router_logits
         chosen = [route(x, 2) for x in logits]
@@ -219,6 +220,39 @@ def test_routing_is_counted_by_tokens_not_by_calls(fused_dir):
     assert torch.allclose(torch.tensor(usage["weight"]), total / tokens, atol=1e-5)
     assert torch.tensor(usage["weight"]).sum(1).tolist() == pytest.approx([1.0] * 3, abs=1e-6)
     assert torch.tensor(usage["selected"]).sum(1).tolist() == pytest.approx([2.0] * 3, abs=1e-6)
+
+
+def test_a_pad_token_or_none_gives_the_same_answers_and_routing(fused_dir, tokenizer, padded_tokenizer):
+    """Llama-2 has no pad token, SmolLM2's is its EOS."""
+    model, _ = load_run(fused_dir, dtype="float32")
+    args = InferArguments(task_name="safety", temperature=0.0, max_new_tokens=10)
+    outcomes = []
+    for one in (tokenizer, padded_tokenizer):
+        rows = inference.generate(model, one, RECORDS, args, seed=0)
+        answered = [inference.answered_record(row) for row in rows]
+        outcomes.append((rows, routing_usage(model, one, answered, batch_size=4, progress=False)))
+    assert tokenizer.pad_token_id is None and outcomes[0] == outcomes[1]
+
+
+def test_a_routing_picture_that_fails_is_a_warning_and_is_drawn_the_next_time(
+    tmp_path, base_dir, fused_dir, tiny_source, monkeypatch, capsys
+):
+    command = [*arguments(tmp_path, base_dir, tiny_source), "--cross_task", str(fused_dir)]
+
+    def fail(*_):
+        raise ValueError("no fonts")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "draw_heat_map", fail)
+        inference.main(command)
+    folder = tmp_path / "inference/safety/test/cross_moe"
+    assert sorted(p.name for p in folder.iterdir()) == ["outputs.jsonl", "run.json"]
+    assert "warning: the answers are complete" in (error := capsys.readouterr().err) and "no fonts" in error
+    answers = (folder / "outputs.jsonl").read_bytes()
+    inference.main(command)
+    observed = tmp_path / "observation/safety/test/cross_moe"
+    assert sorted(p.name for p in observed.iterdir()) == ["routing.json", "routing.png"]
+    assert (folder / "outputs.jsonl").read_bytes() == answers
 
 
 @pytest.fixture

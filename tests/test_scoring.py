@@ -1,6 +1,7 @@
 """Likelihood scores against independent arithmetic: one answer a row, no packing, no batching."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -39,12 +40,65 @@ def test_packed_answers_score_as_each_alone(fused_dir, batch_size, max_length):
         answer = [label for label in sample["labels"] if label != -100]
         first = ids.shape[1] - len(answer)
         expected = [log_probs[first - 1 + i, token].item() for i, token in enumerate(answer)]
-        found = scored[record]
+        score = scored[record]
         ended = answer[-1] == tokenizer.eos_token_id
-        assert (found.end_log_prob is not None) == ended
-        assert found.log_probs.tolist() + [found.end_log_prob] * ended == pytest.approx(expected, abs=1e-4)
+        assert (score.end_log_prob is not None) == ended and score.cut == bool(sample["cut"])
+        assert score.log_probs.tolist() + [score.end_log_prob] * ended == pytest.approx(expected, abs=1e-4)
         probs = torch.stack([logits.softmax(-1) for logits in outputs.router_logits])[:, sample["opening"] :]
-        assert found.routing_probs.tolist() == pytest.approx(probs.mean((0, 1)).tolist(), abs=1e-5)
+        assert score.routing_probs_with_answer.tolist() == pytest.approx(probs.mean((0, 1)).tolist(), abs=1e-5)
+        of_prompt = probs[:, : first - sample["opening"]].mean((0, 1))  # what a router sees of a question
+        assert score.routing_probs.tolist() == pytest.approx(of_prompt.tolist(), abs=1e-5)
+
+
+def test_choices_that_are_compared_follow_the_same_prompt(fused_dir):
+    """The longest of them decides how much of the prompt fits; an answer alone would keep more of it."""
+    model, tokenizer = load_run(fused_dir, dtype="float32")
+    long, short = (replace(record, id="") for record in RECORDS[:2])  # as choices of one comparison
+    whole = Encoder(tokenizer, 512)
+    room = len(whole.answer_ids(long))
+    encoder = Encoder(tokenizer, len(whole.prompt_ids(long)) + room - 5)  # the long answer costs the prompt 5 tokens
+    scored = score_answers(model, encoder, [long, short], 8, torch.device("cpu"), "test")
+    assert scored[long].cut and scored[short].cut
+    assert not encoder.encode(short)["cut"]
+    for record in (long, short):
+        prompt, answer = encoder.prompt_ids(record)[5:], encoder.answer_ids(record)
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)].tolist()
+        assert [*scored[record].log_probs.tolist(), scored[record].end_log_prob] == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_windows_length_is_the_limit_and_what_is_cut_is_counted(tmp_path, base_dir, tiny_source, capsys):
+    """400 tokens of the window of 512 are scored whole; beyond it the prompt is cut, counted and said."""
+    rows = [json.loads(line) for line in (tiny_source / "helpfulness_test.jsonl").read_text().splitlines()][:3]
+    rows[1]["output"] = "a7" * 200
+    rows[2]["output"] = "a7" * 600
+    write_jsonl(tiny_source / "helpfulness_test.jsonl", rows)
+    arguments = ["--results_dir", str(tmp_path), "--base_model", str(base_dir), "--data_source", str(tiny_source)]
+    evaluate_likelihood.main([*arguments, "--task_name", "helpfulness"])
+    folder = tmp_path / "evaluation/helpfulness/test/raw/likelihood"
+    assert json.loads((folder / "metrics.json").read_text())["metrics"]["nll_per_token"]["cut"] == 1
+    tokens = [json.loads(line)["tokens"] for line in (folder / "judgements.jsonl").read_text().splitlines()]
+    assert tokens[1] == 401 and 401 < tokens[2] < 512
+    assert "1 cut to 512 tokens" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        evaluate_likelihood.main([*arguments, "--task_name", "safety", "--max_length", "513"])
+    assert "--max_length 513: must be at most 512, the model's window" in capsys.readouterr().err
+
+
+def test_routing_accuracy_counts_a_question_once_and_sees_no_answer():
+    """Two answers to one question: one count by the question's tokens, two by question and answer."""
+    records = [Record("a", "truthfulness", "Q?", "", x) for x in ("one", "two")]
+    records.append(Record("b", "truthfulness", "R?", "", "three"))
+    right, wrong = torch.tensor([0.1, 0.2, 0.7]), torch.tensor([0.6, 0.2, 0.2])
+    routing = [(right, wrong), (right, right), (wrong, wrong)]  # (of the question, with the answer)
+    scores = {
+        record: Scored(torch.tensor([-1.0, -2.0]), -1.0, *probs) for record, probs in zip(records, routing, strict=True)
+    }
+    metrics, _ = evaluate_likelihood.task_metrics("truthfulness", records, {}, scores, expert=2)
+    assert metrics["routing_accuracy"]["value"] == 1 / 2 and metrics["routing_accuracy"]["n"] == 2
+    assert metrics["routing_accuracy_with_answer"]["value"] == pytest.approx(1 / 3)
+    assert metrics["nll_per_token"]["n"] == 3 and metrics["nll_per_token"]["questions"] == 2
 
 
 def test_the_prompt_scored_is_the_prompt_answered(tokenizer):
@@ -55,7 +109,7 @@ def test_the_prompt_scored_is_the_prompt_answered(tokenizer):
 
 
 def scored(*log_probs):
-    return Scored(torch.tensor(log_probs), -0.1, None)
+    return Scored(torch.tensor(log_probs), -0.1)
 
 
 def test_comparisons_by_hand():
@@ -80,14 +134,15 @@ def test_scores_of_a_run_on_disk_and_their_table(tmp_path, base_dir, fused_dir, 
         for task in ("helpfulness", "safety", "truthfulness"):
             folder = tmp_path / "evaluation" / task / "test" / run / "likelihood"
             assert sorted(p.name for p in folder.iterdir()) == ["judgements.jsonl", "metrics.json", "run.json"]
-            found = json.loads((folder / "metrics.json").read_text())["metrics"]
+            of_task = json.loads((folder / "metrics.json").read_text())["metrics"]
             rows = [json.loads(line) for line in (folder / "judgements.jsonl").read_text().splitlines()]
             nll = [row for row in rows if row["metric"] == "nll_per_token"]
             expected = -sum(row["log_prob"] for row in nll) / sum(row["tokens"] for row in nll)
-            assert found["nll_per_token"]["value"] == pytest.approx(expected)
-            metrics[run, task] = found
+            assert of_task["nll_per_token"]["value"] == pytest.approx(expected)
+            metrics[run, task] = of_task
     assert set(metrics["raw", "safety"]) == {"nll_per_token", "safe_preferred"}
-    assert set(metrics["moe", "truthfulness"]) == {"nll_per_token", "mc1", "mc2", "routing_accuracy"}
+    routing = {"routing_accuracy", "routing_accuracy_with_answer"}
+    assert set(metrics["moe", "truthfulness"]) == {"nll_per_token", "mc1", "mc2", *routing}
     report.main(["--results_dir", str(tmp_path), "--runs", f"raw,{fused_dir}"])
     table = (tmp_path / "report" / "table.md").read_text()
     assert f"{metrics['moe', 'truthfulness']['mc1']['value']:.3f}" in table.splitlines()[3]
@@ -115,5 +170,5 @@ def test_a_reference_that_is_empty_is_counted(tmp_path, base_dir, tiny_source):
             "helpfulness",
         ]
     )
-    found = json.loads((tmp_path / "evaluation/helpfulness/test/raw/likelihood/metrics.json").read_text())["metrics"]
-    assert found["nll_per_token"]["n"] == len(rows) - 1 and found["nll_per_token"]["without_answer"] == 1
+    metrics = json.loads((tmp_path / "evaluation/helpfulness/test/raw/likelihood/metrics.json").read_text())["metrics"]
+    assert metrics["nll_per_token"]["n"] == len(rows) - 1 and metrics["nll_per_token"]["without_answer"] == 1

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 import config
 from config import UserError
+from data.batching import batches_by_length, pad
 from evaluator.judges.protocols import HARM_CATEGORIES
 from models import base
 from models.loading import base_of_run, device
@@ -116,33 +117,24 @@ def yes_probabilities(
     # The slice of last positions that reaches the head is not contiguous, and PyTorch would multiply it as a batch of
     # matrices, with a copy of the head per text: most of the time of a small model's pass.
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-    batches = list(_batches({text: token_ids(tokenizer, text, max_length) for text in texts}, batch_size))
-    for batch in tqdm(batches, desc=description, unit="batch", disable=description is None):
-        ids, mask = _padded([ids for _, ids in batch], left=True)
+    ids_of_text = {text: token_ids(tokenizer, text, max_length) for text in texts}
+    batches = list(_padded_batches(ids_of_text, batch_size, left=True))
+    for batch, ids, mask in tqdm(batches, desc=description, unit="batch", disable=description is None):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         outputs = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
         probabilities = outputs.logits[:, -1].float().softmax(-1)[:, yes]
-        for (text, _), value in zip(batch, probabilities.tolist(), strict=True):
-            yield text, value
+        yield from zip(batch, probabilities.tolist(), strict=True)
     hook.remove()
 
 
-def _batches(ids_of_text: dict[str, list[int]], batch_size: int) -> Iterator[list[tuple[str, list[int]]]]:
-    """Texts in batches of like length, longest first: what does not fit in memory shows at once."""
-    ordered = sorted(ids_of_text.items(), key=lambda item: len(item[1]), reverse=True)
-    for start in range(0, len(ordered), batch_size):
-        yield ordered[start : start + batch_size]
-
-
-def _padded(rows: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
-    """(ids, mask), each (B, T), on the device; padding is known by the mask, its id is 0."""
-    length = max(map(len, rows))
-    pads = [length - len(row) for row in rows]
-    ids = [[0] * pad + row if left else row + [0] * pad for row, pad in zip(rows, pads, strict=True)]
-    mask = [
-        [0] * pad + [1] * len(row) if left else [1] * len(row) + [0] * pad for row, pad in zip(rows, pads, strict=True)
-    ]
-    return torch.tensor(ids, device=device()), torch.tensor(mask, device=device())
+def _padded_batches(
+    ids_of_text: dict[str, list[int]], batch_size: int, *, left: bool
+) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+    """(texts, ids, mask) of batches of like length, ids and mask (B, T) on the device."""
+    for batch in batches_by_length(list(ids_of_text.items()), lambda item: len(item[1]), batch_size):
+        texts, rows = zip(*batch, strict=True)
+        ids, mask = pad(list(rows), left=left)
+        yield list(texts), ids.to(device()), mask.to(device())
 
 
 # ---- moderation classifiers ------------------------------------------------------------------------------------------
@@ -199,12 +191,11 @@ def category_probabilities(
 
     if model.config.pad_token_id is None and not isinstance(model, LlamaModeration):
         batch_size = 1  # such a model cannot tell padding from text
-    for batch in _batches({text: ids_of(text) for text in texts}, batch_size):
-        ids, mask = _padded([ids for _, ids in batch], left=False)
+    for batch, ids, mask in _padded_batches({text: ids_of(text) for text in texts}, batch_size, left=False):
         if not isinstance(model, LlamaModeration) and model.config.pad_token_id is not None:
             ids = ids.masked_fill(mask == 0, model.config.pad_token_id)
         probabilities = model(input_ids=ids, attention_mask=mask).logits.float().sigmoid()
-        for (text, _), row in zip(batch, probabilities.tolist(), strict=True):
+        for text, row in zip(batch, probabilities.tolist(), strict=True):
             yield text, {model.config.id2label[i]: value for i, value in enumerate(row)}
 
 
@@ -220,8 +211,7 @@ def written_answers(
         text: tokenizer(text, add_special_tokens=not _opens_itself(tokenizer, text))["input_ids"] for text in texts
     }
     end = tokenizer.eos_token_id
-    for batch in _batches(special, batch_size):
-        ids, mask = _padded([ids for _, ids in batch], left=True)
+    for batch, ids, mask in _padded_batches(special, batch_size, left=True):
         written = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -231,7 +221,7 @@ def written_answers(
             top_p=None,
             pad_token_id=end if end is not None else 0,
         )
-        for (text, _), tokens in zip(batch, written[:, ids.shape[1] :], strict=True):
+        for text, tokens in zip(batch, written[:, ids.shape[1] :], strict=True):
             yield text, tokenizer.decode(tokens, skip_special_tokens=True)
 
 
