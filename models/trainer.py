@@ -64,9 +64,10 @@ class AlignmentTrainer(Trainer):
                 f"--gradient_accumulation_steps {2 * batches}, half of it makes the same steps), or "
                 "--gradient_checkpointing 1"
             ) from error
+        self.save_model(str(folder))  # by all processes: they may hold a share each
         if not self.is_world_process_zero():
             return None
-        self.model.save_pretrained(folder)
+        (folder / "training_args.bin").unlink()  # run.json says it in words
         return {"steps": self.state.global_step, **cost.total(), "log": self.state.log_history}
 
     def _get_train_sampler(self, train_dataset=None) -> StepSampler:

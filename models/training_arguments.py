@@ -45,6 +45,8 @@ class TrainArguments(TrainingArguments):
             check(
                 name, getattr(self, name), math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "0 or more"
             )
+        if self.use_cpu and self.fsdp:
+            raise UserError("--fsdp shards over GPUs, and this run is on the CPU: leave it out")
         strategy = self.train_sampling_strategy
         check("train_sampling_strategy", strategy, strategy in STRATEGIES, f"one of {', '.join(STRATEGIES)}")
         super().__post_init__()

@@ -105,6 +105,22 @@ def test_what_is_reported_is_what_the_saved_judge_says(trained):
     assert not {row.question for row in train} & {row["question"] for row in rows}
 
 
+def test_a_judge_trained_in_mixed_precision_is_measured_without_it(tmp_path, judge_base_dir, toy_source, monkeypatch):
+    """As an evaluator will load it, which knows nothing of the Trainer's autocast."""
+    states = []
+    real = train_judge.yes_probabilities
+
+    def watched(model, *args):
+        norm = next(module for name, module in model.named_modules() if name.endswith("layers.0"))
+        norm.register_forward_pre_hook(lambda *_: states.append(torch.is_autocast_enabled("cpu")))
+        return real(model, *args)
+
+    monkeypatch.setattr(train_judge, "yes_probabilities", watched)
+    short = ["--dtype", "bfloat16", "--max_steps", "1", "--num_held_out", "20"]
+    train_judge.main(command("truth", judge_base_dir, toy_source, tmp_path, *short))
+    assert states and not any(states)
+
+
 def test_a_score_by_a_trained_judge_carries_its_accuracy_and_the_correction(trained, tmp_path, capsys):
     judge = trained / "judges" / "truth"
     rows = [json.loads(line) for line in (judge / "held_out.jsonl").read_text().splitlines()]

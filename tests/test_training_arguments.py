@@ -143,6 +143,11 @@ def test_a_field_that_would_be_ignored_is_refused_on_the_command_line(argv):
         parsed(*argv.split())
 
 
+def test_sharding_is_refused_where_accelerate_would_ignore_it():
+    with pytest.raises(UserError, match="--fsdp shards over GPUs"):
+        parsed("--fsdp", "full_shard", "--use_cpu", "1")
+
+
 @pytest.mark.parametrize(
     "name, value", [("lr_scheduler_kwargs", '{"num_cycles": 2}'), ("optim_args", "a=1"), ("adam_beta2", "0.98")]
 )
