@@ -32,9 +32,9 @@ def run_kind(folder: Path | None) -> str:
     if settings.get("model_type") == llama_moe.LlamaMoeConfig.model_type:
         check_weights([folder / "model.safetensors"])
         return "fused"
-    architectures = settings.get("architectures") or ["none"]
-    if not architectures[0].endswith("ForCausalLM"):
-        raise UserError(f"{folder}: holds a {architectures[0]}; a causal language model is needed")
+    architecture = (settings.get("architectures") or ["model of no architecture"])[0]
+    if not architecture.endswith("ForCausalLM") and architecture != AnswerLossLlama.__name__:
+        raise UserError(f"{folder}: holds a {architecture}; a causal language model is needed")
     check_weights(base.weight_files(folder))
     return "causal_lm"
 
