@@ -1,6 +1,7 @@
 """transformers.TrainingArguments as this project trains by it: the paper's values as defaults."""
 
 import math
+import os
 import sys
 from dataclasses import MISSING, dataclass, fields
 
@@ -29,6 +30,7 @@ class TrainArguments(TrainingArguments):
     report_to: str | None = flag("none", "for example tensorboard")
     remove_unused_columns: bool | None = flag(False, "the collator makes the columns")
     use_cache: bool = flag(False, "the key-value cache is for generation")
+    ddp_find_unused_parameters: bool | None = flag(False, "every trained matrix is used in every batch")
     bf16: bool | None = flag(None, "short for --dtype bfloat16", nargs="?", const=True)
     fp16: bool | None = flag(None, "short for --dtype float16, which needs a GPU", nargs="?", const=True)
 
@@ -173,6 +175,8 @@ def parse(argv: list[str] | None, arguments: type, training: type = TrainArgumen
             f"accelerate's mixed precision is {trained.mixed_precision}, and --dtype asks for {wanted}: leave "
             "mixed_precision out of accelerate's configuration; --dtype decides it"
         )
+    if trained.process_index > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (of several processes the first one speaks)
     return args, trained
 
 

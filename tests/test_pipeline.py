@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from data.encoding import Collator
 from evaluator import report
 from models import llama_moe, loading
 from models.loading import load_run
+from models.trainer import AlignmentTrainer
 
 FAST = ["--num_train_epochs", "1", "--batch_size", "4", "--disable_tqdm", "1", "--dtype", "float32", "--use_cpu", "1"]
 
@@ -181,6 +183,44 @@ def test_a_token_is_never_taken_where_a_checkpoint_would_keep_it(results, capsys
     assert exit_.value.code == 2 and "HF_TOKEN" in error and "hf_secret" not in error
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] can't allocate memory")]
+)
+def test_out_of_memory_is_one_line_and_the_folder_may_be_tried_again(
+    base_dir, tiny_source, tmp_path, monkeypatch, capsys, error
+):
+    def training_step(*_, **__):
+        raise error
+
+    safety = ["--task_name", "safety", "--max_steps", 1]
+    with monkeypatch.context() as patched:
+        patched.setattr(AlignmentTrainer, "training_step", training_step)
+        with pytest.raises(SystemExit) as exit_:
+            align(tmp_path, base_dir, tiny_source, *safety)
+    told = capsys.readouterr().err
+    assert exit_.value.code == 2 and told.count("error: ") == 1
+    assert "out of memory at 4 samples per device" in told and "--batch_size" in told and "--gradient_acc" in told
+    align(tmp_path, base_dir, tiny_source, *safety, "--batch_size", 2)
+    assert (tmp_path / "outputs" / "safety" / "adapter_model.safetensors").exists()
+
+
+def test_without_weights_on_gate_and_drift_no_expert_needs_a_task(
+    adapter_dirs, base_dir, tiny_source, tmp_path, capsys
+):
+    """An adapter whose task no one knows: it fuses and is aligned, and each loss that needs its task names it."""
+    shutil.copytree(adapter_dirs[0], tmp_path / "mine")
+    experts = ["--experts_dir", tmp_path, "--experts", f"mine,{adapter_dirs[1]}", "--output", tmp_path / "moe"]
+    llama_moe.main(list(map(str, experts)))
+    given = ["--moe_dir", tmp_path / "moe", "--data_source", tiny_source, "--max_steps", 2, "--logging_steps", 1]
+    fused(tmp_path, *given, "--run_name", "plain")
+    log = json.loads((tmp_path / "outputs" / "plain" / "run.json").read_text())["train"]["log"]
+    assert "sft_loss" in log[0] and log[1]["drift_mine"] > 0
+    for flag in ("gate_loss_weight", "helpfulness_weight"):
+        with pytest.raises(SystemExit):
+            fused(tmp_path, *given, f"--{flag}", 0.5, "--run_name", "weighed")
+        assert f"--{flag} 0.5: needs an expert for helpfulness" in capsys.readouterr().err
+
+
 def test_attention_lora_is_saved_and_loaded(results):
     fused(results, "--tune_attention", 1, "--max_steps", 3, "--attention_dropout", 0)
     name = "mix_moe_reg_00000_00000_00000_gate_00000_attention_tuned"
@@ -245,6 +285,9 @@ def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(results, base_
     resumed = run_script(*common, "--results_dir", tmp_path / "killed")
     assert resumed.returncode == 0, resumed.stderr
     assert "Going on from" in resumed.stdout and "checkpoint-99" not in resumed.stdout
+    trained = json.loads((folder / "run.json").read_text())["train"]
+    kept = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert trained["seconds"] > kept["TrainingCost"]["attributes"]["seconds"] > 0
     weights = "adapter_model.safetensors" if stage == "expert" else "model.safetensors"
     expected = load_file(tmp_path / "alone" / "outputs" / name / weights)
     found = load_file(folder / weights)
