@@ -73,7 +73,6 @@ if __name__ == "__main__":
     cli.check_early(parse)
 
 import torch
-from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
@@ -157,20 +156,16 @@ def export_folder(path: Path, base_model: str, args: ExportArguments, partial: P
 def open_partial(output: Path) -> Iterator[Path]:
     """`<output>.partial`, where to write what is then renamed to `output`: whole or not at all.
 
-    Held by `<output>.lock`: UserError if another process is at it. What a killed process left is removed first, what
-    this one leaves last.
+    UserError if another process writes there. What a killed process left is removed first, what this one leaves last.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.name}.partial")
+    run_dir.lock(output)
     try:
-        with FileLock(output.with_name(f"{output.name}.lock"), timeout=0):
-            remove(partial)
-            try:
-                yield partial
-            finally:
-                remove(partial)
-    except Timeout as error:
-        raise UserError(f"--output {output}: another process is writing it; wait for it, or name another") from error
+        remove(partial)
+        yield partial
+    finally:
+        remove(partial)
+        run_dir.release(output)
 
 
 def remove(path: Path) -> None:
