@@ -132,8 +132,7 @@ SCRIPT = "align_basemodel.py"
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     args, training = training_arguments.parse(argv, AlignArguments)
-    settle_training(args, training)
-    settle_sources(args)
+    resolve_sources(args)
     name = run_name(args, training)
     folder = Path(args.results_dir) / "outputs" / name
     arguments = result_arguments(args, training)
@@ -161,20 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Aligned on {args.task_name} in {train['seconds']:.0f} s: {folder}")
 
 
-def settle_training(args: AlignArguments, training: TrainArguments) -> None:
-    """Bring our short flags and TrainingArguments' own together."""
-    if training.activation_checkpointing:
-        settings = {"use_reentrant": False, **(training.activation_checkpointing_kwargs or {})}
-        if settings["use_reentrant"]:
-            raise UserError(
-                "--activation_checkpointing_kwargs use_reentrant: must be false; the routers would get no "
-                "gradient from the gating loss"
-            )
-        training.activation_checkpointing_kwargs = training.gradient_checkpointing_kwargs = settings
-
-
-def settle_sources(args: AlignArguments) -> None:
-    """The base model and the data: given here for an expert, recorded at fusion for the mixture."""
+def resolve_sources(args: AlignArguments) -> None:
+    """The base model and the data: given now for an expert, recorded at fusion for the mixture."""
     if not args.moe_flag:
         args.base_model = base.default_base_model(args.base_model)
         args.data_source = absolute_source(args.data_source) or "hub"
@@ -231,7 +218,7 @@ def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
 
 
 def training_samples(args: AlignArguments, seed: int, tokenizer) -> list[dict]:
-    """The encoded training samples of the run's tasks; says how many there are and what was cut or dropped."""
+    """The encoded training samples of the run's tasks; prints how many they are and what was cut or dropped."""
     encoder = Encoder(tokenizer, args.max_length)
     samples = []
     for task in args.tasks:

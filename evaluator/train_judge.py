@@ -22,7 +22,7 @@ from config import UserError
 class JudgeArguments(SourceArguments):
     """What evaluator/train_judge.py adds to JudgeTrainArguments."""
 
-    kind: str | None = flag(None, "what the judge is to tell", choices=["truth", "information", "safety"])
+    kind: str | None = flag(None, "what the judge decides", choices=["truth", "information", "safety"])
     output: str | None = flag(None, "where the judge is written (default: judges/<kind> in --results_dir)")
     num_samples: int = flag(-1, "training rows, drawn with --seed; -1: all")
     num_held_out: int = flag(1000, "held-out rows the judge is measured on, evenly spaced; -1: all")
@@ -39,7 +39,7 @@ class JudgeArguments(SourceArguments):
 
     def __post_init__(self):
         if self.kind is None:
-            raise UserError("say what the judge is to tell: --kind {truth,information,safety}")
+            raise UserError("say what the judge decides: --kind {truth,information,safety}")
         check_num_samples(num_samples=self.num_samples, num_held_out=self.num_held_out)
         check_at_least(32, max_length=self.max_length)
         check_at_least(1, batch_size=self.batch_size, rank=self.rank)

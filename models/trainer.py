@@ -51,7 +51,7 @@ class AlignmentTrainer(Trainer):
         self.add_callback(cost)
         checkpoint = run_dir.last_checkpoint(folder) if resume else None
         if checkpoint:
-            print(f"Going on from {checkpoint}")
+            print(f"Resuming from {checkpoint}")
             cost.resume(checkpoint)
         try:
             self.train(resume_from_checkpoint=checkpoint)

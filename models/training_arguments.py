@@ -48,6 +48,14 @@ class TrainArguments(TrainingArguments):
         strategy = self.train_sampling_strategy
         check("train_sampling_strategy", strategy, strategy in STRATEGIES, f"one of {', '.join(STRATEGIES)}")
         super().__post_init__()
+        if self.activation_checkpointing:
+            settings = {"use_reentrant": False, **(self.activation_checkpointing_kwargs or {})}
+            if settings["use_reentrant"]:
+                raise UserError(
+                    "--activation_checkpointing_kwargs use_reentrant: must be false; the routers would get no "
+                    "gradient from the gating loss"
+                )
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs = settings
 
     @property
     def n_gpu(self) -> int:

@@ -108,7 +108,7 @@ def test_a_run_goes_on_with_another_number_of_processes(results, base_dir, sourc
     (folder / "arguments.json").write_text(json.dumps({"run": record["run"]}))
     flags = [*stage_flags("fusion", base_dir, source, fused), *ONE, "--run_name", "fusion_two"]
     resumed = run([], *flags, "--results_dir", tmp_path)
-    assert resumed.returncode == 0 and f"Going on from {first}" in resumed.stdout, resumed.stderr
+    assert resumed.returncode == 0 and f"Resuming from {first}" in resumed.stdout, resumed.stderr
     assert_alike(outcome(results, "fusion_one"), outcome(tmp_path, "fusion_two"))
 
 

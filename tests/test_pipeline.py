@@ -284,7 +284,7 @@ def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(results, base_
     (torn / "trainer_state.json").write_text('{"epoch": ')
     resumed = run_script(*common, "--results_dir", tmp_path / "killed")
     assert resumed.returncode == 0, resumed.stderr
-    assert "Going on from" in resumed.stdout and "checkpoint-99" not in resumed.stdout
+    assert "Resuming from" in resumed.stdout and "checkpoint-99" not in resumed.stdout
     trained = json.loads((folder / "run.json").read_text())["train"]
     kept = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())["stateful_callbacks"]
     assert trained["seconds"] > kept["TrainingCost"]["attributes"]["seconds"] > 0

@@ -129,14 +129,16 @@ def test_a_score_by_a_trained_judge_carries_its_accuracy_and_the_correction(trai
     scores = json.loads((tmp_path / "evaluation/truthfulness/test/raw/truth/metrics.json").read_text())
     truth = scores["metrics"]["truth"]
     assert truth["value"] == 0.75
-    known = scores["judge"]["held_out"]
-    sensitivity, specificity = known["sensitivity"]["value"], known["specificity"]["value"]
+    judge_metrics = scores["judge"]["held_out"]
+    sensitivity, specificity = judge_metrics["sensitivity"]["value"], judge_metrics["specificity"]["value"]
     assert truth["corrected"]["value"] == pytest.approx(
         min((0.75 + specificity - 1) / (sensitivity + specificity - 1), 1)
     )
     out = capsys.readouterr().out
     assert (
-        f"accuracy {known['accuracy']['value']:.3f}" in out and "n = 160" in out and "corrected for its errors" in out
+        f"accuracy {judge_metrics['accuracy']['value']:.3f}" in out
+        and "n = 160" in out
+        and "corrected for its errors" in out
     )
     report.main(["--runs", "", "--results_dir", str(tmp_path)])
     table = (tmp_path / "report" / "table.md").read_text()
@@ -188,10 +190,10 @@ def test_a_stopped_training_goes_on_and_ends_alike(trained, tmp_path, judge_base
     monkeypatch.setattr(train_judge, "judge_trainer", real)
     capsys.readouterr()
     train_judge.main(command("truth", judge_base_dir, toy_source, tmp_path))
-    assert "Going on from" in capsys.readouterr().out
+    assert "Resuming from" in capsys.readouterr().out
     p = [
-        [json.loads(line)["p"] for line in (place / "judges/truth/held_out.jsonl").read_text().splitlines()]
-        for place in (trained, tmp_path)
+        [json.loads(line)["p"] for line in (results_dir / "judges/truth/held_out.jsonl").read_text().splitlines()]
+        for results_dir in (trained, tmp_path)
     ]
     assert p[0] == pytest.approx(p[1], abs=1e-4)
 

@@ -159,5 +159,5 @@ def test_the_effective_batch_is_compared_and_how_it_is_made_up_recorded():
     assert changed == {"per_device_train_batch_size", "gradient_accumulation_steps", *CHECKPOINTING}
 
 
-CHECKPOINTING = {"activation_checkpointing", "gradient_checkpointing"}
+CHECKPOINTING = {f"{kind}_checkpointing{kwargs}" for kind in ("activation", "gradient") for kwargs in ("", "_kwargs")}
 BATCHES = [("8", []), ("2", ["--gradient_accumulation_steps", "4", "--gradient_checkpointing", "1"])]
