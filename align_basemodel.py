@@ -115,16 +115,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 from data.encoding import Collator, Encoder, describe
-from data.sources import absolute_source, answer_records, draw, read_rows, source_files, trainable_rows
+from data.sources import absolute_source, answer_records, data_sha256, draw, read_rows, source_files, trainable_rows
 from models import base, training_arguments
+from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS
 from models.llama import AnswerLossLlama
 from models.llama_moe import LlamaMoeConfig, load_fused
-from models.loading import base_of_run
+from models.loading import resolve_base
 from models.trainer import AlignmentTrainer, MixtureTrainer, on_first_process
 from models.training_arguments import TrainArguments
 from workspace import run_dir
-from workspace.run_dir import settle
 
 SCRIPT = "align_basemodel.py"
 
@@ -156,9 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": arguments["dtype"],
         **trained,
     }
-    files = [path for task in args.tasks for path in source_files(task, "train", args.data_source)]
-    meta = {"data_sha256": {path.name: run_dir.sha256(path) for path in files}, "training": training.recorded()}
-    run_dir.finish(folder, SCRIPT, arguments, train, meta)
+    run_dir.finish(folder, SCRIPT, arguments, train, {"training": training.recorded()})
     print(f"Aligned on {args.task_name} in {train['seconds']:.0f} s: {folder}")
 
 
@@ -176,10 +174,9 @@ def resolve_sources(args: AlignArguments) -> None:
     if not (moe_dir / run_dir.COMPLETE).exists():
         raise UserError(f"--moe_dir {moe_dir}: its fusion did not finish; run models/llama_moe.py again")
     recorded = fused["run"]["arguments"]
-    if args.base_model is not None:
-        args.base_model = base.default_base_model(args.base_model)
-    args.base_model = settle("base_model", args.base_model, base_of_run(moe_dir), None)
-    args.data_source = settle("data_source", absolute_source(args.data_source), recorded["data_source"], None)
+    args.base_model = resolve_base(moe_dir, args.base_model)
+    # the fusion may be aligned on other data than the experts were
+    args.data_source = absolute_source(args.data_source) or absolute_source(recorded["data_source"])
     if args.data_source is None:
         raise UserError("the experts were aligned on different data, or do not record it: name it with --data_source")
     moe_config = LlamaMoeConfig.from_pretrained(moe_dir)
@@ -212,6 +209,9 @@ def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     """What run.json records and a later command with the same folder must repeat."""
     shared = ("base_model", "data_source", "dtype", "task_name", "moe_flag", "num_samples", "max_length")
     arguments = {name: getattr(args, name) for name in shared} | effective_flags(args)
+    arguments["base_sha256"] = base_sha256(args.base_model)
+    files = [path for task in args.tasks for path in source_files(task, "train", args.data_source)]
+    arguments["data_sha256"] = data_sha256(files)
     if args.moe_flag:
         arguments["fused_sha256"] = run_dir.sha256(Path(args.moe_dir) / "model.safetensors")
     return arguments | training.compared()

@@ -89,7 +89,8 @@ from data.encoding import prompt_ids
 from data.prompts import STOP_STRING, render_prompt
 from data.sources import Record
 from models import base
-from models.loading import device, is_fused, load_run, run_sources, weights_file
+from models.base_identity import base_sha256
+from models.loading import device, is_fused, load_run, run_sources, weights_sha256
 from models.routing import draw_heat_map, routing_usage, usage_line
 from workspace import client, run_dir
 
@@ -134,13 +135,14 @@ def answer_task(args: InferArguments, path: Path | None, base_model: str, data_s
     arguments = {
         "base_model": base_model,
         "data_source": data_source,
-        "run": args.run,
+        "data_sha256": sources.data_sha256(sources.source_files(args.task_name, args.dataset_type, data_source)),
+        "run": Path(args.run).name,
         "checkpoint_number": args.checkpoint_number,
         "num_samples": args.num_samples,
         "temperature": args.temperature,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
-        **(server_arguments(args) if args.server_url else local_arguments(args, path)),
+        **(server_arguments(args) if args.server_url else local_arguments(args, path, base_model)),
     }
     rows = sources.read_rows(args.task_name, args.dataset_type, data_source)
     records = sources.spread(sources.prompt_records(args.task_name, rows, data_source), args.num_samples)
@@ -174,9 +176,7 @@ def answer_task(args: InferArguments, path: Path | None, base_model: str, data_s
             file.write(json.dumps({**answer, "generator": name}, ensure_ascii=False) + "\n")
             file.flush()
     rows = put_in_order(outputs, records)
-    files = sources.source_files(args.task_name, args.dataset_type, data_source)
-    meta = {"data_sha256": {file.name: run_dir.sha256(file) for file in files}}
-    run_dir.finish(folder, SCRIPT, arguments, {"answers": len(rows)}, meta)
+    run_dir.finish(folder, SCRIPT, arguments, {"answers": len(rows)}, meta={})
     cut = sum(row["finish_reason"] == "length" for row in rows)
     print(
         f"{len(rows)} answers ({cut} stopped by --max_new_tokens, "
@@ -204,15 +204,13 @@ def answered_record(row: dict) -> Record:
     return Record(row["id"], row["task"], row["instruction"], row["input"], row["output"])
 
 
-def local_arguments(args: InferArguments, path: Path | None) -> dict:
+def local_arguments(args: InferArguments, path: Path | None, base_model: str) -> dict:
     """What else decides the answers of a model that runs here."""
-    weights = weights_file(path)
-    dtype = base.dtype_name(args.dtype)
-    weights_sha256 = run_dir.sha256(weights) if weights else None
     return {
+        "base_sha256": base_sha256(base_model),
         "batch_size": args.batch_size,
-        "dtype": dtype,
-        "weights_sha256": weights_sha256,
+        "dtype": base.dtype_name(args.dtype),
+        "weights_sha256": weights_sha256(path),
         "cache_implementation": args.cache_implementation,
     }
 

@@ -4,6 +4,7 @@ All three sources give rows with the public column names (the schema of ../data/
 file is checked, and what is wrong with it is said with its file and line.
 """
 
+import hashlib
 import json
 import random
 from dataclasses import dataclass
@@ -84,10 +85,25 @@ def absolute_source(source: str | None) -> str | None:
     return source if source in (None, "hub", "sample") else str(source_dir(source).resolve())
 
 
-def source_files(task: str, split: str, source: str) -> list[Path]:
-    """The local file that read_rows would read, for its checksum in run.json; none for the hub."""
-    name = f"{XSTEST}.jsonl" if task == XSTEST else f"{task}_{split}.jsonl"
-    return [] if source == "hub" else [source_dir(source) / name]
+def source_files(task: str, split: str, source: str, comparisons: bool = False) -> list[Path]:
+    """The local files that read_rows, and with `comparisons` also those of the task, would read; none for the hub."""
+    if source == "hub":
+        return []
+    names = [f"{XSTEST}.jsonl" if task == XSTEST else f"{task}_{split}.jsonl"]
+    if comparisons and task == "safety" and (source_dir(source) / "safety_pairs.jsonl").exists():
+        names += ["safety_pairs.jsonl", "safety_train.jsonl"]
+    if comparisons and task == "truthfulness" and split == "test":
+        names += ["truthfulness_mc.jsonl"]
+    return [path for name in dict.fromkeys(names) if (path := source_dir(source) / name).exists()]
+
+
+def data_sha256(files: list[Path]) -> dict[str, str]:
+    """The checksum of each file by its name, as runs record and compare them."""
+    checksums = {}
+    for path in files:
+        with open(path, "rb") as file:
+            checksums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return checksums
 
 
 def read_jsonl(

@@ -56,7 +56,8 @@ from evaluator.results import evaluation_folder, show, write_scores
 from evaluator.scoring import Scored, score_answers
 from evaluator.statistics import metric, share
 from models import base
-from models.loading import device, is_fused, load_run, run_sources, weights_file
+from models.base_identity import base_sha256
+from models.loading import device, is_fused, load_run, run_sources, weights_sha256
 from models.losses import routing_hits
 from workspace import run_dir
 from workspace.run_dir import find_run
@@ -79,18 +80,19 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
     """Score one run on every asked task and write results/evaluation/<task>/<split>/<run>/likelihood/."""
     base_model, data_source = run_sources(path, args.base_model, args.data_source, args.results_dir)
     label = run_label(name, args.checkpoint_number)
-    weights = weights_file(path)
     arguments = {
         "base_model": base_model,
+        "base_sha256": base_sha256(base_model),
         "data_source": data_source,
         "num_samples": args.num_samples,
         "max_length": args.max_length,
         "dtype": base.dtype_name(args.dtype),
-        "weights_sha256": run_dir.sha256(weights) if weights else None,
+        "weights_sha256": weights_sha256(path),
     }
     folders = {t: evaluation_folder(args.results_dir, t, args.dataset_type, label, JUDGE) for t in args.tasks}
     remedy = "move it away, or write to another --results_dir"
-    states = {task: run_dir.begin(folder, SCRIPT, arguments, remedy) for task, folder in folders.items()}
+    arguments = {task: {**arguments, "data_sha256": scored_files_sha256(task, args, data_source)} for task in folders}
+    states = {task: run_dir.begin(folder, SCRIPT, arguments[task], remedy) for task, folder in folders.items()}
     todo = [task for task in args.tasks if states[task] != "complete"]
     if not todo:
         print(f"{label}: scored already")
@@ -108,10 +110,15 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
         scored = score_answers(model, encoder, wanted, args.batch_size, device(), f"{label} on {task}")
         metrics, judgements = task_metrics(task, records, comparisons, scored, expert_of_task.get(task))
         judge = {"name": JUDGE, "version": None}
-        write_scores(folders[task], SCRIPT, arguments, judge, metrics, judgements)
+        write_scores(folders[task], SCRIPT, arguments[task], judge, metrics, judgements)
         for key, value in metrics.items():
             cut = f"; {value['cut']} cut to {encoder.max_length} tokens" if value.get("cut") else ""
             print(f"  {key} {show(value)}{cut}")
+
+
+def scored_files_sha256(task: str, args: LikelihoodArguments, source: str) -> dict[str, str]:
+    """The checksums of the files that a task's items come from."""
+    return sources.data_sha256(sources.source_files(task, args.dataset_type, source, comparisons=True))
 
 
 def run_label(name: str, checkpoint: int | None) -> str:

@@ -54,13 +54,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from data.encoding import IGNORED, Collator
-from data.sources import absolute_source, draw, spread
+from data.sources import absolute_source, data_sha256, draw, spread
 from evaluator.judges.labelled import Labelled, judge_files, judge_rows
 from evaluator.judges.local import token_ids, yes_no_ids, yes_probabilities
 from evaluator.judges.protocols import YES_NO
 from evaluator.results import show
 from evaluator.statistics import area_under_curve, calibration_error, metric, share, statistic_metric
 from models import base, training_arguments
+from models.base_identity import base_sha256
 from models.llama import AnswerLossLlama
 from models.loading import device
 from models.trainer import AlignmentTrainer, on_first_process
@@ -106,6 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.output or Path(args.results_dir) / "judges" / args.kind)
     training.output_dir = str(folder)
     arguments = {name: getattr(args, name) for name in OURS} | training.compared()
+    arguments["base_sha256"] = base_sha256(args.base_model)
+    arguments["data_sha256"] = data_sha256(judge_files(args.kind, args.data_source))
     remedy = "give this judge a folder of its own with --output, or move that one"
     state = on_first_process(training, lambda: run_dir.begin(folder, SCRIPT, arguments, remedy))
     if state == "complete":
@@ -137,8 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         "train_seconds": trained["seconds"],
         "seconds": round(trained["seconds"] + time.perf_counter() - trained_at, 1),
     }
-    files = {path.name: run_dir.sha256(path) for path in judge_files(args.kind, args.data_source)}
-    run_dir.finish(folder, SCRIPT, arguments, train, {"data_sha256": files, "training": training.recorded()})
+    run_dir.finish(folder, SCRIPT, arguments, train, {"training": training.recorded()})
     for name, value in metrics.items():
         print(f"  {name} {show(value)}")
     print(f"Trained the {args.kind} judge in {train['seconds']:.0f} s: {folder}")

@@ -43,12 +43,12 @@ BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the other
 class Expert:
     """A LoRA adapter of one base's FFN projections, with PEFT's own scaling of each module.
 
-    name: its folder's; task: as its run.json records, else its name where that is a task, else None;
+    name: as given, else its folder's; task: as its run.json records, else its name where that is a task, else None;
     rank: the largest of its modules. Raises UserError for what is no such adapter.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.name = folder, folder.name
+    def __init__(self, folder: Path, name: str | None = None):
+        self.folder, self.name = folder, name or folder.name
         if not (folder / "adapter_config.json").exists():
             raise UserError(f"{folder}: holds no adapter_config.json; align the expert first, or name a PEFT adapter")
         weights = folder / "adapter_model.safetensors"
@@ -61,6 +61,8 @@ class Expert:
         self.base_model = recorded.get("base_model") or self.config.base_model_name_or_path
         self.data_source = recorded.get("data_source")
         self.task = recorded.get("task_name") or (self.name if self.name in TASKS else None)
+        if name in TASKS and self.task != name:
+            raise UserError(f"--experts {name}={folder}: that adapter was aligned on {self.task}")
         self.weights = {key.removeprefix("base_model.model."): value for key, value in load_file(weights).items()}
         self.checksum = sha256(weights)
         self.dtype = next(iter(self.weights.values())).dtype

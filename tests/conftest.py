@@ -76,6 +76,16 @@ def base_dir(tmp_path_factory, tokenizer) -> Path:
     return folder
 
 
+def other_base(base_dir: Path, folder: Path) -> Path:
+    """A base of the same shape and name with other weights: Llama-2 and its chat version are two bases."""
+    model = LlamaForCausalLM.from_pretrained(base_dir)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-3
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def padded_base_dir(tmp_path, base_dir, padded_tokenizer) -> Path:
     """The same base with a tokenizer whose pad token is EOS."""

@@ -297,8 +297,8 @@ import align_basemodel, config
 from models import training_arguments
 from workspace import run_dir
 folder = Path(sys.argv[1])
-args, training = training_arguments.parse(["--task_name", "safety", "--data_source", "sample"],
-                                          align_basemodel.AlignArguments)
+argv = ["--task_name", "safety", "--data_source", "sample", "--base_model", sys.argv[2]]
+args, training = training_arguments.parse(argv, align_basemodel.AlignArguments)
 arguments = align_basemodel.result_arguments(args, training)
 everything = {**arguments, **json.loads(training.to_json_string()), **vars(args)}
 for name in ("begun", "finished"):
@@ -308,13 +308,14 @@ print(config.hf_token)
 """
 
 
-def test_hf_token_is_read_from_the_environment_and_never_written(tmp_path):
+def test_hf_token_is_read_from_the_environment_and_never_written(tmp_path, base_dir):
     token = "hf_aTokenThatNobodyHas"
-    run = run_script("-c", RECORD, tmp_path, HF_TOKEN=token)
+    run = run_script("-c", RECORD, tmp_path, base_dir, HF_TOKEN=token)
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == token
     written = {str(path.relative_to(tmp_path)): path for path in tmp_path.rglob("*") if path.is_file()}
-    assert set(written) == {"begun/arguments.json", "finished/run.json"}
-    for path in written.values():
+    runs = {"begun/arguments.json", "finished/run.json"}
+    assert set(written) == {*runs, "begun.lock", "begun.lock.json", "finished.lock"}
+    for path in (written[name] for name in runs):
         assert json.loads(path.read_text())["run"]["arguments"]["rank"] == 8
         assert token not in path.read_text()

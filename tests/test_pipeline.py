@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, other_base, run_script
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
@@ -74,7 +74,7 @@ def test_an_expert_is_a_standard_peft_adapter_of_the_ffn(results, base_dir):
     run = json.loads((folder / "run.json").read_text())
     assert run["run"]["arguments"]["learning_rate"] == 5e-4
     assert run["train"]["samples"] > 0 and run["train"]["seconds"] > 0 and run["train"]["peak_memory_bytes"] > 0
-    assert set(run["meta"]["data_sha256"]) == {"safety_train.jsonl"}
+    assert set(run["run"]["arguments"]["data_sha256"]) == {"safety_train.jsonl"}
 
 
 def test_experts_of_the_scripts_fuse_and_differ(results):
@@ -111,14 +111,15 @@ def test_the_report_says_what_aligning_took(results):
     assert record["train"]["trainable_parameters"] == 3 * 3 * 8 * 80
 
 
-def test_the_raw_base_and_its_data_are_the_experts(results, base_dir):
+def test_the_raw_base_and_its_data_are_the_experts(results, base_dir, tmp_path):
     source = str(results / "source")
     assert loading.run_sources(None, None, None, str(results)) == (str(base_dir), source)
     assert loading.run_sources(None, str(base_dir), None, str(results)) == (str(base_dir), source)
-    assert loading.run_sources(None, "another/base", None, str(results)) == ("another/base", "hub")
+    other = str(other_base(base_dir, tmp_path / "other"))
+    assert loading.run_sources(None, other, None, str(results)) == (other, "hub")
     assert loading.run_sources(results / "outputs" / "moe", None, None, str(results)) == (str(base_dir), source)
-    with pytest.raises(UserError, match="--base_model another/base"):
-        loading.run_sources(results / "outputs" / "moe", "another/base", None, str(results))
+    with pytest.raises(UserError, match="--base_model .*other: is not the base of"):
+        loading.run_sources(results / "outputs" / "moe", other, None, str(results))
 
 
 def test_method_flags_off_their_default_get_folders_of_their_own(results):

@@ -1,14 +1,15 @@
-"""A run's folder: what was asked, whether it is complete, what made it. `run.json` is written last."""
+"""A run's folder: what was asked, whether it is complete, who writes it, what made it. `run.json` is written last."""
 
 import hashlib
 import json
 import os
 import platform
 import subprocess
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
+from filelock import FileLock, Timeout
 
 from config import ROOT, UserError
 
@@ -17,33 +18,92 @@ UNFINISHED = "arguments.json"  # there while a run is under way
 COMPLETE = "run.json"
 
 
-def begin(folder: Path, script: str, arguments: dict, remedy: str) -> str:
-    """Open a run's folder. Returns "new", "resume" (begun with these arguments) or "complete".
+# What tells a base model and data, wherever they lie: with these alike, their places are not compared.
+DIGESTS = {"base_sha256": "base_model", "data_sha256": "data_source"}
+_held: dict[Path, FileLock] = {}  # the folders that this process writes
 
-    Raises UserError, naming the field, if a run with other arguments is there, and if something else is.
+
+def begin(folder: Path, script: str, arguments: dict, remedy: str) -> str:
+    """Open a run's folder for this process alone. Returns "new", "resume" (begun with these arguments) or "complete".
+
+    A begun folder in which nothing lies that could be lost is taken by any arguments: "new". Raises UserError, naming
+    what differs, if a run with other arguments or on other data is there, if something else is, or if another process
+    writes there.
     """
     arguments = json.loads(json.dumps(arguments))
+    lock(folder)
     for name, state in ((COMPLETE, "complete"), (UNFINISHED, "resume")):
         if not (folder / name).exists():
             continue
-        if name == UNFINISHED and len(list(folder.iterdir())) == 1:
-            break  # begun, but nothing came of it that could be lost
-        found = read_json(folder / name)
-        if found["run"]["script"] != script:
-            raise UserError(f"{folder}: holds a run of {found['run']['script']}; {remedy}")
-        before = found["run"]["arguments"]
-        for field in sorted(set(before) | set(arguments)):
-            if before.get(field) != arguments.get(field):
-                raise UserError(
-                    f"{folder}: holds a run with {field}={before.get(field)}, this one has "
-                    f"{field}={arguments.get(field)}; {remedy}"
-                )
+        if name == UNFINISHED and not holds_work(folder):
+            break
+        run = read_json(folder / name)["run"]
+        if run["script"] != script:
+            raise UserError(f"{folder}: holds a run of {run['script']}; {remedy}")
+        compare_arguments(folder, run["arguments"], arguments, remedy)
+        if state == "complete":
+            release(folder)
         return state
-    if folder.exists() and any(path.name != UNFINISHED for path in folder.iterdir()):
-        raise UserError(f"{folder}: is there and is no run of this project; {remedy}")
+    if folder.exists() and not (folder / UNFINISHED).exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is no run of this project; {remedy}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / UNFINISHED, {"run": {"script": script, "arguments": arguments}})
     return "new"
+
+
+def holds_work(folder: Path) -> bool:
+    """Whether a begun folder holds more than its arguments and logs: a checkpoint, answers, judgements."""
+    return any(path.name not in (UNFINISHED, "runs") and path.name[0] != "." for path in folder.iterdir())
+
+
+def compare_arguments(folder: Path, before: dict, now: dict, remedy: str) -> None:
+    """UserError naming the first argument, or data file, in which two runs differ."""
+    for digest, place in DIGESTS.items():
+        if before.get(digest) is None:  # recorded by an earlier version: its place is what tells
+            now = {key: value for key, value in now.items() if key != digest}
+        elif before[digest] and now.get(digest):
+            before, now = ({k: v for k, v in one.items() if k != place} for one in (before, now))
+    files, files_now = before.pop("data_sha256", None), now.pop("data_sha256", None)
+    for file in sorted({**(files or {}), **(files_now or {})}):
+        if (files or {}).get(file) != (files_now or {}).get(file):
+            raise UserError(f"{folder}: the data file {file} is not the one that this run has read; {remedy}")
+    for field in sorted(set(before) | set(now)):
+        if before.get(field) != now.get(field):
+            raise UserError(
+                f"{folder}: holds a run with {field}={before.get(field)}, this one has {field}={now.get(field)}; "
+                f"{remedy}"
+            )
+
+
+def lock(folder: Path) -> None:
+    """Keep every other process out of a run's folder until `release`, or this one's end.
+
+    The lock file lies beside the folder, with a note of who holds it. UserError if another process does.
+    """
+    if folder in _held:
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    note = folder.with_name(f"{folder.name}.lock.json")
+    held = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        try:
+            holder = "process {pid} on {host}, since {since}".format(**json.loads(note.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError):
+            holder = "another process"
+        raise UserError(f"{folder}: is being written by {holder}; wait until it has ended, or stop it") from None
+    _held[folder] = held
+    since = datetime.now().astimezone().isoformat(timespec="seconds")
+    write_json(note, {"pid": os.getpid(), "host": platform.node(), "since": since})
+
+
+def release(folder: Path) -> None:
+    """Let other processes have a folder that this one has locked."""
+    held = _held.pop(folder, None)
+    if held is not None:
+        folder.with_name(f"{folder.name}.lock.json").unlink(missing_ok=True)
+        held.release()
 
 
 def finish(folder: Path, script: str, arguments: dict, train: dict, meta: dict) -> None:
@@ -51,15 +111,16 @@ def finish(folder: Path, script: str, arguments: dict, train: dict, meta: dict) 
     run = {"run": {"script": script, "arguments": arguments}, "train": train, "meta": {**environment(), **meta}}
     write_json(folder / COMPLETE, run)
     (folder / UNFINISHED).unlink(missing_ok=True)
+    release(folder)
 
 
 def read_run(folder: Path) -> dict | None:
     """The run.json of a run's folder, or of the run that a checkpoint-N folder belongs to (if unfinished: its
     arguments); None where there is none."""
-    for place in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
+    for of_run in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
         for name in (COMPLETE, UNFINISHED):
-            if (place / name).exists():
-                return read_json(place / name)
+            if (of_run / name).exists():
+                return read_json(of_run / name)
     return None
 
 
@@ -70,17 +131,19 @@ def find_run(name: str, outputs: Path, checkpoint: int | None = None) -> Path | 
         if checkpoint is not None:
             raise UserError(f"--checkpoint_number {checkpoint}: the raw base model has no checkpoints")
         return None
-    folder = next((place for place in (outputs / name, Path(name), ROOT / name) if place.is_dir()), None)
+    folder = next((path for path in (outputs / name, Path(name), ROOT / name) if path.is_dir()), None)
     if folder is None:
-        there = sorted(path.name for path in outputs.iterdir() if path.is_dir()) if outputs.is_dir() else []
-        raise UserError(f"no run {name!r} under {outputs} (there: {', '.join(there) or 'none'}); align it first")
+        available = sorted(path.name for path in outputs.iterdir() if path.is_dir()) if outputs.is_dir() else []
+        raise UserError(
+            f"no run {name!r} under {outputs} (there are: {', '.join(available) or 'none'}); align it first"
+        )
     if checkpoint is None:
         if (folder / UNFINISHED).exists() and not (folder / COMPLETE).exists():
-            raise UserError(f"{folder}: is not complete; the command that began it goes on with it")
+            raise UserError(f"{folder}: is not complete; re-run the command that began it to resume it")
         return folder
     if not (folder / f"checkpoint-{checkpoint}").is_dir():
-        there = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
-        raise UserError(f"--checkpoint_number {checkpoint}: {folder} has {there or 'none'}")
+        available = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+        raise UserError(f"--checkpoint_number {checkpoint}: {folder} has {available or 'none'}")
     return folder / f"checkpoint-{checkpoint}"
 
 
@@ -96,7 +159,7 @@ def last_checkpoint(folder: Path) -> str | None:
     return None
 
 
-def settle(flag: str, given, recorded, default):
+def resolve_setting(flag: str, given, recorded, default):
     """A setting that an earlier stage recorded: as recorded, else as given, else the default; UserError if they
     contradict each other."""
     if given is not None and recorded is not None and str(given) != str(recorded):
@@ -109,6 +172,8 @@ def settle(flag: str, given, recorded, default):
 
 def environment() -> dict:
     """What made a run: commit, package versions, device."""
+    import torch  # here, so that a script's flags are parsed without it
+
     cuda = torch.cuda.is_available()
     return {
         "commit": commit(),

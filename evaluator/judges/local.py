@@ -22,7 +22,7 @@ from config import UserError
 from data.batching import batches_by_length, pad
 from evaluator.judges.protocols import HARM_CATEGORIES
 from models import base
-from models.loading import base_of_run, device
+from models.loading import device, resolve_base
 from workspace.run_dir import sha256
 
 KEPT_TAIL = 16  # tokens at a text's end that stay when its middle is cut: the protocol's last words
@@ -65,7 +65,7 @@ def load_judge_tokenizer(judge: str):
 def load_causal(judge: str, dtype: torch.dtype):
     """(model, tokenizer) of a causal LM by hub id or folder, or of a PEFT adapter's folder with its base."""
     adapter = (Path(judge) / "adapter_config.json").exists()
-    whole = base_of_run(Path(judge)) if adapter else judge
+    whole = resolve_base(Path(judge), None) if adapter else judge
     model = _from_hub(AutoModelForCausalLM, whole, dtype=dtype)
     tokenizer = _from_hub(AutoTokenizer, whole)
     if adapter:

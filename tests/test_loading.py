@@ -1,0 +1,136 @@
+"""What is loaded under a run's name, and which base it stands on, wherever that lies."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import other_base, save_adapter
+from transformers import LlamaForCausalLM
+
+import config
+from config import UserError
+from models import base_identity, export, loading
+from models.base_identity import base_sha256
+from models.llama_moe import LlamaMoeForCausalLM
+from models.loading import load_run, run_kind, weights_sha256
+
+IDS = torch.tensor([[5, 17, 300, 42]])
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=IDS).logits
+
+
+def test_each_kind_of_run_is_loaded_as_itself(base_dir, adapter_dirs, fused_dir, tmp_path):
+    assert [run_kind(folder) for folder in (None, adapter_dirs[1], fused_dir)] == ["raw", "adapter", "fused"]
+    raw, _ = load_run(None, str(base_dir), "float32")
+    expert, _ = load_run(adapter_dirs[1], dtype="float32")
+    fused, _ = load_run(fused_dir, dtype="float32")
+    assert isinstance(fused, LlamaMoeForCausalLM)
+    merged = expert.merge_and_unload()  # a causal LM's own folder
+    merged.save_pretrained(tmp_path / "merged")
+    load_run(None, str(base_dir), "float32")[1].save_pretrained(tmp_path / "merged")
+    whole, _ = load_run(tmp_path / "merged", dtype="float32")
+    assert torch.allclose(logits(whole), logits(merged), atol=1e-5)
+    assert not torch.allclose(logits(whole), logits(raw), atol=1e-2)
+
+
+def test_an_export_answers_and_scores_as_itself(fused_dir, tmp_path):
+    """A Mixtral folder is not its base: the base used to be loaded under its name."""
+    export.main(["--cross_task", str(fused_dir), "--to", "mixtral", "--output", str(tmp_path / "mixtral")])
+    mixtral, _ = load_run(tmp_path / "mixtral", dtype="float32")
+    fused, _ = load_run(fused_dir, dtype="float32")
+    assert mixtral.config.model_type == "mixtral"
+    assert torch.allclose(logits(mixtral), logits(fused), atol=1e-4)
+
+
+def damaged(folder: Path, source: Path, how: str) -> Path:
+    shutil.copytree(source, folder)
+    weights = next(folder.glob("*model.safetensors"))
+    if how == "no weights":
+        weights.unlink()
+    elif how == "torn":
+        weights.write_bytes(weights.read_bytes()[:-7])
+    elif how == "no config":
+        next(folder.glob("*config.json")).unlink()
+    return folder
+
+
+@pytest.mark.parametrize("how", ["no weights", "torn", "no config"])
+@pytest.mark.parametrize("kind", ["adapter", "fused", "causal_lm"])
+def test_what_holds_no_whole_model_is_refused(kind, how, base_dir, adapter_dirs, fused_dir, tmp_path):
+    """Each of these was scored as the raw base under the run's name."""
+    source = {"adapter": adapter_dirs[1], "fused": fused_dir, "causal_lm": tmp_path / "whole"}[kind]
+    LlamaForCausalLM.from_pretrained(base_dir).save_pretrained(tmp_path / "whole")
+    for name in ("generation_config.json", "README.md", "run.json"):
+        (tmp_path / "whole" / name).unlink(missing_ok=True)
+    folder = damaged(tmp_path / "checkpoint-8", source, how)
+    for name in ("generation_config.json", "run.json"):
+        (folder / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="checkpoint-8") as refused:
+        load_run(folder, str(base_dir))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("files", [{}, {"run.json": "{}"}, {"config.json": '{"model_type": "bert"}'}])
+def test_a_folder_of_something_else_is_refused(files, base_dir, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="neither an adapter nor a model|a causal language model is needed"):
+        load_run(tmp_path, str(base_dir))
+
+
+def test_a_base_is_known_by_its_tensors_and_shape(base_dir, tmp_path):
+    digest = base_sha256(str(base_dir))
+    copy = Path(shutil.copytree(base_dir, tmp_path / "elsewhere"))
+    assert base_sha256(str(copy)) == digest
+    model = LlamaForCausalLM.from_pretrained(base_dir)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert base_sha256(str(tmp_path / "sharded")) == digest
+    assert base_sha256(str(other_base(base_dir, tmp_path / "chat"))) != digest
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.1}))
+    assert base_sha256(str(copy)) != digest
+
+
+def test_a_base_is_read_once_and_again_when_its_file_changes(base_dir, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(base_dir, tmp_path / "base"))
+    read = []
+    whole = base_identity.tensors_sha256
+    monkeypatch.setattr(base_identity, "tensors_sha256", lambda *args: read.append(1) or whole(*args))
+    first = base_sha256(str(folder))
+    assert base_sha256(str(folder)) == first and len(read) == 1
+    other_base(base_dir, folder)
+    assert base_sha256(str(folder)) != first and len(read) == 2
+
+
+@pytest.mark.slow
+def test_smollm2_and_its_folder_are_one_base():
+    folder = config.BASE_MODELS_DIR / config.EMBEDDED_MODEL
+    assert base_sha256("smollm2") == base_sha256(str(folder))
+
+
+def test_a_base_that_moved_is_given_by_its_new_place(base_dir, tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(base_dir, old)
+    adapter = save_adapter(tmp_path / "expert", old, 1)
+    recorded = {"base_model": str(old), "base_sha256": base_sha256(str(old))}
+    (adapter / "run.json").write_text(json.dumps({"run": {"script": "align_basemodel.py", "arguments": recorded}}))
+    before = logits(load_run(adapter, dtype="float32")[0])
+    old.rename(new)
+    with pytest.raises(UserError, match="no longer at .*old; give its new place with --base_model"):
+        load_run(adapter)
+    model, _ = load_run(adapter, str(new), "float32")
+    assert torch.equal(logits(model), before)
+    with pytest.raises(UserError, match="chat: is not the base of"):
+        load_run(adapter, str(other_base(new, tmp_path / "chat")))
+    assert loading.run_sources(adapter, str(new), None, str(tmp_path))[0] == str(new)
+
+
+def test_weights_that_a_run_learnt_have_a_digest(base_dir, adapter_dirs, fused_dir):
+    digests = [weights_sha256(folder) for folder in (*adapter_dirs, fused_dir, base_dir)]
+    assert weights_sha256(None) is None and len(set(digests)) == 5
