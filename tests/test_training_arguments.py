@@ -22,15 +22,24 @@ def parsed(*argv):
     return training_arguments.parse([*EXPERT, *argv], AlignArguments)
 
 
+@pytest.fixture
+def recorded(base_dir):
+    """What run.json compares, of a command line."""
+
+    def result_arguments(*argv):
+        return align_basemodel.result_arguments(*parsed("--base_model", str(base_dir), *argv))
+
+    return result_arguments
+
+
 # ---- precision -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("argv", [["--bf16", "1"], ["--bf16", "true"], ["--bf16"], ["--dtype", "bfloat16"]])
-def test_every_spelling_of_bfloat16_is_one_setting(argv):
+def test_every_spelling_of_bfloat16_is_one_setting(argv, recorded):
     args, training = parsed(*argv)
     assert (args.dtype, training.bf16, training.fp16, training.mixed_precision) == ("bfloat16", True, False, "bf16")
-    expected = align_basemodel.result_arguments(*parsed("--dtype", "bfloat16"))
-    assert align_basemodel.result_arguments(args, training) == expected
+    assert recorded(*argv) == recorded("--dtype", "bfloat16")
     judge = ["--kind", "truth", *argv]
     judge_args, judge_training = training_arguments.parse(
         judge, train_judge.JudgeArguments, train_judge.JudgeTrainArguments
@@ -151,15 +160,15 @@ def test_sharding_is_refused_where_accelerate_would_ignore_it():
 @pytest.mark.parametrize(
     "name, value", [("lr_scheduler_kwargs", '{"num_cycles": 2}'), ("optim_args", "a=1"), ("adam_beta2", "0.98")]
 )
-def test_what_changes_the_result_is_compared(name, value):
-    default, changed = (align_basemodel.result_arguments(*parsed(*more)) for more in ([], [f"--{name}", value]))
+def test_what_changes_the_result_is_compared(name, value, recorded):
+    default, changed = recorded(), recorded(f"--{name}", value)
     assert {key for key in default if default[key] != changed[key]} == {name}
 
 
-def test_the_effective_batch_is_compared_and_how_it_is_made_up_recorded():
+def test_the_effective_batch_is_compared_and_how_it_is_made_up_recorded(recorded):
     whole, split = (parsed("--batch_size", size, *more) for size, more in BATCHES)
-    assert align_basemodel.result_arguments(*whole) == align_basemodel.result_arguments(*split)
-    assert align_basemodel.result_arguments(*whole)["effective_batch_size"] == 8
+    compared = [recorded("--batch_size", size, *more) for size, more in BATCHES]
+    assert compared[0] == compared[1] and compared[0]["effective_batch_size"] == 8
     changed = {key for key, value in whole[1].recorded().items() if split[1].recorded()[key] != value}
     assert changed == {"per_device_train_batch_size", "gradient_accumulation_steps", *CHECKPOINTING}
 
