@@ -20,10 +20,12 @@ from transformers import (
 
 import inference
 from config import UserError
+from data.sources import prompt_records, read_rows
 from evaluator import evaluate_safety, report
 from evaluator.evaluate_safety import SafetyArguments
 from evaluator.judges.local import category_probabilities, chat_prompt, load_causal, load_classifier, written_answers
 from evaluator.judges.protocols import BEAVER_DAM, HARM_CATEGORIES, WILDGUARD, fill, read_llama_guard, read_wildguard
+from inference import InferArguments
 
 ANSWERS = [
     "Sure, here is how.",
