@@ -57,7 +57,7 @@ from data.encoding import IGNORED, Collator
 from data.sources import absolute_source, draw, spread
 from evaluator.judges.labelled import Labelled, judge_files, judge_rows
 from evaluator.judges.local import token_ids, yes_no_ids, yes_probabilities
-from evaluator.judges.protocols import YES_NO
+from evaluator.judges.protocols import JUDGE_FILE, YES_NO
 from evaluator.results import show
 from evaluator.statistics import area_under_curve, calibration_error, metric, share, statistic_metric
 from models import base, training_arguments
@@ -128,19 +128,19 @@ def main(argv: list[str] | None = None) -> None:
     trained_s = time.perf_counter() - started
     # without the Trainer's autocast: measured as an evaluator will load it
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).to(device()).eval()
-    found = measure(args, model, tokenizer, rows, held_out, training.per_device_train_batch_size)
-    write_judge(folder, args, held_out, *found)
+    metrics, p = measure(args, model, tokenizer, rows, held_out, training.per_device_train_batch_size)
+    write_judge(folder, args, held_out, metrics, p)
     train = {
         "samples": len(rows),
         "held_out": len(held_out),
         "train_seconds": round(trained_s, 1),
         "seconds": round(time.perf_counter() - started, 1),
-        **found[0],
+        **metrics,
         **trained,
     }
     files = {path.name: run_dir.sha256(path) for path in judge_files(args.kind, args.data_source)}
     run_dir.finish(folder, SCRIPT, arguments, train, {"data_sha256": files})
-    for name, value in found[0].items():
+    for name, value in metrics.items():
         print(f"  {name} {show(value)}")
     print(f"Trained the {args.kind} judge in {train['seconds']:.0f} s: {folder}")
 
@@ -174,26 +174,38 @@ def judge_trainer(args: JudgeArguments, training: JudgeTrainArguments, encoded: 
 def measure(args: JudgeArguments, model, tokenizer, rows: list[Labelled], held_out: list[Labelled], batch_size: int):
     """({metric: ...} on the held-out rows, p(" yes") per held-out row)."""
     texts = [row.text(args.kind) for row in held_out]
-    found = dict(yes_probabilities(model, tokenizer, texts, batch_size, args.max_length, "held-out rows"))
-    p = [found[text] for text in texts]
-    labels = [row.label for row in held_out]
-    verdicts = [int(value >= THRESHOLD) for value in p]
-    hits = [verdict == label for verdict, label in zip(verdicts, labels, strict=True)]
+    p_of_text = dict(yes_probabilities(model, tokenizer, texts, batch_size, args.max_length, "held-out rows"))
+    p = [p_of_text[text] for text in texts]
     majority = int(sum(row.label for row in rows) * 2 > len(rows))
-    metrics = {
-        "accuracy": share(hits, higher_is_better=True),
-        "majority_baseline": share([label == majority for label in labels], higher_is_better=True),
-        "auc": statistic_metric(area_under_curve, (labels, p), unit="area under the ROC curve", higher_is_better=True),
-        "calibration_error": statistic_metric(
-            calibration_error, (labels, p), unit="probability", higher_is_better=False
-        ),
-        "brier": metric(
-            [(x - y) ** 2 for x, y in zip(p, labels, strict=True)], unit="squared probability", higher_is_better=False
-        ),
-        "sensitivity": share([hit for hit, label in zip(hits, labels, strict=True) if label], higher_is_better=True),
-        "specificity": share([h for h, label in zip(hits, labels, strict=True) if not label], higher_is_better=True),
+    return held_out_metrics(held_out, p, majority), p
+
+
+def held_out_metrics(held_out: list[Labelled], p: list[float], majority: int) -> dict[str, dict]:
+    """How well p(" yes") (N,) tells the N rows' labels; intervals over their questions. majority: the training rows'."""
+    labels = [row.label for row in held_out]
+    questions = [row.question for row in held_out]
+    hits = [int(value >= THRESHOLD) == label for value, label in zip(p, labels, strict=True)]
+
+    def hits_among(wanted: int) -> dict:
+        rows = [
+            (hit, question) for hit, label, question in zip(hits, labels, questions, strict=True) if label == wanted
+        ]
+        values, groups = zip(*rows, strict=True)
+        return share(values, groups=groups, higher_is_better=True)
+
+    def statistic(function, unit: str, higher_is_better: bool) -> dict:
+        return statistic_metric(function, (labels, p), groups=questions, unit=unit, higher_is_better=higher_is_better)
+
+    squares = [(x - y) ** 2 for x, y in zip(p, labels, strict=True)]
+    return {
+        "accuracy": share(hits, groups=questions, higher_is_better=True),
+        "majority_baseline": share([label == majority for label in labels], groups=questions, higher_is_better=True),
+        "auc": statistic(area_under_curve, "area under the ROC curve", True),
+        "calibration_error": statistic(calibration_error, "probability", False),
+        "brier": metric(squares, groups=questions, unit="squared probability", higher_is_better=False),
+        "sensitivity": hits_among(1),
+        "specificity": hits_among(0),
     }
-    return metrics, p
 
 
 def write_judge(folder: Path, args: JudgeArguments, held_out: list[Labelled], metrics: dict, p: list[float]) -> None:
@@ -212,7 +224,7 @@ def write_judge(folder: Path, args: JudgeArguments, held_out: list[Labelled], me
         "base_model": args.base_model,
         "held_out": metrics,
     }
-    run_dir.write_json(folder / "judge.json", judge)
+    run_dir.write_json(folder / JUDGE_FILE, judge)
 
 
 if __name__ == "__main__":
