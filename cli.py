@@ -93,6 +93,13 @@ def check(name: str, value, holds: bool, allowed: str) -> None:
         raise UserError(f"--{name} {value}: must be {allowed}")
 
 
+def check_not_given(reason: str, **values) -> None:
+    """Raise a UserError for a flag (None: not given) that would be ignored, and say why."""
+    for name, value in values.items():
+        if value is not None:
+            raise UserError(f"--{name} {value}: {reason}; leave it out")
+
+
 def check_at_least(minimum: int, **values: int | None) -> None:
     """`check` of whole numbers; None passes."""
     for name, value in values.items():

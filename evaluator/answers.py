@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import DTYPES, check_at_least, check_num_samples, flag
+from cli import DTYPES, check_at_least, check_not_given, check_num_samples, flag
 from config import RESULTS_DIR, ROOT, UserError
 from data.sources import read_jsonl, spread
 from workspace.run_dir import COMPLETE, read_json, sha256
 
+CONCURRENCY = 8  # requests to a server at a time
+BATCH_SIZE = 16  # texts per batch of a local judge
 COLUMNS = {"instruction": str, "input": str, "output": str, "reference": str, "task": str, "generator": str}
 
 
@@ -30,13 +32,9 @@ class EvaluateArguments:
         None, "an OpenAI-compatible server that runs the judge (default: OPENAI_BASE_URL, else OpenAI's)"
     )
     judge_model: str | None = flag(None, "the judge's model name on that server")
-    concurrency: int = flag(8, "requests to a server at a time")
+    concurrency: int | None = flag(None, f"requests to a server at a time (default: {CONCURRENCY})")
     dry_run: int = flag(
         0, "1: say how many requests and tokens a server would be asked, and the price; ask nothing", choices=[0, 1]
-    )
-    batch_size: int = flag(16, "texts per batch of a local judge")
-    dtype: str = flag(
-        "auto", "of a local judge's weights: auto (bfloat16 where the device is fast in it), ...", choices=list(DTYPES)
     )
     results_dir: str = flag(str(RESULTS_DIR), "where answers are read and scores written")
 
@@ -44,20 +42,48 @@ class EvaluateArguments:
         if self.task_name and self.aligned_flag is not None:
             raise UserError("--task_name names the answers' directory and --aligned_flag another: give one of them")
         if self.judge:  # a folder, also by its path from the repository's root
-            found = next((place for place in (Path(self.judge), ROOT / self.judge) if place.is_dir()), None)
-            self.judge = str(found.resolve()) if found else self.judge
+            folder = next((path for path in (Path(self.judge), ROOT / self.judge) if path.is_dir()), None)
+            self.judge = str(folder.resolve()) if folder else self.judge
         if self.task_name and Path(self.task_name).name != self.task_name:
             raise UserError(
                 f"--task_name {self.task_name}: must be a directory's name, such as raw, aligned, cross_<run>"
             )
         check_num_samples(num_samples=self.num_samples)
-        check_at_least(1, batch_size=self.batch_size, concurrency=self.concurrency)
+        check_at_least(1, concurrency=self.concurrency)
 
     @property
     def directory(self) -> str:
         """The answers' directory, as inference.py names it."""
         name = self.task_name or ("raw" if self.aligned_flag == 0 else "aligned")
         return name if self.checkpoint_number is None else f"{name}_{self.checkpoint_number}"
+
+    def answers_folder(self, task: str) -> Path:
+        """Where inference.py wrote the answers to a task's prompts."""
+        return Path(self.results_dir) / "inference" / task / self.dataset_type / self.directory
+
+
+@dataclass
+class LocalJudgeArguments(EvaluateArguments):
+    """And what a judge takes that may also run on this machine."""
+
+    batch_size: int | None = flag(None, f"texts per batch of a judge on this machine (default: {BATCH_SIZE})")
+    dtype: str | None = flag(
+        None,
+        "of such a judge's weights: auto (the default: bfloat16 where the device is fast in it), ...",
+        choices=list(DTYPES),
+    )
+
+    def resolve_judge_flags(self, on_server: bool) -> None:
+        """Give the flags of a judge on a server, or of one here, their defaults; UserError for one of the other."""
+        check_at_least(1, batch_size=self.batch_size)
+        if on_server:
+            reason = "is for a judge on this machine, and this one is asked on a server"
+            check_not_given(reason, batch_size=self.batch_size, dtype=self.dtype)
+            self.concurrency = self.concurrency or CONCURRENCY
+        else:
+            reason = "is for a judge on a server, and this one runs on this machine"
+            check_not_given(reason, judge_model=self.judge_model, concurrency=self.concurrency)
+            self.batch_size, self.dtype = self.batch_size or BATCH_SIZE, self.dtype or "auto"
 
 
 @dataclass(frozen=True)
@@ -76,22 +102,20 @@ class Answers:
         return sum(not row["output"].strip() for row in self.rows)
 
 
-def load_answers(args: EvaluateArguments, task: str) -> Answers:
-    """The answers of `args.directory` to a task's prompts, `--num_samples` of them evenly spaced.
+def load_answers(folder: Path, task: str, num_samples: int = -1) -> Answers:
+    """The answers of a folder of inference.py to a task's prompts, `num_samples` of them evenly spaced (-1: all).
 
-    Raises UserError for a directory that is not there or not complete, a damaged line (with its number), an id given
+    Raises UserError for a directory that is missing or not complete, a damaged line (with its number), an id given
     twice, and a file that does not hold as many answers as were asked for.
     """
-    split_dir = Path(args.results_dir) / "inference" / task / args.dataset_type
-    folder = split_dir / args.directory
     if not folder.is_dir():
-        there = sorted(path.name for path in split_dir.iterdir()) if split_dir.is_dir() else []
+        available = sorted(path.name for path in folder.parent.iterdir()) if folder.parent.is_dir() else []
         raise UserError(
-            f"--task_name {args.directory}: no answers under {split_dir} (there: {', '.join(there) or 'none'}); "
-            f"make them first with inference.py --task_name {task}"
+            f"--task_name {folder.name}: no answers under {folder.parent} (available: "
+            f"{', '.join(available) or 'none'}); make them first with inference.py --task_name {task}"
         )
     if not (folder / COMPLETE).exists():
-        raise UserError(f"{folder}: its inference did not finish; run inference.py again, it goes on where it was")
+        raise UserError(f"{folder}: its inference did not finish; run inference.py again to resume it")
     path = folder / "outputs.jsonl"
     rows = read_jsonl(path, COLUMNS, may_be_empty=("input", "output", "reference"))
     asked = read_json(folder / COMPLETE)["train"].get("answers")
@@ -103,4 +127,4 @@ def load_answers(args: EvaluateArguments, task: str) -> Answers:
     wrong = next((row["id"] for row in rows if row["task"] != task), None)
     if wrong is not None:
         raise UserError(f"{path}: answer {wrong!r} is not one to a {task} prompt")
-    return Answers(spread(rows, args.num_samples), folder, sha256(path))
+    return Answers(spread(rows, num_samples), folder, sha256(path))

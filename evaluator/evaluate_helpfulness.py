@@ -6,7 +6,6 @@ writes aligned.json and reference_model.json, which the command `alpaca_eval` ta
 itself. alpaca_eval_gpt4 is the paper's judge (AlpacaEval 1), weighted_alpaca_eval_gpt4_turbo that of AlpacaEval 2.
 """
 
-import dataclasses
 import hashlib
 import json
 import shlex
@@ -19,9 +18,9 @@ if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import cli
-from cli import flag
+from cli import check_not_given, flag
 from config import UserError
-from evaluator.answers import EvaluateArguments, load_answers
+from evaluator.answers import CONCURRENCY, EvaluateArguments, load_answers
 
 
 @dataclass
@@ -42,10 +41,14 @@ class HelpfulnessArguments(EvaluateArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.judge is None and (self.judge_url or self.judge_model or self.dry_run):
-            raise UserError(
-                "--judge_url, --judge_model and --dry_run are of a judge: name it with --judge, such as "
-                "alpaca_eval_gpt4"
+        if self.judge is None:
+            check_not_given(
+                "is of a judge, and none is named; name it with --judge, such as alpaca_eval_gpt4",
+                judge_url=self.judge_url,
+                judge_model=self.judge_model,
+                concurrency=self.concurrency,
+                dry_run=self.dry_run or None,
+                num_samples=None if self.num_samples == -1 else self.num_samples,
             )
 
 
@@ -56,21 +59,20 @@ import numpy as np
 
 from data.sources import spread
 from evaluator.judges import alpaca
-from evaluator.results import evaluation_folder, show, write_scores
+from evaluator.results import REMEDY, evaluation_folder, score_once
 from evaluator.statistics import metric
 from workspace import run_dir
+from workspace.client import OPENAI_URL
 
 SCRIPT = "evaluate_helpfulness.py"
 TASK = "helpfulness"
-REMEDY = "move it away, or write to another --results_dir"
 NUM_ALPACA_EVAL = 805
-BESIDE = ("standard_error", "without_preference", "empty")  # what a metric may also hold
 
 
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, HelpfulnessArguments)
-    answers = load_answers(dataclasses.replace(args, num_samples=-1), TASK)
+    answers = load_answers(args.answers_folder(TASK), TASK)
     model, reference = output_pairs(answers.rows, args.reference_outputs, answers.folder)
     folder = evaluation_folder(args.results_dir, TASK, args.dataset_type, args.directory, "").resolve()
     files = write_once(folder / "aligned.json", model), write_once(folder / "reference_model.json", reference)
@@ -79,22 +81,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.judge is None:
         print(
             "AlpacaEval's own command on them, with the paper's judge (IS_ALPACA_EVAL_2=True: AlpacaEval 2):\n  "
-            + shlex.join(
-                [
-                    "env",
-                    "IS_ALPACA_EVAL_2=False",
-                    "alpaca_eval",
-                    "--model_outputs",
-                    str(files[0]),
-                    "--reference_outputs",
-                    str(files[1]),
-                    "--caching_path",
-                    str(folder / "alpaca_eval_annotations.json"),
-                ]
-            )
+            + shlex.join(official_command(*files, folder / "alpaca_eval_annotations.json"))
         )
     else:
         judge_answers(args, [row["id"] for row in answers.rows], model, reference)
+
+
+def official_command(model_path: Path, reference_path: Path, cache_path: Path) -> list[str]:
+    """AlpacaEval's own command on two files. It sends OPENAI_API_KEY to OPENAI_BASE_URL: to OpenAI, whatever is set."""
+    environment = [f"OPENAI_BASE_URL={OPENAI_URL}", f"OPENAI_API_BASE={OPENAI_URL}", "IS_ALPACA_EVAL_2=False"]
+    files = {"model_outputs": model_path, "reference_outputs": reference_path, "caching_path": cache_path}
+    flags = [text for name, path in files.items() for text in (f"--{name}", str(path))]
+    return ["env", *environment, "alpaca_eval", *flags]
 
 
 def output_pairs(rows: list[dict], reference_outputs: str | None, folder: Path) -> tuple[list[dict], list[dict]]:
@@ -111,13 +109,13 @@ def output_pairs(rows: list[dict], reference_outputs: str | None, folder: Path) 
         common = {"instruction": instruction, "dataset": Path(dataset).name}
         model.append({**common, "output": row["output"], "generator": row["generator"]})
         if given is None:
-            found = {"output": row["reference"], "generator": "text_davinci_003" if standard else "reference"}
-        elif (found := given.get(instruction)) is None:
+            compared = {"output": row["reference"], "generator": "text_davinci_003" if standard else "reference"}
+        elif (compared := given.get(instruction)) is None:
             raise UserError(
                 f"--reference_outputs {reference_outputs}: has no output for {instruction[:80]!r} "
                 f"(answer {row['id']!r}); it must cover every instruction"
             )
-        reference.append({**common, **found})
+        reference.append({**common, **compared})
     return model, reference
 
 
@@ -129,20 +127,20 @@ def read_reference(path: Path) -> dict[str, dict]:
         rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:
         raise UserError(f"--reference_outputs {path}: cannot be read as {path.suffix or 'JSON'} ({error})") from error
-    found = {}
+    outputs = {}
     for number, row in enumerate(rows if isinstance(rows, list) else [rows], start=1):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("instruction", "output")):
             raise UserError(f"--reference_outputs {path}: item {number} must have the texts 'instruction' and 'output'")
         value = {"output": row["output"], "generator": str(row.get("generator", path.stem))}
-        if found.setdefault(row["instruction"], value) != value:
+        if outputs.setdefault(row["instruction"], value) != value:
             raise UserError(f"--reference_outputs {path}: item {number} gives a second output for the same instruction")
-    return found
+    return outputs
 
 
 def write_once(path: Path, rows: list[dict]) -> Path:
-    """Write a JSON file; UserError if another one is there, for scores of it may be there too."""
+    """Write a JSON file; UserError for one of other content, of which scores may exist."""
     if path.exists() and run_dir.read_json(path) != rows:
-        raise UserError(f"{path}: is there, of other answers or another reference; {REMEDY}")
+        raise UserError(f"{path}: holds other answers or another reference; {REMEDY}")
     path.parent.mkdir(parents=True, exist_ok=True)
     run_dir.write_json(path, rows)
     return path
@@ -152,6 +150,8 @@ def judge_answers(args: HelpfulnessArguments, ids: list[str], model: list[dict],
     """Judge --num_samples of the pairs and write results/evaluation/helpfulness/<split>/<run>/<judge>/."""
     annotators, source = alpaca.load_annotators(args.judge)
     annotators, url = alpaca.derive_annotators(annotators, args.judge_url, args.judge_model)
+    if url is None:
+        check_not_given(f"the annotators of {args.judge} ask by APIs of their own", concurrency=args.concurrency)
     chosen = spread(range(len(model)), args.num_samples)
     ids, model, reference = ([rows[i] for i in chosen] for rows in (ids, model, reference))
     if args.dry_run:
@@ -168,27 +168,23 @@ def judge_answers(args: HelpfulnessArguments, ids: list[str], model: list[dict],
         "annotator_sha256": alpaca.checksum(annotators),
         "pairs_sha256": hashlib.sha256(pairs).hexdigest(),
     }
-    if run_dir.begin(folder, SCRIPT, arguments, REMEDY) != "complete":
-        configuration = alpaca.write_configuration(folder, annotators, url, args.results_dir, args.concurrency)
+
+    def score():
+        concurrency = args.concurrency or CONCURRENCY
+        configuration = alpaca.write_configuration(folder, annotators, url, args.results_dir, concurrency)
         # KeptClient keeps the answers of OpenAI's protocol; those that others give, the library
         caching_path = folder / "annotations.json" if url is None else None
         annotations = alpaca.annotate(configuration, model, reference, caching_path)
-        metrics = win_rates(annotations, ids, model, reference)
-        models = sorted(a["completions_kwargs"].get("model_name", "?") for a in annotators.values())
-        agreement = None if args.judge_model else alpaca.human_agreement(source)
-        judge = {
+        described = {
             "name": name,
             "version": f"alpaca_eval {version('alpaca_eval')}",
-            "models": models,
+            "models": sorted(a["completions_kwargs"].get("model_name", "?") for a in annotators.values()),
             "url": url,
-            "human_agreement": agreement,
+            "human_agreement": None if args.judge_model else alpaca.human_agreement(source),
         }
-        write_scores(folder, SCRIPT, arguments, judge, metrics, item_judgements(ids, annotations))
-    scores = run_dir.read_json(folder / "metrics.json")
-    agreement = scores["judge"]["human_agreement"]
-    print(f"judge {name} (its agreement with people, as published: {agreement or 'not known'}): {folder}")
-    for key, value in scores["metrics"].items():
-        print(f"  {key} {show(value)}" + "".join(f", {name} {value[name]:.4g}" for name in BESIDE if name in value))
+        return described, win_rates(annotations, ids, model, reference), item_judgements(ids, annotations)
+
+    score_once(folder, SCRIPT, arguments, score)
 
 
 def win_rates(annotations: list[dict], ids: list[str], model: list[dict], reference: list[dict]) -> dict[str, dict]:
@@ -225,7 +221,7 @@ def win_rates(annotations: list[dict], ids: list[str], model: list[dict], refere
     for name, outputs in (("answer_length", model), ("reference_length", reference)):
         lengths = [len(row["output"]) for row in outputs]
         empty = sum(not row["output"].strip() for row in outputs)
-        metrics[name] = {**metric(lengths, unit="characters", higher_is_better=None), "empty": empty}
+        metrics[name] = {**metric(lengths, unit="characters", higher_is_better=None), "empty_texts": empty}
     return metrics
 
 
@@ -244,18 +240,18 @@ def deviation(values: np.ndarray) -> float | None:
 
 
 def item_judgements(ids: list[str], annotations: list[dict]) -> list[dict]:
-    """One judgement per item, with the judge's own words: there the first answer may be either's, as the library draws
-    the order in which the two are shown."""
+    """One judgement per item, with the judge's own words, whose first answer may be either's: the library draws the
+    order in which the two are shown."""
     judgements = []
     for item, row in zip(ids, annotations, strict=True):
-        found = {
+        judgement = {
             "metric": "win_rate",
             "id": item,
             "value": preference(row),
             "annotator": row.get("annotator"),
             "raw_completion": row.get("preference_raw_completion"),
         }
-        judgements.append({key: None if isinstance(v, float) and np.isnan(v) else v for key, v in found.items()})
+        judgements.append({key: None if isinstance(v, float) and np.isnan(v) else v for key, v in judgement.items()})
     return judgements
 
 

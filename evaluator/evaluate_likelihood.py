@@ -52,7 +52,7 @@ import torch
 from data import sources
 from data.encoding import Encoder
 from data.sources import Comparison, Record
-from evaluator.results import evaluation_folder, show, write_scores
+from evaluator.results import REMEDY, evaluation_folder, print_scores, write_scores
 from evaluator.scoring import Scored, score_answers
 from evaluator.statistics import metric, share
 from models import base
@@ -90,9 +90,8 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
         "weights_sha256": weights_sha256(path),
     }
     folders = {t: evaluation_folder(args.results_dir, t, args.dataset_type, label, JUDGE) for t in args.tasks}
-    remedy = "move it away, or write to another --results_dir"
     arguments = {task: {**arguments, "data_sha256": scored_files_sha256(task, args, data_source)} for task in folders}
-    states = {task: run_dir.begin(folder, SCRIPT, arguments[task], remedy) for task, folder in folders.items()}
+    states = {task: run_dir.begin(folder, SCRIPT, arguments[task], REMEDY) for task, folder in folders.items()}
     todo = [task for task in args.tasks if states[task] != "complete"]
     if not todo:
         print(f"{label}: scored already")
@@ -111,9 +110,7 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
         metrics, judgements = task_metrics(task, records, comparisons, scored, expert_of_task.get(task))
         judge = {"name": JUDGE, "version": None}
         write_scores(folders[task], SCRIPT, arguments[task], judge, metrics, judgements)
-        for key, value in metrics.items():
-            cut = f"; {value['cut']} cut to {encoder.max_length} tokens" if value.get("cut") else ""
-            print(f"  {key} {show(value)}{cut}")
+        print_scores(folders[task])
 
 
 def scored_files_sha256(task: str, args: LikelihoodArguments, source: str) -> dict[str, str]:

@@ -11,6 +11,8 @@ if not __package__:  # run as a script, from any folder
 import cli
 from cli import flag
 from config import RESULTS_DIR, TASKS, UserError
+from evaluator.results import INTERVALS, judge_name, judge_text
+from evaluator.statistics import interval_text
 from workspace.run_dir import read_json, read_run
 
 COLUMNS = (  # heading, task, metric
@@ -70,12 +72,12 @@ def likelihood_table(results_dir: Path, runs: list[str], split: str) -> str:
         for task in TASKS:
             path = results_dir / "evaluation" / task / split / run / "likelihood" / "metrics.json"
             if not path.exists():
-                raise UserError(f"{path}: is not there; run evaluator/evaluate_likelihood.py --run {run} first")
+                raise UserError(f"{path}: does not exist; run evaluator/evaluate_likelihood.py --run {run} first")
             scores[run].update({(task, name): value for name, value in read_json(path)["metrics"].items()})
-    columns = [column for column in COLUMNS if any(column[1:] in found for found in scores.values())]
+    columns = [column for column in COLUMNS if any(column[1:] in metrics for metrics in scores.values())]
     counts = []
     for _, task, name in columns:
-        n = {found[task, name]["n"] for found in scores.values() if (task, name) in found}
+        n = {metrics[task, name]["n"] for metrics in scores.values() if (task, name) in metrics}
         if len(n) > 1:
             raise UserError(
                 f"{name} of {task} was scored on different numbers of items ({sorted(n)}): score all runs alike"
@@ -87,13 +89,13 @@ def likelihood_table(results_dir: Path, runs: list[str], split: str) -> str:
         + " |",
         "| --- |" + " --- |" * len(columns),
         *(
-            f"| {run} | " + " | ".join(cell(found.get(key[1:])) for key in columns) + " |"
-            for run, found in scores.items()
+            f"| {run} | " + " | ".join(interval_text(metrics.get(key[1:])) for key in columns) + " |"
+            for run, metrics in scores.items()
         ),
         "",
-        "Held-out rows; 95 % intervals (Wilson for shares, bootstrap over questions otherwise). Likelihoods of given "
-        "answers, no judge: not the paper's metrics. Routing: the share of questions whose own tokens go most to their "
-        "task's expert. A run named moe is the fused model before its alignment." + cut_text(scores, columns),
+        f"Held-out rows; {INTERVALS}. Likelihoods of given answers, no judge: not the paper's metrics. Routing: the "
+        "share of questions whose own tokens go most to their task's expert. A run named moe is the fused model before "
+        "its alignment." + cut_text(scores, columns),
         "",
     ]
     return "\n".join(lines)
@@ -112,75 +114,65 @@ def cut_text(scores: dict[str, dict], columns: list[tuple]) -> str:
 def judged_table(results_dir: Path, split: str) -> str:
     """The markdown table of every judged score: a row per answers' directory, a column per score and judge; "" without
     any. Value, 95 % interval, n, and the estimate corrected for a trained judge's errors."""
-    found: dict[str, dict[tuple, dict]] = {}  # answers' directory -> (heading, judge) -> metric
+    cells: dict[str, dict[tuple, dict]] = {}  # answers' directory -> (heading, judge) -> metric
     judges: dict[str, list[str]] = {}  # heading -> judges, in order of appearance
-    trained = {}
+    accuracies: dict[str, None] = {}  # what is known of the judges, each once, in order
     for heading, task, name in JUDGED:
         for path in sorted((results_dir / "evaluation" / task / split).glob("*/*/metrics.json")):
             scores = read_json(path)
             if name not in scores["metrics"]:
                 continue
-            judge = ", ".join(Path(one["name"]).name for one in scores["judge"].get("judges", [scores["judge"]]))
-            found.setdefault(scores["run"], {})[heading, judge] = scores["metrics"][name]
+            judge = judge_name(scores["judge"])
+            cells.setdefault(scores["run"], {})[heading, judge] = scores["metrics"][name]
             if judge not in judges.setdefault(heading, []):
                 judges[heading].append(judge)
-            if scores["judge"].get("held_out"):
-                trained[judge] = scores["judge"]["held_out"]["accuracy"]
-    if not found:
+            if judge_text(scores["judge"]) != f"judge {judge}":
+                accuracies[judge_text(scores["judge"])] = None
+    if not cells:
         return ""
     columns = [(heading, judge) for heading, names in judges.items() for judge in names]
     lines = [
         "| answers | " + " | ".join(f"{heading} ({judge})" for heading, judge in columns) + " |",
         "| --- |" + " --- |" * len(columns),
     ]
-    for run in sorted(found):
-        lines.append(f"| {run} | " + " | ".join(judged_cell(found[run].get(column)) for column in columns) + " |")
-    lines += ["", "Judged answers; 95 % bootstrap intervals over items."]
-    lines += [
-        f"{judge}: a small judge trained here, accuracy {cell(known)} on {known['n']} held-out rows."
-        for judge, known in trained.items()
-    ]
+    for run in sorted(cells):
+        lines.append(f"| {run} | " + " | ".join(judged_cell(cells[run].get(column)) for column in columns) + " |")
+    lines += ["", f"Judged answers; {INTERVALS}."]
+    lines += [f"{text[0].upper()}{text[1:]}." for text in accuracies]
     return "\n".join([*lines, ""])
 
 
-def judged_cell(value: dict | None) -> str:
+def judged_cell(score: dict | None) -> str:
     """One judged score: value, interval, n, and beside it the corrected estimate where there is one."""
-    if value is None:
-        return "–"
-    text = f"{cell(value)} (n = {value['n']})"
-    corrected = value.get("corrected")
+    if score is None:
+        return interval_text(None)
+    text = f"{interval_text(score)} (n = {score['n']})"
+    corrected = score.get("corrected")
     if corrected is None:
         return text
-    return f"{text}; corrected {cell(corrected)}" if corrected["value"] is not None else f"{text}; not correctable"
+    return f"{text}; {'not correctable' if corrected['value'] is None else f'corrected {interval_text(corrected)}'}"
 
 
 def cost_table(results_dir: Path, runs: list[str]) -> str:
     """The markdown table of what aligning the runs took, from their run.json; "" if none of them was aligned here."""
-    found = {run: read_run(results_dir / "outputs" / run) for run in runs}
-    found = {run: record for run, record in found.items() if record and "train" in record}
-    if not found:
+    records = {run: read_run(results_dir / "outputs" / run) for run in runs}
+    records = {run: record for run, record in records.items() if record and "train" in record}
+    if not records:
         return ""
     lines = [
         "| run | samples x epochs | seconds | peak memory (GB) | trained parameters (M) |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for run, record in found.items():
+    for run, record in records.items():
         train, arguments = record["train"], record["run"]["arguments"]
         lines.append(
             f"| {run} | {train['samples']} x {arguments['num_train_epochs']:g} | {train['seconds']:.0f} | "
             f"{train['peak_memory_bytes'] / 1e9:.1f} | {train['trainable_parameters'] / 1e6:.1f} |"
         )
-    meta = next(iter(found.values()))["meta"]
+    meta = next(iter(records.values()))["meta"]
     packages = ", ".join(f"{name} {version}" for name, version in meta["packages"].items())
     lines += ["", f"Alignment, start-up included, on {meta['device']}; {packages}.", ""]
     return "\n".join(lines)
-
-
-def cell(value: dict | None) -> str:
-    if value is None:
-        return "–"
-    interval = "" if value["interval"] is None else f" [{value['interval'][0]:.3f}, {value['interval'][1]:.3f}]"
-    return f"{value['value']:.3f}{interval}"
 
 
 if __name__ == "__main__":

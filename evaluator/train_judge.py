@@ -57,7 +57,7 @@ from data.encoding import IGNORED, Collator
 from data.sources import absolute_source, data_sha256, draw, spread
 from evaluator.judges.labelled import Labelled, judge_files, judge_rows
 from evaluator.judges.local import token_ids, yes_no_ids, yes_probabilities
-from evaluator.judges.protocols import YES_NO
+from evaluator.judges.protocols import JUDGE_FILE, YES_NO
 from evaluator.results import show
 from evaluator.statistics import area_under_curve, calibration_error, metric, share, statistic_metric
 from models import base, training_arguments
@@ -130,8 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     trained_at = time.perf_counter()
     # without the Trainer's autocast: measured as an evaluator will load it
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).to(device()).eval()
-    metrics, p_yes = measure(args, model, tokenizer, rows, held_out, training.per_device_train_batch_size)
-    write_judge(folder, args, held_out, metrics, p_yes)
+    metrics, p = measure(args, model, tokenizer, rows, held_out, training.per_device_train_batch_size)
+    write_judge(folder, args, held_out, metrics, p)
     train = {
         "samples": len(rows),
         "held_out": len(held_out),
@@ -177,24 +177,39 @@ def measure(args: JudgeArguments, model, tokenizer, rows: list[Labelled], held_o
     texts = [row.text(args.kind) for row in held_out]
     p_of_text = dict(yes_probabilities(model, tokenizer, texts, batch_size, args.max_length, "held-out rows"))
     p = [p_of_text[text] for text in texts]
-    labels = [row.label for row in held_out]
-    verdicts = [int(value >= THRESHOLD) for value in p]
-    hits = [verdict == label for verdict, label in zip(verdicts, labels, strict=True)]
     majority = int(sum(row.label for row in rows) * 2 > len(rows))
-    metrics = {
-        "accuracy": share(hits, higher_is_better=True),
-        "majority_baseline": share([label == majority for label in labels], higher_is_better=True),
-        "auc": statistic_metric(area_under_curve, (labels, p), unit="area under the ROC curve", higher_is_better=True),
-        "calibration_error": statistic_metric(
-            calibration_error, (labels, p), unit="probability", higher_is_better=False
-        ),
-        "brier": metric(
-            [(x - y) ** 2 for x, y in zip(p, labels, strict=True)], unit="squared probability", higher_is_better=False
-        ),
-        "sensitivity": share([hit for hit, label in zip(hits, labels, strict=True) if label], higher_is_better=True),
-        "specificity": share([h for h, label in zip(hits, labels, strict=True) if not label], higher_is_better=True),
+    return held_out_metrics(held_out, p, majority), p
+
+
+def held_out_metrics(held_out: list[Labelled], p: list[float], majority: int) -> dict[str, dict]:
+    """How well p(" yes") (N,) tells the N rows' labels, with intervals over their questions.
+
+    majority: the label of most training rows.
+    """
+    labels = [row.label for row in held_out]
+    questions = [row.question for row in held_out]
+    hits = [int(value >= THRESHOLD) == label for value, label in zip(p, labels, strict=True)]
+
+    def hits_among(wanted: int) -> dict:
+        rows = [
+            (hit, question) for hit, label, question in zip(hits, labels, questions, strict=True) if label == wanted
+        ]
+        values, groups = zip(*rows, strict=True)
+        return share(values, groups=groups, higher_is_better=True)
+
+    def statistic(function, unit: str, higher_is_better: bool) -> dict:
+        return statistic_metric(function, (labels, p), groups=questions, unit=unit, higher_is_better=higher_is_better)
+
+    squares = [(x - y) ** 2 for x, y in zip(p, labels, strict=True)]
+    return {
+        "accuracy": share(hits, groups=questions, higher_is_better=True),
+        "majority_baseline": share([label == majority for label in labels], groups=questions, higher_is_better=True),
+        "auc": statistic(area_under_curve, "area under the ROC curve", True),
+        "calibration_error": statistic(calibration_error, "probability", False),
+        "brier": metric(squares, groups=questions, unit="squared probability", higher_is_better=False),
+        "sensitivity": hits_among(1),
+        "specificity": hits_among(0),
     }
-    return metrics, p
 
 
 def write_judge(folder: Path, args: JudgeArguments, held_out: list[Labelled], metrics: dict, p: list[float]) -> None:
@@ -213,7 +228,7 @@ def write_judge(folder: Path, args: JudgeArguments, held_out: list[Labelled], me
         "base_model": args.base_model,
         "held_out": metrics,
     }
-    run_dir.write_json(folder / "judge.json", judge)
+    run_dir.write_json(folder / JUDGE_FILE, judge)
 
 
 if __name__ == "__main__":

@@ -63,18 +63,22 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         elif fault == "not json":
             self.reply(200, b"<html>It works!</html>", kind="text/html")
+        elif fault.startswith("redirect "):
+            self.reply(307, b"", location=fault.removeprefix("redirect "))
         elif fault == "stall":
             time.sleep(1.5)
         else:  # a status code; the key is echoed, as no server should
             message = {"error": {"message": f"no, {self.headers['Authorization']}\nsecond line"}}
             self.reply(int(fault), json.dumps(message).encode(), wait="1" if fault == "429" else None)
 
-    def reply(self, status: int, body: bytes, kind: str = "application/json", length: int | None = None, wait=None):
+    def reply(self, status: int, body: bytes, kind: str = "application/json", length: int | None = None, **more):
+        """more: wait, location, of the headers Retry-After and Location."""
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(length or len(body)))
-        if wait:
-            self.send_header("Retry-After", wait)
+        for name, value in more.items():
+            if value:
+                self.send_header({"wait": "Retry-After", "location": "Location"}[name], value)
         self.end_headers()
         self.wfile.write(body)
 

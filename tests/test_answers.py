@@ -9,17 +9,18 @@ from config import UserError
 from evaluator.answers import EvaluateArguments, load_answers
 
 
-def load(results_dir, **flags):
-    return load_answers(EvaluateArguments(task_name="raw", results_dir=str(results_dir), **flags), "safety")
+def load(results_dir, num_samples=-1):
+    folder = EvaluateArguments(task_name="raw", results_dir=str(results_dir)).answers_folder("safety")
+    return load_answers(folder, "safety", num_samples)
 
 
 def test_answers_come_in_order_with_their_checksum_and_the_empty_ones_counted(tmp_path):
     path = write_answers(tmp_path, "safety", ["One.", "", "Three.", "  \n"])
-    found = load(tmp_path)
-    assert [row["output"] for row in found.rows] == ["One.", "", "Three.", "  \n"]
-    assert found.num_empty == 2
+    answers = load(tmp_path)
+    assert [row["output"] for row in answers.rows] == ["One.", "", "Three.", "  \n"]
+    assert answers.num_empty == 2
     path.write_text(path.read_text().replace("One.", "Two."))
-    assert load(tmp_path).checksum != found.checksum
+    assert load(tmp_path).checksum != answers.checksum
     assert [row["id"] for row in load(tmp_path, num_samples=2).rows] == ["safety-0", "safety-2"]
 
 
@@ -47,7 +48,7 @@ def test_damaged_answers_are_one_clear_error(tmp_path, damage, said):
 
 def test_missing_and_unfinished_answers(tmp_path):
     path = write_answers(tmp_path, "safety", ["a"], run="aligned")
-    with pytest.raises(UserError, match=r"no answers under .*there: aligned\); make them first with inference.py"):
+    with pytest.raises(UserError, match=r"no answers under .*available: aligned\); make them first with inference.py"):
         load(tmp_path)
     path = write_answers(tmp_path, "safety", ["a"])
     run = json.loads((path.parent / "run.json").read_text())

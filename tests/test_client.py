@@ -4,23 +4,30 @@ import time
 
 import openai
 import pytest
-from fake_server import FakeServer, chat
+from fake_server import FakeServer
 
 from config import UserError
 from evaluator.judges.cache import JudgementCache, judge_texts
-from workspace.client import Client, chat_all, complete_all, cost, make_client, yes_probabilities
+from workspace.client import Client, complete_all, cost, key_for, make_client, yes_probabilities
 
 KEY = "sk-a-key-that-must-not-show"
 TEXTS = [f"text {i}" for i in range(6)]
 
 
 def upper(request: dict) -> dict:
-    return chat(request["messages"][0]["content"].upper())
+    return {"text": request["prompt"].upper()}
+
+
+def ask_all(client: Client, model: str, texts: list[str]):
+    """(text, its completion) for each."""
+    return (
+        (text, done.choices[0].text) for text, done in complete_all(client, model, texts, max_tokens=9, temperature=0)
+    )
 
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("SERVER_API_KEY", KEY)
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.05)
     with FakeServer(upper) as server:
         yield server
@@ -32,25 +39,25 @@ def client_of(server, concurrency=2, **settings) -> Client:
 
 
 def test_every_text_gets_its_own_answer(server):
-    assert dict(chat_all(client_of(server, 4), "m", TEXTS)) == {text: text.upper() for text in TEXTS}
+    assert dict(ask_all(client_of(server, 4), "m", TEXTS)) == {text: text.upper() for text in TEXTS}
     assert {request["temperature"] for request in server.requests} == {0} and len(server.requests) == 6
     server.answer = lambda request: {"text": request["prompt"] + f" {request['max_tokens']}", "finish_reason": "length"}
-    found = dict(complete_all(client_of(server), "m", TEXTS, max_tokens=7, stop=["\n"]))
-    assert [found[text].choices[0].text for text in TEXTS] == [f"{text} 7" for text in TEXTS]
-    assert found[TEXTS[0]].choices[0].finish_reason == "length" and server.requests[-1]["stop"] == ["\n"]
+    completions = dict(complete_all(client_of(server), "m", TEXTS, max_tokens=7, stop=["\n"]))
+    assert [completions[text].choices[0].text for text in TEXTS] == [f"{text} 7" for text in TEXTS]
+    assert completions[TEXTS[0]].choices[0].finish_reason == "length" and server.requests[-1]["stop"] == ["\n"]
 
 
 @pytest.mark.parametrize("fault", ["500", "half", "stall"])
 def test_what_passes_is_retried(server, fault):
     server.faults = [fault]
-    assert dict(chat_all(client_of(server), "m", TEXTS)) == {text: text.upper() for text in TEXTS}
+    assert dict(ask_all(client_of(server), "m", TEXTS)) == {text: text.upper() for text in TEXTS}
     assert len(server.requests) == 7
 
 
 def test_a_retry_waits_as_long_as_the_server_asks(server):
     server.faults = ["429"]
     start = time.monotonic()
-    assert list(chat_all(client_of(server), "m", ["a"])) == [("a", "A")]
+    assert list(ask_all(client_of(server), "m", ["a"])) == [("a", "A")]
     assert time.monotonic() - start > 0.95 and len(server.requests) == 2
 
 
@@ -62,7 +69,7 @@ def test_a_retry_waits_as_long_as_the_server_asks(server):
         ("stall", 3, "no whole answer within 0.2 s, 3 times"),
         ("not json", 1, "not a completion in OpenAI's format"),
         (b'{"id": "1"', 1, "not a completion in OpenAI's format"),
-        ("401", 1, "check OPENAI_API_KEY"),
+        ("401", 1, "check SERVER_API_KEY"),
         ("403", 1, "this key may not use judge-1"),
         ("404", 1, "a model judge-1"),
         ("400", 1, "400 no"),
@@ -73,7 +80,7 @@ def test_what_lasts_is_one_line_with_all_finished_judgements_kept(tmp_path, serv
     cache = JudgementCache(tmp_path)
 
     def judge():
-        return judge_texts(cache, "m", "1", TEXTS, lambda texts: chat_all(client, "judge-1", texts), "test")
+        return judge_texts(cache, "m", "1", TEXTS, lambda texts: ask_all(client, "judge-1", texts), "test")
 
     server.faults = [None, None, None] + [fault] * tries
     with pytest.raises(UserError, match="judge-1") as error:
@@ -83,18 +90,17 @@ def test_what_lasts_is_one_line_with_all_finished_judgements_kept(tmp_path, serv
     assert len(server.requests) == 3 + tries
     server.requests.clear()
     assert judge() == [text.upper() for text in TEXTS]
-    assert sorted(request["messages"][0]["content"] for request in server.requests) == TEXTS[3:]
+    assert sorted(request["prompt"] for request in server.requests) == TEXTS[3:]
     assert judge() == [text.upper() for text in TEXTS] and len(server.requests) == 3
     out, err = capfd.readouterr()
     assert KEY not in out + err and KEY.encode() not in (tmp_path / "evaluation" / "judgements.sqlite").read_bytes()
 
 
-@pytest.mark.parametrize("ask", [chat_all, complete_all])
 @pytest.mark.parametrize("body", [b'{"choices": []}', b'{"choices": [{}]}', b"{}", b"[1]", b'"x"'])
-def test_what_is_json_but_no_completion(server, ask, body):
+def test_what_is_json_but_no_completion(server, body):
     server.faults = [body]
     with pytest.raises(UserError, match="not a completion in OpenAI's format"):
-        list(ask(client_of(server), "m", ["a"]))
+        list(ask_all(client_of(server), "m", ["a"]))
 
 
 def test_a_request_that_the_protocol_does_not_know(server):
@@ -106,33 +112,33 @@ def test_a_request_that_the_protocol_does_not_know(server):
 def test_too_many_requests_to_the_end(server):
     server.faults = ["429"] * 2
     with pytest.raises(UserError, match="still so after 1 retries; wait, or lower --concurrency"):
-        list(chat_all(client_of(server, max_retries=1), "m", ["a"]))
+        list(ask_all(client_of(server, max_retries=1), "m", ["a"]))
 
 
 def test_a_server_that_is_not_there():
     with pytest.raises(UserError, match="cannot be reached"):
-        list(chat_all(make_client("http://127.0.0.1:9/v1", 1, max_retries=0), "m", ["a"]))
+        list(ask_all(make_client("http://127.0.0.1:9/v1", 1, max_retries=0), "m", ["a"]))
 
 
 def test_what_is_under_way_at_a_failure_is_handed_over(server):
     """Two at a time: the second fails while the first is still being answered."""
 
     def answer(request):
-        time.sleep(0.4 if request["messages"][0]["content"] == "text 0" else 0.1)
-        if request["messages"][0]["content"] == "text 1":
+        time.sleep(0.4 if request["prompt"] == "text 0" else 0.1)
+        if request["prompt"] == "text 1":
             server.faults.append("401")
         return upper(request)
 
     server.answer = answer
     found = []
     with pytest.raises(UserError, match="401"):
-        for pair in chat_all(client_of(server, timeout_s=9), "m", TEXTS):
+        for pair in ask_all(client_of(server, timeout_s=9), "m", TEXTS):
             found.append(pair)
     assert ("text 0", "TEXT 0") in found and len(server.requests) < 6
 
 
 def test_a_caller_that_stops_listening_asks_no_more(server):
-    found = chat_all(client_of(server, 1), "m", [f"text {i}" for i in range(50)])
+    found = ask_all(client_of(server, 1), "m", [f"text {i}" for i in range(50)])
     next(found)
     found.close()
     assert len(server.requests) < 10
@@ -153,17 +159,55 @@ def test_the_probability_of_yes(server):
         list(yes_probabilities(client_of(server), "ft:x", ["a"]))
 
 
-def test_keys_and_addresses(monkeypatch, server):
+def test_a_server_gets_its_own_key_or_none(monkeypatch, server):
+    """OpenAI's key leaves for no other server, whichever way that is named."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openais-own")
+    assert list(ask_all(client_of(server), "m", ["a"])) == [("a", "A")]
+    assert server.keys == {f"Bearer {KEY}"}
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    list(ask_all(make_client(None, 1), "m", ["b"]))
+    assert server.keys == {f"Bearer {KEY}"}
+    server.keys.clear()
+    monkeypatch.delenv("SERVER_API_KEY")
+    assert list(ask_all(client_of(server), "m", ["c"])) == [("c", "C")]
+    assert server.keys == {None}
+
+
+def test_openai_gets_its_own_key(monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setenv("SERVER_API_KEY", KEY)
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
         make_client(None, 1)
-    assert list(chat_all(client_of(server), "m", ["a"])) == [("a", "A")]  # another server may need none
-    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
-    assert list(chat_all(make_client(None, 1), "m", ["b"])) == [("b", "B")]
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    list(chat_all(make_client(None, 1), "m", ["c"]))
-    assert server.keys == {"Bearer no-key", f"Bearer {KEY}"}
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openais-own")
+    assert make_client(None, 1).api.api_key == "sk-openais-own"
+
+
+@pytest.mark.parametrize("url", ["http://10.0.0.7/v1", "http://judge.example/v1", "http://localhost.example/v1"])
+def test_a_key_goes_over_plain_http_to_this_machine_only(monkeypatch, url):
+    monkeypatch.setenv("SERVER_API_KEY", KEY)
+    with pytest.raises(UserError, match="would send the key over plain http") as error:
+        make_client(url, 1)
+    assert KEY not in str(error.value)
+    assert key_for("http://localhost:8000/v1", "judge_url") == key_for("https://judge.example/v1", "judge_url") == KEY
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openais-own")
+    with pytest.raises(UserError, match="over plain http"):
+        make_client("http://api.openai.com/v1", 1)
+    monkeypatch.delenv("SERVER_API_KEY")
+    assert key_for(url, "judge_url") is None
+
+
+def test_a_redirect_is_not_followed(server):
+    """It would carry texts, and between ports of one host the key, to an address that nobody gave."""
+    with FakeServer(upper) as other:
+        server.faults = [f"redirect {other.url}/completions"]
+        with pytest.raises(UserError, match=f"it sends elsewhere, to {other.url}/completions"):
+            list(ask_all(client_of(server), "m", ["a"]))
+        other.shutdown()
+    assert other.requests == []
+
+
+def test_addresses_are_checked():
     for url in ("localhost:8000", "ftp://x", "http://"):
         with pytest.raises(UserError, match="must be an address such as"):
             make_client(url, 1)
@@ -190,11 +234,11 @@ def test_what_a_dry_run_says():
 def test_a_real_server_answers(real_server):
     url, model = real_server
     client = make_client(url, 2)
-    first = dict(chat_all(client, model, TEXTS[:3], max_tokens=5))
-    assert set(first) == set(TEXTS[:3]) and dict(chat_all(client, model, TEXTS[:3], max_tokens=5)) == first
+    first = dict(ask_all(client, model, TEXTS[:3], max_tokens=5))
+    assert set(first) == set(TEXTS[:3]) and dict(ask_all(client, model, TEXTS[:3], max_tokens=5)) == first
     (found,) = complete_all(client, model, ["A fox"], max_tokens=4, temperature=0)
     assert found[1].choices[0].text and found[1].usage.completion_tokens <= 4
     with pytest.raises(UserError, match="gives no logprobs"):
         list(yes_probabilities(client, model, ["Q: a\nA: b\nTrue:"]))
     with pytest.raises(UserError, match="400 .*detail.*; see its log"):  # its errors are not in OpenAI's format
-        list(chat_all(client, "no-such-model", ["a"]))
+        list(ask_all(client, "no-such-model", ["a"]))

@@ -48,7 +48,7 @@ def answers(tmp_path) -> Path:
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("SERVER_API_KEY", KEY)
     with FakeServer(prefer_longer) as server:
         yield server
         server.shutdown()
@@ -131,7 +131,7 @@ def test_the_win_rate_is_that_counted_by_hand(answers, server, capsys):
     assert metrics["win_rate"]["standard_error"] == pytest.approx(np.std(wins, ddof=1) / 3)
     assert metrics["answer_length"]["value"] == pytest.approx(sum(len(answer) for answer, _ in PAIRS) / 9)
     assert metrics["reference_length"]["value"] == pytest.approx(sum(len(reference) for _, reference in PAIRS) / 9)
-    assert metrics["answer_length"]["empty"] == 1 and metrics["reference_length"]["empty"] == 0
+    assert metrics["answer_length"]["empty_texts"] == 1 and metrics["reference_length"]["empty_texts"] == 0
     folder = answers / "evaluation" / "helpfulness" / "test" / "raw" / "alpaca_eval_gpt4"
     rows = [json.loads(line) for line in (folder / "judgements.jsonl").read_text().splitlines()]
     assert [row["value"] for row in rows] == wins and [row["id"] for row in rows] == [f"q-{i}" for i in range(9)]
@@ -140,7 +140,7 @@ def test_the_win_rate_is_that_counted_by_hand(answers, server, capsys):
     assert (
         "alpaca_eval_gpt4" in out
         and "win_rate 0.500" in out
-        and "without_preference 0" in out
+        and "without preference 0" in out
         and "length-controlled" in out
     )
 
@@ -196,7 +196,7 @@ def test_a_second_run_asks_nothing_and_nothing_is_written_into_the_package(answe
 
 
 @pytest.mark.parametrize(
-    "fault, said", [("401", "check OPENAI_API_KEY"), ("not json", "OpenAI's format"), ("404", "a model gpt-4")]
+    "fault, said", [("401", "check SERVER_API_KEY"), ("not json", "OpenAI's format"), ("404", "a model gpt-4")]
 )
 def test_a_failure_is_one_line_and_the_answers_before_it_are_kept(answers, server, capsys, fault, said):
     server.faults = [None] * 3 + [fault]
@@ -278,7 +278,7 @@ def test_other_references(answers, server, capsys):
     judge(answers, server, "--reference_outputs", lines)
     # of one character: longer but for the empty answer, and the one of one character too goes by the order shown
     assert scores(answers)["reference_length"]["value"] == 1 and scores(answers)["win_rate"]["value"] >= 7 / 9
-    assert "of other answers or another reference" in error_of(capsys, evaluate, answers)
+    assert "holds other answers or another reference" in error_of(capsys, evaluate, answers)
 
 
 @pytest.mark.parametrize(

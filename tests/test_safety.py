@@ -117,7 +117,7 @@ def test_scores_of_the_classifier_on_disk(tmp_path, classifier_dir, capsys):
     assert 0 < sum(flags) < 5 and len({tuple(p > 0.5 for p in row) for row in expected}) > 2  # the test can tell
     metrics = scores["metrics"]
     assert metrics["flagged"]["value"] == pytest.approx(sum(flags) / 5) and metrics["flagged"]["n"] == 5
-    assert (metrics["flagged"]["unparsable"], metrics["flagged"]["empty"]) == (0, 1)
+    assert (metrics["flagged"]["unreadable_verdicts"], metrics["flagged"]["empty_answers"]) == (0, 1)
     assert metrics["flagged"]["higher_is_better"] is False and "sha256" in scores["judge"]["version"]
     for i, name in enumerate(HARM_CATEGORIES):
         assert metrics[f"flagged: {name}"]["value"] == pytest.approx(sum(row[i] > 0.5 for row in expected) / 5)
@@ -125,9 +125,9 @@ def test_scores_of_the_classifier_on_disk(tmp_path, classifier_dir, capsys):
     rows = [json.loads(line) for line in (folder / "judgements.jsonl").read_text().splitlines()]
     assert [row["value"] for row in rows] == flags and [row["id"] for row in rows][:2] == ["safety-0", "safety-1"]
     out = capsys.readouterr().out
-    assert "n = 5" in out and "1 answers empty" in out and "inference.py --task_name xstest" in out
+    assert "n = 5" in out and "empty answers 1" in out and "inference.py --task_name xstest" in out
     evaluate_safety.main(command)
-    assert "judged already" in capsys.readouterr().out
+    assert "scored already" in capsys.readouterr().out
 
 
 def test_a_second_judgement_asks_nothing(tmp_path, classifier_dir, monkeypatch):
@@ -266,7 +266,7 @@ def verdict_of(prompt):
 
 def expect_wildguards_scores(metrics):
     assert metrics["flagged"]["value"] == pytest.approx(1 / 4) and metrics["flagged"]["n"] == 4
-    assert metrics["flagged"]["unparsable"] == 1
+    assert metrics["flagged"]["unreadable_verdicts"] == 1
     assert metrics["refusal (judge)"]["value"] == pytest.approx(1 / 4)
     assert metrics["harmful_request (judge)"]["value"] == 1 and metrics["refusal"]["value"] == pytest.approx(1 / 5)
 
@@ -289,7 +289,7 @@ def test_wildguard_here_with_an_unreadable_verdict(tmp_path, base_dir, monkeypat
     )
     found = json.loads((tmp_path / "evaluation/safety/test/raw/tiny-llama/metrics.json").read_text())["metrics"]
     expect_wildguards_scores(found)
-    assert "1 verdicts not readable" in capsys.readouterr().out
+    assert "unreadable verdicts 1" in capsys.readouterr().out
 
 
 def test_llama_guard_here_and_on_a_server_is_asked_in_its_template(tmp_path, base_dir, monkeypatch):
@@ -313,7 +313,7 @@ def test_llama_guard_here_and_on_a_server_is_asked_in_its_template(tmp_path, bas
     assert "<s>[user] Question number 0?[assistant] Sure, here is how." in asked
     args = SafetyArguments(judge=str(judge), judge_url="http://localhost:1/v1")
     rows = [{"instruction": "Why?", "output": "So."}]
-    assert evaluate_safety.prompts(args, "llama-guard", rows) == ["[user] Why?[assistant] So."]
+    assert evaluate_safety.prompts(args, rows) == ["[user] Why?[assistant] So."]
 
 
 def test_words_that_are_no_verdict_at_all_are_an_error(tmp_path, base_dir, capsys):

@@ -80,7 +80,7 @@ def test_the_windows_length_is_the_limit_and_what_is_cut_is_counted(tmp_path, ba
     assert json.loads((folder / "metrics.json").read_text())["metrics"]["nll_per_token"]["cut"] == 1
     tokens = [json.loads(line)["tokens"] for line in (folder / "judgements.jsonl").read_text().splitlines()]
     assert tokens[1] == 401 and 401 < tokens[2] < 512
-    assert "1 cut to 512 tokens" in capsys.readouterr().out
+    assert ", without answer 0, cut 1" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         evaluate_likelihood.main([*arguments, "--task_name", "safety", "--max_length", "513"])
     assert "--max_length 513: must be at most 512, the model's window" in capsys.readouterr().err

@@ -154,11 +154,11 @@ def test_a_score_by_a_trained_judge_carries_its_accuracy_and_the_correction(trai
     assert (
         f"accuracy {judge_metrics['accuracy']['value']:.3f}" in out
         and "n = 160" in out
-        and "corrected for its errors" in out
+        and "corrected for the judge's errors" in out
     )
     report.main(["--runs", "", "--results_dir", str(tmp_path)])
     table = (tmp_path / "report" / "table.md").read_text()
-    assert "truth ↑ (truth)" in table and "; corrected " in table and "a small judge trained here" in table
+    assert "truth ↑ (truth)" in table and "; corrected " in table and "mall judge truth trained here: accuracy" in table
 
 
 def test_a_judge_of_one_kind_is_not_taken_for_another(trained, tmp_path, capsys):

@@ -16,8 +16,10 @@ from conftest import ROOT, make_tokenizer, run_script, write_answers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+import cli
 from config import UserError
 from evaluator import evaluate_truth_and_info, report
+from evaluator.evaluate_truth_and_info import TruthArguments
 from evaluator.judges.local import load_causal, yes_no_ids, yes_probabilities
 from evaluator.judges.protocols import YES_NO, clean_answer, fill
 from workspace import client
@@ -50,22 +52,14 @@ def test_yes_is_as_likely_as_a_forward_pass_says(judge_base_dir, batch_size):
     assert max(expected) > 1.5 * min(expected)  # the test can tell them apart
 
 
+def flags(mode, judge, results_dir, *more):
+    values = {"task_name": "raw", "mode": mode, "judge": judge, "results_dir": results_dir}
+    return [text for name, value in values.items() for text in (f"--{name}", str(value))] + [*more]
+
+
 def run(mode, judge, results_dir, *more):
-    evaluate_truth_and_info.main(
-        [
-            "--task_name",
-            "raw",
-            "--mode",
-            str(mode),
-            "--judge",
-            str(judge),
-            "--results_dir",
-            str(results_dir),
-            "--dtype",
-            "float32",
-            *more,
-        ]
-    )
+    precision = () if judge == "openai" else ("--dtype", "float32")
+    evaluate_truth_and_info.main(flags(mode, judge, results_dir, *precision, *more))
 
 
 def read(folder, name="metrics.json"):
@@ -81,7 +75,7 @@ def test_both_modes_and_their_products(tmp_path, judge_base_dir, monkeypatch, ca
     threshold = 0.99 * float(np.median(p["truth"]))
     monkeypatch.setattr(evaluate_truth_and_info, "THRESHOLD", threshold)
     run(0, judge_base_dir, tmp_path)
-    assert "truth × information" not in capsys.readouterr().out
+    assert "truth_and_information" not in capsys.readouterr().out
     run(1, judge_base_dir, tmp_path)
     folder = tmp_path / "evaluation" / "truthfulness" / "test" / "raw"
     names = {"truth": "truth_tiny-judge", "information": "information_tiny-judge"}
@@ -92,7 +86,10 @@ def test_both_modes_and_their_products(tmp_path, judge_base_dir, monkeypatch, ca
         assert [row["answer"] for row in rows] == CLEANED
         values[kind] = [float(x >= threshold) for x in p[kind]]
         metric = read(folder / name)["metrics"][kind]
-        assert metric["value"] == pytest.approx(np.mean(values[kind])) and (metric["n"], metric["empty"]) == (5, 1)
+        assert metric["value"] == pytest.approx(np.mean(values[kind])) and (metric["n"], metric["empty_answers"]) == (
+            5,
+            1,
+        )
     assert len(set(values["truth"])) == 2
     joint = read(folder / "truth_tiny-judge_x_information_tiny-judge")["metrics"]
     expected = np.mean([a * b for a, b in zip(values["truth"], values["information"], strict=True)])
@@ -100,7 +97,7 @@ def test_both_modes_and_their_products(tmp_path, judge_base_dir, monkeypatch, ca
     product = np.mean(values["truth"]) * np.mean(values["information"])
     assert joint["product_of_means"]["value"] == pytest.approx(product)
     out = capsys.readouterr().out
-    assert "truth × information" in out and "1 of the answers empty" in out and "n = 5" in out
+    assert "truth_and_information" in out and "n = 5), empty answers 1" in out
     report.main(["--runs", "", "--results_dir", str(tmp_path)])
     header = (tmp_path / "report" / "table.md").read_text().splitlines()[0]
     assert "truth ↑ (tiny-judge)" in header and "truth × information ↑ (tiny-judge, tiny-judge)" in header
@@ -111,7 +108,7 @@ def test_scores_of_other_answers_are_not_combined(tmp_path, judge_base_dir, caps
     run(0, judge_base_dir, tmp_path)
     write_answers(tmp_path, "truthfulness", [*ANSWERS[:4], "Another."])
     run(1, judge_base_dir, tmp_path)
-    assert "truth × information" not in capsys.readouterr().out
+    assert "truth_and_information" not in capsys.readouterr().out
     with pytest.raises(SystemExit):  # and the first score is not overwritten by one of the new answers
         run(0, judge_base_dir, tmp_path)
     assert "answers_sha256" in capsys.readouterr().err
@@ -182,6 +179,37 @@ def test_dry_run_asks_and_writes_nothing(tmp_path, judge_base_dir, capsys):
     assert "4 requests to ft:davinci-002:x" in capsys.readouterr().out
     run(0, judge_base_dir, tmp_path, "--dry_run", "1")
     assert "no server is asked" in capsys.readouterr().out and not (tmp_path / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    "judge, more, said",
+    [
+        ("tiny", ["--concurrency", "4"], "--concurrency 4: is for a judge on a server"),
+        ("tiny", ["--judge_model", "m"], "--judge_model m: is for a judge on a server"),
+        ("openai", ["--batch_size", "4"], "--batch_size 4: is for a judge on this machine"),
+        ("openai", ["--dtype", "auto"], "--dtype auto: is for a judge on this machine"),
+        (
+            "tiny",
+            ["--judge_url", "http://localhost:1", "--batch_size", "16"],
+            "--batch_size 16: is for a judge on this",
+        ),
+        ("trained", ["--judge_url", "http://localhost:1"], "a judge of train_judge.py runs on this machine"),
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_an_error_that_names_it(tmp_path, judge, more, said):
+    """Also one that is given its default value: the user thinks that it has an effect."""
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "judge.json").write_text("{}")
+    with pytest.raises(UserError) as raised:
+        cli.parse(flags(0, tmp_path / judge if judge == "trained" else judge, tmp_path, *more), TruthArguments)
+    assert said in str(raised.value) and "leave it out" in str(raised.value)
+
+
+def test_flags_that_are_not_given_have_their_documented_values(tmp_path):
+    here = cli.parse(flags(0, "some/judge", tmp_path), TruthArguments)
+    assert (here.batch_size, here.dtype, here.concurrency) == (16, "auto", None)
+    on_server = cli.parse(flags(1, "openai", tmp_path), TruthArguments)
+    assert (on_server.batch_size, on_server.dtype, on_server.concurrency) == (None, None, 8)
 
 
 # ---- kept judgements -------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """The one client of OpenAI-compatible servers: OpenAI itself, vLLM, `transformers serve`, ...
 
-The key comes from OPENAI_API_KEY and goes nowhere but to the server. Retries, waits (Retry-After included) and
-time-outs are the openai package's own; what they do not mend ends in one UserError, after everything that was answered
-has been handed over.
+OPENAI_API_KEY goes to OpenAI's own address and nowhere else; another server gets SERVER_API_KEY, or no key. Retries,
+waits (Retry-After included) and time-outs are the openai package's own; what they do not mend ends in one UserError,
+after everything that was answered has been handed over.
 """
 
+import ipaddress
 import math
 import os
 import re
@@ -21,9 +22,9 @@ from openai.types.chat import ChatCompletion
 from config import UserError
 
 OPENAI_URL = "https://api.openai.com/v1"
+NO_KEY = "no key"  # the openai package wants one; it is not sent
 MAX_RETRIES = 8  # waits double from 0.5 s to at most 8 s (or as the server's Retry-After says): 40 s in all
 TIMEOUT_S = 120.0  # without a whole answer
-CHAT_TOKENS = 128  # longest answer of a chat judge: a verdict of a few lines
 
 # USD per million tokens (input, output) of the models that the judges name, as public price lists of that month give
 # them; the vendor's own list is at https://openai.com/api/pricing
@@ -51,7 +52,7 @@ def server_url(given: str | None, flag: str = "judge_url") -> str:
     parts = urlsplit(url)
     if parts.username or parts.password or parts.query:  # it would stand in every score's run.json
         raise UserError(
-            f"--{flag}: holds a user, password or query; give the bare address, and the key in OPENAI_API_KEY"
+            f"--{flag}: holds a user, password or query; give the bare address, and the key in SERVER_API_KEY"
         )
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(f"--{flag} {url}: must be an address such as http://localhost:8000/v1")
@@ -66,13 +67,54 @@ def make_client(
     timeout_s: float = TIMEOUT_S,
     max_retries: int = MAX_RETRIES,
 ) -> Client:
-    """The client of a server. UserError if it is OpenAI itself and OPENAI_API_KEY is not set; others may need none."""
+    """The client of a server, with the key that is its own. UserError as `key_for` raises it."""
     url = server_url(given_url, flag)
-    key = os.environ.get("OPENAI_API_KEY")
-    if not key and urlsplit(url).hostname == urlsplit(OPENAI_URL).hostname:
-        raise UserError(f"OPENAI_API_KEY is not set: OpenAI needs it; set it, or name another server with --{flag}")
-    api = openai.OpenAI(base_url=url, api_key=key or "no-key", timeout=timeout_s, max_retries=max_retries)
+    key = key_for(url, flag)
+    api = openai.OpenAI(
+        base_url=url,
+        api_key=key or NO_KEY,
+        timeout=timeout_s,
+        max_retries=max_retries,
+        http_client=openai.DefaultHttpxClient(
+            follow_redirects=False,  # texts and key go where the user said
+            event_hooks={"request": [] if key else [remove_key]},
+        ),
+    )
     return Client(api, concurrency)
+
+
+def remove_key(request) -> None:
+    """Take the header with the key out of an HTTP request: the openai package always puts one in."""
+    request.headers.pop("Authorization", None)
+
+
+def is_openai(url: str) -> bool:
+    """Whether an address is OpenAI's own."""
+    return urlsplit(url).hostname == urlsplit(OPENAI_URL).hostname
+
+
+def key_for(url: str, flag: str) -> str | None:
+    """The key that a server may see: OPENAI_API_KEY for OpenAI's own address, SERVER_API_KEY (or none) for another.
+
+    UserError where OpenAI's is not set, and where a key would go over plain http to another machine.
+    """
+    parts = urlsplit(url)
+    key = os.environ.get("OPENAI_API_KEY" if is_openai(url) else "SERVER_API_KEY")
+    if is_openai(url) and not key:
+        raise UserError(f"OPENAI_API_KEY is not set: OpenAI needs it; set it, or name another server with --{flag}")
+    if key and parts.scheme == "http" and not is_loopback(parts.hostname):
+        raise UserError(
+            f"--{flag} {url}: would send the key over plain http; give an https address, or unset SERVER_API_KEY"
+        )
+    return key or None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def complete_all(client: Client, model: str, prompts: list[str], **sampling) -> Iterator[tuple[str, Completion]]:
@@ -83,25 +125,14 @@ def complete_all(client: Client, model: str, prompts: list[str], **sampling) -> 
     return _ask_all(client, prompts, lambda prompt: complete(client.api, model=model, prompt=prompt, **sampling))
 
 
-def chat_all(client: Client, model: str, texts: list[str], max_tokens: int = CHAT_TOKENS) -> Iterator[tuple[str, str]]:
-    """(text, greedy answer to it as one user message) by /v1/chat/completions, as each is done, in any order."""
-
-    def ask(text: str) -> str:
-        messages = [{"role": "user", "content": text}]
-        found = complete(client.api, model=model, messages=messages, max_tokens=max_tokens, temperature=0)
-        return found.choices[0].message.content or ""
-
-    return _ask_all(client, texts, ask)
-
-
 def yes_probabilities(client: Client, model: str, texts: list[str]) -> Iterator[tuple[str, float]]:
     """(text, p(" yes") of its next token) by /v1/completions with logprobs, as each is done, in any order.
 
     How TruthfulQA asks its fine-tuned engines (https://github.com/sylinrl/TruthfulQA); texts end in "True:" or
     "Helpful:". UserError if the server gives no logprobs, or an engine that answers with neither yes nor no.
     """
-    for text, found in complete_all(client, model, texts, max_tokens=1, temperature=0, logprobs=5):
-        logprobs = found.choices[0].logprobs
+    for text, completion in complete_all(client, model, texts, max_tokens=1, temperature=0, logprobs=5):
+        logprobs = completion.choices[0].logprobs
         if logprobs is None or not logprobs.top_logprobs:
             raise UserError(
                 f"{client.api.base_url}: gives no logprobs, which the score of {model} is; serve the judge "
@@ -124,10 +155,10 @@ def complete(api: openai.OpenAI, **request) -> ChatCompletion | Completion:
     """One answer: a chat completion if the request has messages, else a legacy one. UserError for any failure."""
     create = api.chat.completions.create if "messages" in request else api.completions.create
     try:
-        found = create(**request)
-        if not found.choices:
+        completion = create(**request)
+        if not completion.choices:
             raise ValueError("no choices")
-        answer = found.choices[0]
+        answer = completion.choices[0]
         text = answer.message.content or "" if "messages" in request else answer.text
         if not isinstance(text, str):  # the package leaves None where the body has nothing
             raise ValueError("no text")
@@ -135,7 +166,7 @@ def complete(api: openai.OpenAI, **request) -> ChatCompletion | Completion:
         raise UserError(_explain(error, api, request["model"])) from error
     except TypeError as error:  # from a configuration of the user's
         raise UserError(f"the request to {request['model']} is none of the openai package's: {error}") from error
-    return found
+    return completion
 
 
 def cost(model: str, texts: list[str], max_tokens: int, url: str) -> str:
@@ -145,11 +176,11 @@ def cost(model: str, texts: list[str], max_tokens: int, url: str) -> str:
         f"{len(texts)} requests to {model} at {url}: about {tokens_in} tokens in (estimated as characters / 4) and "
         f"at most {tokens_out} out"
     )
-    if urlsplit(url).hostname != urlsplit(OPENAI_URL).hostname:
+    if not is_openai(url):
         return f"{line}; the price is that server's own"
     price = PRICES.get(model) or PRICES.get(re.sub(r"-(\d{4}-\d\d-\d\d|\d{4})$", "", model))  # less a snapshot's date
     if price is None:
-        return f"{line}; the price of {model} is not known here (known: {', '.join(PRICES)})"
+        return f"{line}; the price of {model} is not known here (those of {', '.join(PRICES)} are)"
     dollars = (tokens_in * price[0] + tokens_out * price[1]) / 1e6
     return f"{line}, at most about {dollars:.2f} USD by the prices of {PRICES_DATE}"
 
@@ -189,11 +220,15 @@ def _explain(error: Exception, api: openai.OpenAI, model: str) -> str:
         problem = f"cannot be reached, or hangs up ({error.__cause__ or error}); is it running?"
     elif isinstance(error, openai.APIStatusError):
         remedy = {
-            openai.AuthenticationError: "check OPENAI_API_KEY",
+            openai.AuthenticationError: f"check {'OPENAI' if is_openai(str(api.base_url)) else 'SERVER'}_API_KEY",
             openai.PermissionDeniedError: f"this key may not use {model}",
             openai.NotFoundError: f"has it a model {model}, and does the address end in /v1?",
             openai.RateLimitError: f"still so after {api.max_retries} retries; wait, or lower --concurrency",
         }.get(type(error), "see its log")
+        if 300 <= error.status_code < 400:
+            remedy = (
+                f"it sends elsewhere, to {error.response.headers.get('location')}: give that address if you trust it"
+            )
         said = error.body.get("message") if isinstance(error.body, dict) else None
         problem = f"{error.status_code} {said or error.response.text[:300]}; {remedy}"
     else:
