@@ -280,7 +280,7 @@ def test_a_server_answers_into_the_same_files_and_a_failed_run_asks_only_the_res
         server.faults = [None] * 4 + ["401"] * 20
         with pytest.raises(SystemExit):
             inference.main(server_arguments(server.url, "tiny", "--concurrency", "1"))
-        assert "OPENAI_API_KEY" in capsys.readouterr().err
+        assert "SERVER_API_KEY" in capsys.readouterr().err
         assert len(read(outputs)) == 4 and not (outputs.parent / "run.json").exists()
         server.faults, before = [], len(server.requests)
         inference.main(server_arguments(server.url))
