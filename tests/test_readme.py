@@ -95,7 +95,9 @@ def test_the_whole_chain_of_commands_runs_on_a_base_without_a_pad_token(
             MAINS[script](argv)
             continue
         with FakeServer(lambda request: {"text": " An answer."}) as server:
-            MAINS[script](with_flags(argv, server_url=server.url, results_dir=tmp_path / "answered"))
+            MAINS[script](
+                with_flags(argv, server_url=server.url, data_source="sample", results_dir=tmp_path / "answered")
+            )
     table = (results / "report" / "table.md").read_text()
     assert all(f"| {run} |" in table for run in ("raw", "safety", "moe", RUN, f"cross_{RUN}"))
     assert (results / "observation" / "safety" / "test" / f"cross_{RUN}" / "routing.png").exists()
