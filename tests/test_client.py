@@ -8,7 +8,7 @@ from fake_server import FakeServer
 
 from config import UserError
 from evaluator.judges.cache import JudgementCache, judge_texts
-from workspace.client import Client, complete_all, cost, key_for, make_client, yes_probabilities
+from workspace.client import Client, complete, complete_all, cost, key_for, make_client, yes_probabilities
 
 KEY = "sk-a-key-that-must-not-show"
 TEXTS = [f"text {i}" for i in range(6)]
@@ -234,11 +234,15 @@ def test_what_a_dry_run_says():
 def test_a_real_server_answers(real_server):
     url, model = real_server
     client = make_client(url, 2)
-    first = dict(ask_all(client, model, TEXTS[:3], max_tokens=5))
-    assert set(first) == set(TEXTS[:3]) and dict(ask_all(client, model, TEXTS[:3], max_tokens=5)) == first
-    (found,) = complete_all(client, model, ["A fox"], max_tokens=4, temperature=0)
-    assert found[1].choices[0].text and found[1].usage.completion_tokens <= 4
+    asked = {"max_tokens": 5, "temperature": 0}
+    first, again = (
+        {text: answer.choices[0].text for text, answer in complete_all(client, model, TEXTS[:3], **asked)}
+        for _ in range(2)
+    )
+    assert set(first) == set(TEXTS[:3]) and all(first.values()) and again == first
+    chat = complete(client.api, model=model, messages=[{"role": "user", "content": "A fox"}], **asked)
+    assert chat.choices[0].message.content and chat.usage.completion_tokens <= 5
     with pytest.raises(UserError, match="gives no logprobs"):
         list(yes_probabilities(client, model, ["Q: a\nA: b\nTrue:"]))
     with pytest.raises(UserError, match="400 .*detail.*; see its log"):  # its errors are not in OpenAI's format
-        list(ask_all(client, "no-such-model", ["a"]))
+        list(complete_all(client, "no-such-model", ["a"]))
