@@ -125,6 +125,7 @@ from models.loading import resolve_base
 from models.trainer import AlignmentTrainer, MixtureTrainer, on_first_process
 from models.training_arguments import TrainArguments
 from workspace import run_dir
+from workspace.files import sha256
 
 SCRIPT = "align_basemodel.py"
 
@@ -213,7 +214,7 @@ def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     files = [path for task in args.tasks for path in source_files(task, "train", args.data_source)]
     arguments["data_sha256"] = data_sha256(files)
     if args.moe_flag:
-        arguments["fused_sha256"] = run_dir.sha256(Path(args.moe_dir) / "model.safetensors")
+        arguments["fused_sha256"] = sha256(Path(args.moe_dir) / "model.safetensors")
     return arguments | training.compared()
 
 

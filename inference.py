@@ -1,8 +1,6 @@
 """Answers of any run (raw base, aligned expert, fused mixture, any checkpoint) to any task, or to your own prompt."""
 
-import json
 import math
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -93,6 +91,7 @@ from models.base_identity import base_sha256
 from models.loading import device, is_fused, load_run, run_sources, weights_sha256
 from models.routing import draw_heat_map, routing_usage, usage_line
 from workspace import client, run_dir
+from workspace.files import line_of, read_lines, write_json, write_lines
 
 SCRIPT = "inference.py"
 
@@ -154,7 +153,7 @@ def answer_task(args: InferArguments, path: Path | None, base_model: str, data_s
         print(f"{folder} is complete: nothing to do")
         if observe and not (observation / "routing.json").exists():  # stopped, or failed, after the answers
             model, tokenizer = load_run(path, base_model, args.dtype)
-            observe_routing(model.to(device()), tokenizer, list(run_dir.read_lines(outputs)), args, observation)
+            observe_routing(model.to(device()), tokenizer, read_lines(outputs), args, observation)
         return
     if args.server_url:
         batches = [[record] for record in records]
@@ -173,7 +172,7 @@ def answer_task(args: InferArguments, path: Path | None, base_model: str, data_s
         answers = (a for i, batch in todo.items() for a in generate(model, tokenizer, batch, args, args.seed + i))
     with open(outputs, "a", encoding="utf-8") as file:
         for answer in tqdm(answers, desc=name, unit="answer", initial=num_done, total=len(records)):
-            file.write(json.dumps({**answer, "generator": name}, ensure_ascii=False) + "\n")
+            file.write(line_of({**answer, "generator": name}))
             file.flush()
     rows = put_in_order(outputs, records)
     run_dir.finish(folder, SCRIPT, arguments, {"answers": len(rows)}, meta={})
@@ -192,7 +191,7 @@ def observe_routing(model, tokenizer, rows: list[dict], args: InferArguments, fo
     try:
         usage = routing_usage(model, tokenizer, [answered_record(row) for row in rows], args.batch_size)
         draw_heat_map(usage, folder / "routing.png", f"{args.task_name}, {folder.name}")
-        run_dir.write_json(folder / "routing.json", usage)
+        write_json(folder / "routing.json", usage)
     except Exception as error:
         print(f"warning: the answers are complete, their routing was not written: {error!r}", file=sys.stderr)
         return
@@ -316,31 +315,18 @@ def finished_batches(outputs: Path, batches: list[list[Record]]) -> set[int]:
     """Which batches have all their answers in the file; the lines of the others are taken out of it."""
     if not outputs.exists():
         return set()
-    answers = {}
-    for line in outputs.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:  # the line that was being written when the run was killed
-            continue
-        answers[row["id"]] = row
+    answers = {row["id"]: row for row in read_lines(outputs, killed=True)}
     done = {i for i, batch in enumerate(batches) if all(record.id in answers for record in batch)}
-    write_rows(outputs, [answers[record.id] for i in sorted(done) for record in batches[i]])
+    write_lines(outputs, [answers[record.id] for i in sorted(done) for record in batches[i]])
     return done
 
 
 def put_in_order(outputs: Path, records: list[Record]) -> list[dict]:
     """Bring the answers into their prompts' order; returns them."""
-    answers = {row["id"]: row for row in map(json.loads, outputs.read_bytes().strip().split(b"\n"))}
+    answers = {row["id"]: row for row in read_lines(outputs)}
     rows = [answers[record.id] for record in records]
-    write_rows(outputs, rows)
+    write_lines(outputs, rows)
     return rows
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Replace a jsonl file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
 
 
 if __name__ == "__main__":

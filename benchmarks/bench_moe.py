@@ -36,7 +36,8 @@ from config import ROOT, UserError
 from models.expert_ffn import PROJECTIONS, LowRankExperts
 from models.llama_moe import route
 from models.loading import device
-from workspace.run_dir import environment, read_json, write_json
+from workspace.files import read_json, write_json
+from workspace.run_dir import environment
 
 SHAPES = {"SmolLM2-135M": (576, 1536), "Llama-2-7B": (4096, 11008), "tiny": (64, 160)}  # D, F
 NUM_EXPERTS, RANK = 3, 8

@@ -7,7 +7,6 @@ with other prompts of the same files. AlpacaEval's prompts are no Alpaca instruc
 kind: what a score on DIR loses against one on DIR2 is that shift.
 """
 
-import json
 import shutil
 import sys
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import cli
 from cli import flag
 from config import TASKS, UserError
 from data.sources import draw, prompt_of, read_rows, source_dir, trainable_rows
+from workspace.files import write_lines
 
 
 @dataclass
@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         halves |= {f"{task}_train": train, f"{task}_test": test}
     output.mkdir(parents=True)
     for name, rows in halves.items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (output / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        write_lines(output / f"{name}.jsonl", rows)
         print(f"{output / name}.jsonl: {len(rows)} rows")
     if args.data_source != "hub" and (pairs := source_dir(args.data_source) / "safety_pairs.jsonl").exists():
         shutil.copy(pairs, output)

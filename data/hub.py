@@ -16,9 +16,13 @@ def check_available(repository: str, kind: str, remedy: str) -> None:
     """
     from huggingface_hub import HfApi
     from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HFValidationError
 
-    if Path(repository).exists() or is_cached(repository, kind):
-        return
+    try:
+        if Path(repository).exists() or is_cached(repository, kind):
+            return
+    except HFValidationError as error:  # a path
+        raise UserError(f"{repository}: neither a folder nor a {kind}'s name on the hub; {remedy}") from error
     if is_offline_mode():
         raise UserError(f"the {kind} {repository} is not cached, and HF_HUB_OFFLINE is set; {remedy}")
     try:

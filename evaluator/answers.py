@@ -6,7 +6,8 @@ from pathlib import Path
 from cli import DTYPES, check_at_least, check_not_given, check_num_samples, flag
 from config import RESULTS_DIR, ROOT, UserError
 from data.sources import read_jsonl, spread
-from workspace.run_dir import COMPLETE, read_json, sha256
+from workspace.files import read_json, sha256
+from workspace.run_dir import COMPLETE
 
 CONCURRENCY = 8  # requests to a server at a time
 BATCH_SIZE = 16  # texts per batch of a local judge
@@ -67,6 +68,9 @@ class LocalJudgeArguments(EvaluateArguments):
     """And what a judge takes that may also run on this machine."""
 
     batch_size: int | None = flag(None, f"texts per batch of a judge on this machine (default: {BATCH_SIZE})")
+    base_model: str | None = flag(
+        None, "the base of a judge that is an adapter, if it is no longer where the judge names it"
+    )
     dtype: str | None = flag(
         None,
         "of such a judge's weights: auto (the default: bfloat16 where the device is fast in it), ...",
@@ -78,11 +82,13 @@ class LocalJudgeArguments(EvaluateArguments):
         check_at_least(1, batch_size=self.batch_size)
         if on_server:
             reason = "is for a judge on this machine, and this one is asked on a server"
-            check_not_given(reason, batch_size=self.batch_size, dtype=self.dtype)
+            check_not_given(reason, batch_size=self.batch_size, dtype=self.dtype, base_model=self.base_model)
             self.concurrency = self.concurrency or CONCURRENCY
         else:
             reason = "is for a judge on a server, and this one runs on this machine"
             check_not_given(reason, judge_model=self.judge_model, concurrency=self.concurrency)
+            if not (Path(self.judge) / "adapter_config.json").exists():
+                check_not_given("is for a judge that is an adapter on a base", base_model=self.base_model)
             self.batch_size, self.dtype = self.batch_size or BATCH_SIZE, self.dtype or "auto"
 
 

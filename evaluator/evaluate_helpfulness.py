@@ -63,6 +63,7 @@ from evaluator.results import REMEDY, evaluation_folder, score_once
 from evaluator.statistics import metric
 from workspace import run_dir
 from workspace.client import OPENAI_URL
+from workspace.files import read_json, write_json
 
 SCRIPT = "evaluate_helpfulness.py"
 TASK = "helpfulness"
@@ -100,7 +101,7 @@ def output_pairs(rows: list[dict], reference_outputs: str | None, folder: Path) 
     standard = all(row["id"].startswith("alpaca_eval-") for row in rows)
     dataset = "alpaca_eval"
     if not standard:
-        dataset = run_dir.read_json(folder / run_dir.COMPLETE)["run"]["arguments"]["data_source"]
+        dataset = read_json(folder / run_dir.COMPLETE)["run"]["arguments"]["data_source"]
     given = None if reference_outputs is None else read_reference(Path(reference_outputs))
     model, reference = [], []
     for row in rows:
@@ -139,10 +140,10 @@ def read_reference(path: Path) -> dict[str, dict]:
 
 def write_once(path: Path, rows: list[dict]) -> Path:
     """Write a JSON file; UserError for one of other content, of which scores may exist."""
-    if path.exists() and run_dir.read_json(path) != rows:
+    if path.exists() and read_json(path) != rows:
         raise UserError(f"{path}: holds other answers or another reference; {REMEDY}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    run_dir.write_json(path, rows)
+    write_json(path, rows)
     return path
 
 

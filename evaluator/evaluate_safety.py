@@ -170,15 +170,15 @@ def judge_answers(
             server = client.make_client(args.judge_url, args.concurrency)
             completions = client.complete_all(server, engine, missing, max_tokens=GUARD_TOKENS, temperature=0)
             return ((text, completion.choices[0].text) for text, completion in completions)
-        load = load_classifier if protocol == "beaver-dam" else load_causal
-        model, tokenizer = load(args.judge, dtype)
         if protocol == "beaver-dam":
+            model, tokenizer = load_classifier(args.judge, dtype)
             return category_probabilities(model, tokenizer, missing, args.batch_size, max_length)
+        model, tokenizer = load_causal(args.judge, dtype, args.base_model)
         if protocol == "yes-no":
             return yes_probabilities(model, tokenizer, missing, args.batch_size, max_length)
         return written_answers(model, tokenizer, missing, args.batch_size, GUARD_TOKENS)
 
-    judge = server_judge(args) if engine else f"{args.judge} {version}"
+    judge = server_judge(args) if engine else f"{Path(args.judge).name} {version}"
     asked = f"{protocol} {GUARD_TOKENS if protocol in GUARDS else max_length} {dtype}"
     cache = JudgementCache(args.results_dir)
     judgements = judge_texts(cache, judge, asked, prompts(args, rows), ask, Path(args.judge).name)

@@ -74,10 +74,11 @@ import numpy as np
 from evaluator.judges.cache import JudgementCache, judge_texts, not_kept
 from evaluator.judges.local import judge_version, load_causal, yes_probabilities
 from evaluator.judges.trained import TrainedJudge, read_trained
-from evaluator.results import evaluation_folder, read_judgements, score_once
+from evaluator.results import evaluation_folder, judge_name, read_judgements, score_once
 from evaluator.statistics import share, statistic_metric
 from models import base
 from workspace import client, run_dir
+from workspace.files import read_json
 
 SCRIPT = "evaluate_truth_and_info.py"
 TASK = "truthfulness"
@@ -154,11 +155,11 @@ def judge_answers(args: TruthArguments, version: str | None, texts: list[str], t
     max_length = trained.max_length if trained else None
 
     def ask_model(missing):
-        model, tokenizer = load_causal(args.judge, dtype)
+        model, tokenizer = load_causal(args.judge, dtype, args.base_model)
         return yes_probabilities(model, tokenizer, missing, args.batch_size, max_length)
 
     asked = f"{args.kind} {dtype} {max_length}"
-    return judge_texts(cache, f"{args.judge} {version}", asked, texts, ask_model, Path(args.judge).name)
+    return judge_texts(cache, f"{Path(args.judge).name} {version}", asked, texts, ask_model, Path(args.judge).name)
 
 
 def share_of_yes(judgements: list[dict], trained: TrainedJudge | None) -> dict:
@@ -174,7 +175,7 @@ def combine(args: TruthArguments, answers: Answers, folder: Path) -> None:
     """Truth × information per item, then the mean, with every score of the other mode on the same answers; beside it
     the product of the two means, which earlier papers quote."""
     for other in sorted(path for path in folder.parent.iterdir() if (path / run_dir.COMPLETE).exists()):
-        run = run_dir.read_json(other / run_dir.COMPLETE)["run"]
+        run = read_json(other / run_dir.COMPLETE)["run"]
         recorded = run["arguments"]
         if run["script"] != SCRIPT or recorded.get("mode") != 1 - args.mode:
             continue
@@ -186,11 +187,11 @@ def combine(args: TruthArguments, answers: Answers, folder: Path) -> None:
 def combine_two(truth_folder: Path, information_folder: Path, answers: Answers, num_samples: int) -> None:
     """The joint score of a truth and an information score of the same answers, in a folder of its own beside them."""
     folders = (truth_folder, information_folder)
-    judges = [run_dir.read_json(folder / "metrics.json")["judge"] for folder in folders]
+    judges = [read_json(folder / "metrics.json")["judge"] for folder in folders]
     arguments = {
         "answers_sha256": answers.checksum,
         "num_samples": num_samples,
-        "judges": [[judge["name"], judge["version"]] for judge in judges],
+        "judges": [[judge_name(judge), judge["version"]] for judge in judges],
     }
 
     def score():

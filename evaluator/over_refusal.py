@@ -8,7 +8,7 @@ from evaluator.judges import refusals
 from evaluator.judges.refusals import is_refusal, rule_accuracy
 from evaluator.results import evaluation_folder, score_once
 from evaluator.statistics import share
-from workspace.run_dir import sha256
+from workspace.files import sha256
 
 RULE = "refusal rule"  # the name where a judge's would stand
 

@@ -13,7 +13,8 @@ from cli import flag
 from config import RESULTS_DIR, TASKS, UserError
 from evaluator.results import INTERVALS, judge_name, judge_text
 from evaluator.statistics import interval_text
-from workspace.run_dir import read_json, read_run
+from workspace.files import read_json
+from workspace.run_dir import read_run
 
 COLUMNS = (  # heading, task, metric
     ("helpfulness NLL/token ↓", "helpfulness", "nll_per_token"),

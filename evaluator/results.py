@@ -1,12 +1,12 @@
 """The one format of every score: results/evaluation/<task>/<split>/<run>/<judge>/ {metrics.json, judgements.jsonl}."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from evaluator.statistics import interval_text
 from workspace import run_dir
+from workspace.files import read_json, read_lines, write_json, write_lines
 
 REMEDY = "move it away, or write to another --results_dir"
 INTERVALS = "95 % intervals (Wilson for shares, bootstrap over questions otherwise)"
@@ -33,7 +33,7 @@ def score_once(
     else:
         write_scores(folder, script, arguments, *score())
     print_scores(folder)
-    return run_dir.read_json(folder / "metrics.json")["metrics"]
+    return read_json(folder / "metrics.json")["metrics"]
 
 
 def write_scores(
@@ -41,16 +41,15 @@ def write_scores(
 ) -> None:
     """Write judgements.jsonl, metrics.json and, last, run.json of a folder opened by run_dir.begin."""
     task, split, run = folder.parts[-4:-1]
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in judgements)
-    (folder / "judgements.jsonl").write_text(lines, encoding="utf-8")
+    write_lines(folder / "judgements.jsonl", judgements)
     scores = {"judge": judge, "run": run, "task": task, "split": split, "metrics": metrics}
-    run_dir.write_json(folder / "metrics.json", scores)
+    write_json(folder / "metrics.json", scores)
     run_dir.finish(folder, script, arguments, train={}, meta={})
 
 
 def print_scores(folder: Path) -> None:
     """The scores in a folder for a person: the judge and its accuracy, then each metric with all that it counts."""
-    scores = run_dir.read_json(folder / "metrics.json")
+    scores = read_json(folder / "metrics.json")
     print(f"{scores['run']} on {scores['task']} ({scores['split']}), {judge_text(scores['judge'])}: {folder}")
     for name, value in scores["metrics"].items():
         if ": " in name and not value["value"]:  # a part of another metric, such as one category of harm
@@ -104,4 +103,4 @@ def judge_text(judge: dict) -> str:
 
 def read_judgements(folder: Path) -> dict[str, dict]:
     """{id: line} of a finished folder's judgements.jsonl."""
-    return {row["id"]: row for row in run_dir.read_lines(folder / "judgements.jsonl")}
+    return {row["id"]: row for row in read_lines(folder / "judgements.jsonl")}

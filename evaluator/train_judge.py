@@ -4,7 +4,6 @@ The judge is a LoRA adapter that says " yes" or " no" after the protocol's text 
 evaluate_truth_and_info.py and evaluate_safety.py take it by its folder: --judge results/judges/<kind>.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -67,6 +66,7 @@ from models.loading import device
 from models.trainer import AlignmentTrainer, on_first_process
 from models.training_arguments import TrainArguments
 from workspace import run_dir
+from workspace.files import write_json, write_lines
 
 SCRIPT = "train_judge.py"
 THRESHOLD = 0.5  # of p(" yes")
@@ -218,8 +218,7 @@ def write_judge(folder: Path, args: JudgeArguments, held_out: list[Labelled], me
         {"question": row.question, "answer": row.answer, "label": row.label, "p": value}
         for row, value in zip(held_out, p, strict=True)
     ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (folder / "held_out.jsonl").write_text(text, encoding="utf-8")
+    write_lines(folder / "held_out.jsonl", lines)
     judge = {
         "kind": args.kind,
         "protocol": YES_NO[args.kind],
@@ -228,7 +227,7 @@ def write_judge(folder: Path, args: JudgeArguments, held_out: list[Labelled], me
         "base_model": args.base_model,
         "held_out": metrics,
     }
-    run_dir.write_json(folder / JUDGE_FILE, judge)
+    write_json(folder / JUDGE_FILE, judge)
 
 
 if __name__ == "__main__":

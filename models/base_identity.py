@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from filelock import FileLock
@@ -10,6 +9,7 @@ from tqdm import tqdm
 
 from config import BASE_MODELS_DIR, UserError
 from models import base
+from workspace.files import write_json
 
 # A Llama's shape as every version of transformers writes it; names of layers, tokens and files are not part of it.
 SHAPE = (
@@ -107,6 +107,4 @@ def keep_digest(folder: Path, kept: dict) -> None:
     KEPT.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(KEPT.with_suffix(".lock")):
         digests = {path: value for path, value in read_digests().items() if Path(path).is_dir()}
-        partial = KEPT.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps({**digests, str(folder): kept}, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, KEPT)
+        write_json(KEPT, {**digests, str(folder): kept})

@@ -155,6 +155,16 @@ class LowRankExperts(nn.Module):
             self.register_parameter(f"{projection}_B", nn.Parameter(torch.zeros(num_experts, rank, size_out)))
         self.register_buffer("scaling", torch.ones(len(PROJECTIONS), num_experts, dtype=torch.float64))
 
+    def _apply(self, fn, recurse=True):
+        """As nn.Module has it; on a device without float64 (MPS) the scalings are fp32."""
+        scaling = self._buffers.pop("scaling")
+        super()._apply(fn, recurse)
+        try:
+            self._buffers["scaling"] = fn(scaling)
+        except TypeError:
+            self._buffers["scaling"] = fn(scaling.float())
+        return self
+
     def masters(self) -> "LowRankExperts":
         """Itself with fp32 matrices, as they are trained, whatever dtype the model around them has."""
         scaling = self.scaling.double()

@@ -23,14 +23,21 @@ def answer_log_probs(hidden: Tensor, lm_head: torch.nn.Module, labels: Tensor) -
     return log_probs, labelled.nonzero()[:, 0]
 
 
+def multiply_head_once(lm_head: torch.nn.Module) -> None:
+    """Make a head's input contiguous from now on.
+
+    Of a frozen weight and a slice (the last position), PyTorch makes a batched product, with a copy of the weight for
+    every sample: gigabytes and seconds at each prompt.
+    """
+    lm_head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+
+
 class AnswerLossLlama(LlamaForCausalLM):
     """LlamaForCausalLM; with `labels`, `forward` returns the loss alone and never the logits of the prompt."""
 
     def __init__(self, config):
         super().__init__(config)
-        # Of a frozen weight and a slice (the last position), PyTorch makes a batched product, with a copy of the
-        # weight for every sample: gigabytes and seconds at each prompt.
-        self.lm_head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+        multiply_head_once(self.lm_head)
 
     def forward(
         self,

@@ -69,6 +69,7 @@ from models.llama import AnswerLossLlama
 from models.losses import low_rank_change
 from models.released import RecoveredExpert, read_moe_pt
 from workspace import run_dir
+from workspace.files import sha256
 from workspace.run_dir import find_run
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -303,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     check("expert_topk", args.expert_topk, 1 <= args.expert_topk <= len(names), f"1 to {len(names)}")
     if args.from_pt:
         experts, base_model, data_source = [], base.default_base_model(args.base_model), None
-        origin = {"from_pt_sha256": run_dir.sha256(Path(args.from_pt)), "max_rank": args.max_rank}
+        origin = {"from_pt_sha256": sha256(Path(args.from_pt)), "max_rank": args.max_rank}
     else:
         experts = open_adapters(folder_of, Path(args.experts_dir or Path(args.results_dir) / "outputs"))
         base_model = one_base(experts, args.base_model)

@@ -13,7 +13,8 @@ from data.sources import absolute_source
 from models import base, llama_moe
 from models.base_identity import base_sha256
 from models.llama import AnswerLossLlama
-from workspace.run_dir import read_json, read_run, sha256
+from workspace.files import read_json, sha256
+from workspace.run_dir import read_run
 
 
 def run_kind(folder: Path | None) -> str:

@@ -12,7 +12,7 @@ from config import UserError
 from data.prompts import WITHOUT_INPUT
 from models.expert_ffn import PROJECTIONS
 from models.llama_moe import ATTENTION_PROJECTIONS, LlamaMoeConfig, LlamaMoeForCausalLM
-from workspace import run_dir
+from workspace.files import read_json, write_json
 
 MIXTRAL_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 SHARED_SETTINGS = (
@@ -74,7 +74,7 @@ def save_config(settings: MixtralConfig, folder: Path) -> None:
     settings.save_pretrained(folder)
     rope = dict(settings.rope_parameters)
     old_names = {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope if rope["rope_type"] != "default" else None}
-    run_dir.write_json(folder / "config.json", {**run_dir.read_json(folder / "config.json"), **old_names})
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), **old_names})
 
 
 def write_shards(model: LlamaMoeForCausalLM, dtype: torch.dtype, folder: Path) -> None:
@@ -89,7 +89,7 @@ def write_shards(model: LlamaMoeForCausalLM, dtype: torch.dtype, folder: Path) -
         weight_map.update(dict.fromkeys(shard, file))
         total_size += sum(weight.nbytes for weight in shard.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    run_dir.write_json(folder / "model.safetensors.index.json", index)
+    write_json(folder / "model.safetensors.index.json", index)
 
 
 def outer_weights(model: LlamaMoeForCausalLM) -> Iterator[tuple[str, Tensor]]:

@@ -230,3 +230,20 @@ def test_a_trainable_base_is_refused():
     base[1].requires_grad_(True)
     with pytest.raises(ValueError, match="must be frozen"):
         experts(x, *choice, *base)
+
+
+def test_the_scalings_are_fp32_on_a_device_without_float64():
+    """MPS: a module's way to a device that refuses float64, stood in for by a function that does."""
+    _, experts, *_ = make()
+    expected = experts.scaling.clone()
+
+    def to_device(tensor):
+        if tensor.dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return tensor.clone()
+
+    moved = experts.float()
+    moved.scaling = expected  # as `masters` leaves it
+    moved._apply(to_device)
+    assert moved.scaling.dtype == torch.float32 and torch.allclose(moved.scaling.double(), expected)
+    assert experts.to(torch.float64).scaling.dtype == torch.float64 and "scaling" in experts.state_dict()

@@ -16,7 +16,7 @@ from fake_server import FakeServer, chat, prefer_longer
 
 from evaluator import evaluate_helpfulness
 from evaluator.judges import alpaca
-from workspace.run_dir import write_json
+from workspace.files import write_json
 
 KEY = "sk-a-key-that-must-not-show"
 # the run's answer, the reference's: of nine, four are longer, four shorter, one is the same

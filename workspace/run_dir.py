@@ -1,6 +1,5 @@
 """A run's folder: what was asked, whether it is complete, who writes it, what made it. `run.json` is written last."""
 
-import hashlib
 import json
 import os
 import platform
@@ -12,14 +11,15 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from config import ROOT, UserError
+from workspace.files import read_json, write_json
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate")
 UNFINISHED = "arguments.json"  # there while a run is under way
 COMPLETE = "run.json"
 
 
-# What tells a base model and data, wherever they lie: with these alike, their places are not compared.
-DIGESTS = {"base_sha256": "base_model", "data_sha256": "data_source"}
+# What tells a base model, data and a judge, wherever they lie: with these alike, their places are not compared.
+DIGESTS = {"base_sha256": "base_model", "data_sha256": "data_source", "judge_version": "judge"}
 _held: dict[Path, FileLock] = {}  # the folders that this process writes
 
 
@@ -201,30 +201,3 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+changes" if changes else "")
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); move the folder away and run again") from error
-
-
-def read_lines(path: Path) -> list[dict]:
-    """The rows of a jsonl file that this project wrote."""
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); move the folder away and run again") from error
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)

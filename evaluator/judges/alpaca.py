@@ -25,6 +25,7 @@ import config
 from config import UserError
 from evaluator.judges.cache import JudgementCache
 from workspace.client import MAX_RETRIES, TIMEOUT_S, complete, cost, make_client, server_url
+from workspace.files import line_of, read_lines
 
 ASKED_BY_OPENAI = "openai_completions"  # the library's decoder for OpenAI-compatible servers
 CHAT_MARK = "<|im_start|>"  # how the library's prompt files begin their messages
@@ -60,7 +61,7 @@ class KeptClient:
         value = cache.get(*key)
         if value is None and self.asked_path:
             with open(self.asked_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(request) + "\n")
+                file.write(line_of(request))
             value = {"choices": [{"message": {"role": "assistant", "content": ""}, "text": ""}]}
         elif value is None:
             value = complete(shared_api(self.base_url, TIMEOUT_S, MAX_RETRIES), **request).to_dict()
@@ -212,7 +213,7 @@ def dry_run(annotators: dict, url: str | None, results_dir: str, model: list[dic
         path = Path(folder) / "asked.jsonl"
         path.touch()
         annotate(write_configuration(Path(folder), annotators, url, results_dir, 1, str(path)), model, reference, None)
-        for request in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        for request in read_lines(path):
             messages = request.get("messages") or [{"content": text} for text in request["prompt"]]
             text = "".join(message["content"] for message in messages)
             asked[request["model"], request.get("max_tokens", 0)].append(text)

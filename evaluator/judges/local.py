@@ -19,12 +19,17 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 import config
 from config import UserError
+from data import hub
 from data.batching import batches_by_length, pad
 from evaluator.judges.protocols import HARM_CATEGORIES
 from models import base
+from models.llama import multiply_head_once
 from models.loading import device, resolve_base
-from workspace.run_dir import sha256
+from workspace.files import sha256
 
+NO_JUDGE = (
+    "give another --judge, set HF_TOKEN if it is gated, or train a judge on this machine with evaluator/train_judge.py"
+)
 KEPT_TAIL = 16  # tokens at a text's end that stay when its middle is cut: the protocol's last words
 
 
@@ -45,16 +50,12 @@ def judge_version(judge: str) -> str:
 
 def _from_hub(auto_class, judge: str, **settings):
     """`from_pretrained` of a judge's part; UserError naming --judge if it cannot be had."""
+    path = base.base_path(judge)
+    hub.check_available(path, "model", NO_JUDGE)
     try:
-        return auto_class.from_pretrained(base.base_path(judge), token=config.hf_token, **settings)
+        return auto_class.from_pretrained(path, token=config.hf_token, **settings)
     except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        if Path(judge).exists():
-            raise UserError(f"--judge {judge}: cannot be loaded ({reason})") from error
-        raise UserError(
-            f"--judge {judge}: neither a folder nor to be had from the hub ({type(error).__name__}); set HF_TOKEN if "
-            "it is gated, or train a judge with evaluator/train_judge.py"
-        ) from error
+        raise UserError(f"--judge {judge}: cannot be loaded ({' '.join(str(error).split())[:200]})") from error
 
 
 def load_judge_tokenizer(judge: str):
@@ -62,11 +63,15 @@ def load_judge_tokenizer(judge: str):
     return _from_hub(AutoTokenizer, judge)
 
 
-def load_causal(judge: str, dtype: torch.dtype):
-    """(model, tokenizer) of a causal LM by hub id or folder, or of a PEFT adapter's folder with its base."""
+def load_causal(judge: str, dtype: torch.dtype, base_model: str | None = None):
+    """(model, tokenizer) of a causal LM by hub id or folder, or of a PEFT adapter's folder with its base.
+
+    base_model: the base's place, if it is not where the adapter names it.
+    """
     adapter = (Path(judge) / "adapter_config.json").exists()
-    whole = resolve_base(Path(judge), None) if adapter else judge
+    whole = resolve_base(Path(judge), base_model) if adapter else judge
     model = _from_hub(AutoModelForCausalLM, whole, dtype=dtype)
+    multiply_head_once(model.get_output_embeddings())
     tokenizer = _from_hub(AutoTokenizer, whole)
     if adapter:
         model = PeftModel.from_pretrained(model, judge)
@@ -114,9 +119,6 @@ def yes_probabilities(
     """
     max_length = max_length or model.config.max_position_embeddings
     yes, _ = yes_no_ids(tokenizer, texts[0])
-    # The slice of last positions that reaches the head is not contiguous, and PyTorch would multiply it as a batch of
-    # matrices, with a copy of the head per text: most of the time of a small model's pass.
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
     ids_of_text = {text: token_ids(tokenizer, text, max_length) for text in texts}
     batches = list(_padded_batches(ids_of_text, batch_size, left=True))
     for batch, ids, mask in tqdm(batches, desc=description, unit="batch", disable=description is None):
@@ -124,7 +126,6 @@ def yes_probabilities(
         outputs = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
         probabilities = outputs.logits[:, -1].float().softmax(-1)[:, yes]
         yield from zip(batch, probabilities.tolist(), strict=True)
-    hook.remove()
 
 
 def _padded_batches(

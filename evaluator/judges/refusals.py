@@ -7,10 +7,10 @@ measured, and what it misses: docs/refusals.md.
 """
 
 import functools
-import json
 import re
 
 from config import ROOT
+from workspace.files import read_lines
 
 OPENING_SENTENCES, OPENING_CHARACTERS = 3, 300
 LABELS = ROOT / "data" / "sample" / "refusals.jsonl"
@@ -70,6 +70,6 @@ def is_refusal(answer: str) -> bool:
 @functools.cache
 def rule_accuracy() -> dict[str, int]:
     """How many of the held-out labelled openings the rule gets right: {"correct", "n"}."""
-    rows = [json.loads(line) for line in LABELS.read_text(encoding="utf-8").splitlines()]
+    rows = read_lines(LABELS)
     held_out = [row for row in rows if row["split"] == "held_out"]
     return {"correct": sum(is_refusal(row["answer"]) == row["refusal"] for row in held_out), "n": len(held_out)}

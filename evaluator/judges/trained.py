@@ -6,7 +6,8 @@ from pathlib import Path
 from config import UserError
 from evaluator.judges.protocols import JUDGE_FILE
 from evaluator.statistics import corrected_share
-from workspace.run_dir import COMPLETE, read_json, read_lines
+from workspace.files import read_json, read_lines
+from workspace.run_dir import COMPLETE
 
 
 @dataclass(frozen=True)

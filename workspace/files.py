@@ -1,0 +1,57 @@
+"""JSON and jsonl files and checksums: what is damaged is told in one line, what is written is whole or not there."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from contextlib import nullcontext, suppress
+from pathlib import Path
+
+from config import UserError
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file that this project wrote; UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); move the folder away and run again") from error
+
+
+def write_json(path: Path, value: dict) -> None:
+    _write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path, *, killed: bool = False) -> list[dict]:
+    """The rows of a jsonl file that this project wrote; UserError if one is damaged.
+
+    killed: the file is that of a process that may have been killed as it wrote: what it left of a row is passed over.
+    """
+    rows = []
+    try:
+        for line in filter(None, path.read_bytes().split(b"\n")):
+            with suppress(ValueError) if killed else nullcontext():
+                rows.append(json.loads(line))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); move the folder away and run again") from error
+    return rows
+
+
+def line_of(row: dict) -> str:
+    """A row as a line of a jsonl file."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_lines(path: Path, rows: Iterable[dict]) -> None:
+    _write_whole(path, "".join(map(line_of, rows)))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
