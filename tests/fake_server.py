@@ -26,6 +26,10 @@ class FakeServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
 
+    def __exit__(self, *error):
+        self.shutdown()  # a loop on a closed socket would never rest
+        super().__exit__(*error)
+
     def handle_error(self, request, client_address):
         """A client that hangs up, as after a time-out, is no news."""
 

@@ -31,7 +31,6 @@ def server(monkeypatch):
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.05)
     with FakeServer(upper) as server:
         yield server
-        server.shutdown()
 
 
 def client_of(server, concurrency=2, **settings) -> Client:

@@ -51,7 +51,6 @@ def server(monkeypatch):
     monkeypatch.setenv("SERVER_API_KEY", KEY)
     with FakeServer(prefer_longer) as server:
         yield server
-        server.shutdown()
 
 
 def evaluate(results, *more):
