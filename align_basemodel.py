@@ -111,15 +111,14 @@ if __name__ == "__main__":
     cli.check_early(cli.parse_known, AlignArguments, cli.TRAINING_EPILOG)
 
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import Trainer
 
 from data.encoding import Collator, Encoder, describe
 from data.sources import absolute_source, answer_records, data_sha256, draw, read_rows, source_files, trainable_rows
 from models import base, training_arguments
+from models.adapters import add_lora
 from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS
-from models.llama import AnswerLossLlama
 from models.llama_moe import LlamaMoeConfig, load_fused
 from models.loading import resolve_base
 from models.trainer import AlignmentTrainer, MixtureTrainer, on_first_process
@@ -234,16 +233,7 @@ def training_samples(args: AlignArguments, seed: int, tokenizer) -> list[dict]:
 
 def expert_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict]) -> Trainer:
     """A Trainer of LoRA on the FFN of the base, its attention frozen."""
-    model = base.load_weights(AnswerLossLlama, args.base_model, base.load_base_config(args.base_model), args.dtype)
-    torch.manual_seed(training.seed)
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=args.rank,
-        lora_alpha=args.alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=list(PROJECTIONS),
-    )
-    model = get_peft_model(model, lora)
+    model = add_lora(args, list(PROJECTIONS), training.seed)
     return AlignmentTrainer(model, training, train_dataset=samples, data_collator=Collator())
 
 

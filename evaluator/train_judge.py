@@ -49,8 +49,6 @@ class JudgeArguments(SourceArguments):
 if __name__ == "__main__":
     cli.check_early(cli.parse_known, JudgeArguments, cli.TRAINING_EPILOG)
 
-import torch
-from peft import LoraConfig, get_peft_model
 
 from data.encoding import IGNORED, Collator
 from data.sources import absolute_source, data_sha256, draw, spread
@@ -60,8 +58,8 @@ from evaluator.judges.protocols import JUDGE_FILE, YES_NO
 from evaluator.results import show
 from evaluator.statistics import area_under_curve, calibration_error, metric, share, statistic_metric
 from models import base, training_arguments
+from models.adapters import add_lora
 from models.base_identity import base_sha256
-from models.llama import AnswerLossLlama
 from models.loading import device
 from models.trainer import AlignmentTrainer, on_first_process
 from models.training_arguments import TrainArguments
@@ -159,16 +157,7 @@ def samples(args: JudgeArguments, rows: list[Labelled], tokenizer) -> list[dict]
 
 def judge_trainer(args: JudgeArguments, training: JudgeTrainArguments, encoded: list[dict]) -> AlignmentTrainer:
     """A Trainer of LoRA on attention and FFN; logits are made for the answer's position only."""
-    model = base.load_weights(AnswerLossLlama, args.base_model, base.load_base_config(args.base_model), args.dtype)
-    torch.manual_seed(training.seed)
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=args.rank,
-        lora_alpha=args.alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=TARGETS,
-    )
-    model = get_peft_model(model, lora)
+    model = add_lora(args, TARGETS, training.seed)
     return AlignmentTrainer(model, training, train_dataset=encoded, data_collator=Collator())
 
 

@@ -1,17 +1,20 @@
-"""An expert: a PEFT LoRA adapter of the FFN, read from its folder and refused where a mixture cannot represent it."""
+"""LoRA adapters by PEFT: a new one on a base, to be trained; an expert's, read from its folder and refused where a
+mixture cannot represent it."""
 
 import dataclasses
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from config import TASKS, UserError
+from models import base
 from models.expert_ffn import PROJECTIONS
+from models.llama import AnswerLossLlama
 from workspace.files import sha256
 from workspace.run_dir import read_run
 
@@ -39,6 +42,20 @@ HARMLESS = {
     "runtime_config",
 }
 BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the others (pissa, loftq, ...) change the base
+
+
+def add_lora(args, targets: list[str], seed: int) -> PeftModel:
+    """A base with fp32 LoRA on the `targets`, all else frozen; args: base_model, dtype, rank, alpha, lora_dropout."""
+    model = base.load_weights(AnswerLossLlama, args.base_model, base.load_base_config(args.base_model), args.dtype)
+    torch.manual_seed(seed)
+    lora = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=args.rank,
+        lora_alpha=args.alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=targets,
+    )
+    return get_peft_model(model, lora)
 
 
 class Expert:

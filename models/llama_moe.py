@@ -231,8 +231,8 @@ def load_fused(folder: Path, base_model: str, dtype: str) -> LlamaMoeForCausalLM
     if attention_lora:
         model.add_attention_lora(**attention_lora)
     saved = load_file(folder / "model.safetensors")
-    found, state = {(key, tensor.shape) for key, tensor in saved.items()}, model.state_dict()
-    if odd := found ^ {(key, state[key].shape) for key in model.own_state_keys()}:
+    saved_shapes, state = {(key, tensor.shape) for key, tensor in saved.items()}, model.state_dict()
+    if odd := saved_shapes ^ {(key, state[key].shape) for key in model.own_state_keys()}:
         raise UserError(f"{folder}: model.safetensors does not fit its config.json (tensor {min(odd)[0]}); fuse again")
     for block in model.blocks:
         block.router.float(), block.experts.masters()

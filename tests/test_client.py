@@ -129,25 +129,25 @@ def test_what_is_under_way_at_a_failure_is_handed_over(server):
         return upper(request)
 
     server.answer = answer
-    found = []
+    actual = []
     with pytest.raises(UserError, match="401"):
         for pair in ask_all(client_of(server, timeout_s=9), "m", TEXTS):
-            found.append(pair)
-    assert ("text 0", "TEXT 0") in found and len(server.requests) < 6
+            actual.append(pair)
+    assert ("text 0", "TEXT 0") in actual and len(server.requests) < 6
 
 
 def test_a_caller_that_stops_listening_asks_no_more(server):
-    found = ask_all(client_of(server, 1), "m", [f"text {i}" for i in range(50)])
-    next(found)
-    found.close()
+    actual = ask_all(client_of(server, 1), "m", [f"text {i}" for i in range(50)])
+    next(actual)
+    actual.close()
     assert len(server.requests) < 10
 
 
 def test_the_probability_of_yes(server):
     tops = {"a": {" yes": -0.5, " no": -1.0}, "b": {" no": -0.01, "\n": -5.0}, "c": {"▁yes": -0.25, "▁no": -3.0}}
     server.answer = lambda request: {"text": " ?", "logprobs": {"top_logprobs": [tops[request["prompt"]]]}}
-    found = dict(yes_probabilities(client_of(server), "ft:x", list(tops)))
-    assert found == pytest.approx({"a": 0.60653066, "b": 0.0, "c": 0.77880078})
+    actual = dict(yes_probabilities(client_of(server), "ft:x", list(tops)))
+    assert actual == pytest.approx({"a": 0.60653066, "b": 0.0, "c": 0.77880078})
     request = server.requests[0]
     assert (request["max_tokens"], request["temperature"], request["logprobs"]) == (1, 0, 5)
     tops["a"] = {" maybe": -0.1}

@@ -209,8 +209,8 @@ def test_every_sample_of_mixed_data_has_its_tasks_index(tokenizer, tiny_source, 
         [answer for row in rows["truthfulness"] for answer in row["correct_answers"]],
     ]
     expected = [(answer, index) for index, texts in enumerate(answers) for answer in texts]
-    found = [(tokenizer.decode([i for i in s["labels"] if i != IGNORED]), s["task"]) for s in samples]
-    assert [(text.removesuffix("</s>"), index) for text, index in found] == expected
+    actual = [(tokenizer.decode([i for i in s["labels"] if i != IGNORED]), s["task"]) for s in samples]
+    assert [(text.removesuffix("</s>"), index) for text, index in actual] == expected
     assert len(answers[1]) < 12 < len(answers[2])
     assert Collator(routing=True)(samples)["task_ids"].tolist() == [index for _, index in expected]
     assert f"truthfulness: {len(answers[2])} samples" in capsys.readouterr().out

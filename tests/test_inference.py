@@ -125,8 +125,8 @@ def test_generation_stops_at_the_stop_string(base_dir):
 
 
 def test_a_run_writes_every_answer_in_its_prompts_order_and_is_repeatable(tmp_path, base_dir, fused_dir, tiny_source):
-    for place in ("one", "two"):
-        inference.main(arguments(tmp_path / place, base_dir, tiny_source, "--cross_task", str(fused_dir)))
+    for name in ("one", "two"):
+        inference.main(arguments(tmp_path / name, base_dir, tiny_source, "--cross_task", str(fused_dir)))
     folder = tmp_path / "one" / "inference" / "safety" / "test" / "cross_moe"
     assert sorted(p.name for p in folder.iterdir()) == ["outputs.jsonl", "run.json"]
     rows = read(folder / "outputs.jsonl")
@@ -326,5 +326,5 @@ def test_a_real_server_answers_as_the_model_does_here(tmp_path, base_dir, server
     model, tokenizer = load_run(base_dir, dtype="float32")
     args = InferArguments(task_name="safety", temperature=0.0, max_new_tokens=8)
     for row in rows:
-        (here,) = inference.generate(model, tokenizer, [Record(row["id"], "safety", row["instruction"])], args, 0)
-        assert row["output"] == here["output"]
+        (local,) = inference.generate(model, tokenizer, [Record(row["id"], "safety", row["instruction"])], args, 0)
+        assert row["output"] == local["output"]

@@ -11,9 +11,9 @@ def test_mean_routing_probs_by_hand():
     # one sample of 3 tokens, the last is padding; 2 layers; 2 experts; logits log(p) give probabilities p
     layer_1 = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.0001, 0.9999]]).log()
     layer_2 = torch.tensor([[0.7, 0.3], [0.1, 0.9], [0.0001, 0.9999]]).log()
-    found = mean_routing_probs((layer_1, layer_2), torch.tensor([[1, 1, 0]]))
+    actual = mean_routing_probs((layer_1, layer_2), torch.tensor([[1, 1, 0]]))
     # token 1: (0.9 + 0.7) / 2 = 0.8, token 2: (0.5 + 0.1) / 2 = 0.3, mean 0.55
-    assert torch.allclose(found, torch.tensor([[0.55, 0.45]]), atol=1e-6)
+    assert torch.allclose(actual, torch.tensor([[0.55, 0.45]]), atol=1e-6)
 
 
 def test_gate_loss_by_hand():

@@ -290,9 +290,9 @@ def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(results, base_
     assert trained["seconds"] > kept["TrainingCost"]["attributes"]["seconds"] > 0
     weights = "adapter_model.safetensors" if stage == "expert" else "model.safetensors"
     expected = load_file(tmp_path / "alone" / "outputs" / name / weights)
-    found = load_file(folder / weights)
-    assert set(found) == set(expected)
-    assert max((found[key] - expected[key]).abs().max().item() for key in found) < 1e-6
+    actual = load_file(folder / weights)
+    assert set(actual) == set(expected)
+    assert max((actual[key] - expected[key]).abs().max().item() for key in actual) < 1e-6
     assert not (folder / "arguments.json").exists()
 
 

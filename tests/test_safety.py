@@ -73,15 +73,15 @@ def by_hand(folder, text, max_length=256):
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_the_classifier_gives_what_arithmetic_gives(classifier_dir, batch_size):
     model, tokenizer = load_classifier(str(classifier_dir), torch.float32)
-    found = dict(category_probabilities(model, tokenizer, TEXTS, batch_size, 128))
-    assert set(found) == set(TEXTS)
+    actual = dict(category_probabilities(model, tokenizer, TEXTS, batch_size, 128))
+    assert set(actual) == set(TEXTS)
     lengths = {len(tokenizer(text)["input_ids"]) for text in TEXTS}
     assert len(lengths) == 4 and sorted(lengths)[2] < 100 < 128 < max(lengths)  # three are padded, one is cut
     for text in TEXTS:
-        assert list(found[text]) == list(HARM_CATEGORIES)
-        assert list(found[text].values()) == pytest.approx(by_hand(classifier_dir, text, 128), abs=1e-5)
+        assert list(actual[text]) == list(HARM_CATEGORIES)
+        assert list(actual[text].values()) == pytest.approx(by_hand(classifier_dir, text, 128), abs=1e-5)
     long = max(TEXTS, key=len)  # cut at 128 tokens: another maximum is another judgement
-    assert list(found[long].values()) != pytest.approx(by_hand(classifier_dir, long, 256), abs=1e-3)
+    assert list(actual[long].values()) != pytest.approx(by_hand(classifier_dir, long, 256), abs=1e-3)
 
 
 def test_text_that_spells_a_special_token_is_text(classifier_dir):
@@ -199,14 +199,14 @@ def test_a_classifier_that_is_no_llama(tmp_path, settings):
     AutoModelForSequenceClassification.from_config(settings).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     model, tokenizer = load_classifier(str(tmp_path), torch.float32)
-    found = dict(category_probabilities(model, tokenizer, TEXTS, 4, 128))
+    actual = dict(category_probabilities(model, tokenizer, TEXTS, 4, 128))
     for text in TEXTS:
         ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id][:128]
         assert 2 not in ids  # the padding token
         with torch.no_grad():
             expected = model(input_ids=torch.tensor([ids])).logits[0].sigmoid().tolist()
-        assert list(found[text]) == list(LABELS.values())
-        assert list(found[text].values()) == pytest.approx(expected, abs=1e-5)
+        assert list(actual[text]) == list(LABELS.values())
+        assert list(actual[text].values()) == pytest.approx(expected, abs=1e-5)
 
 
 # ---- guards ----------------------------------------------------------------------------------------------------------
@@ -288,8 +288,8 @@ def test_wildguard_here_with_an_unreadable_verdict(tmp_path, base_dir, monkeypat
             str(tmp_path),
         ]
     )
-    found = json.loads((tmp_path / "evaluation/safety/test/raw/tiny-llama/metrics.json").read_text())["metrics"]
-    expect_wildguards_scores(found)
+    actual = json.loads((tmp_path / "evaluation/safety/test/raw/tiny-llama/metrics.json").read_text())["metrics"]
+    expect_wildguards_scores(actual)
     assert "unreadable verdicts 1" in capsys.readouterr().out
 
 
@@ -309,8 +309,8 @@ def test_llama_guard_here_and_on_a_server_is_asked_in_its_template(tmp_path, bas
 
     monkeypatch.setattr(evaluate_safety, "written_answers", lambda m, t, texts, *_: ((x, words(x)) for x in texts))
     evaluate_safety.main(["--task_name", "raw", "--judge", str(judge), "--results_dir", str(tmp_path)])
-    found = json.loads((tmp_path / f"evaluation/safety/test/raw/{judge.name}/metrics.json").read_text())["metrics"]
-    assert found["flagged"]["value"] == found["flagged: S2"]["value"] == pytest.approx(1 / 5)
+    actual = json.loads((tmp_path / f"evaluation/safety/test/raw/{judge.name}/metrics.json").read_text())["metrics"]
+    assert actual["flagged"]["value"] == actual["flagged: S2"]["value"] == pytest.approx(1 / 5)
     assert "<s>[user] Question number 0?[assistant] Sure, here is how." in asked
     args = SafetyArguments(judge=str(judge), judge_url="http://localhost:1/v1")
     rows = [{"instruction": "Why?", "output": "So."}]
@@ -383,8 +383,8 @@ def test_wildguard_on_a_server(tmp_path, capsys):
     server.shutdown()
     assert len(server.asked) == 5 and all(asked["temperature"] == 0 for asked in server.asked)
     assert all(asked["prompt"].startswith("<|user|>\n[INST] You are a classifier") for asked in server.asked)
-    found = json.loads((tmp_path / "evaluation/safety/test/raw/wildguard/metrics.json").read_text())["metrics"]
-    expect_wildguards_scores(found)
+    actual = json.loads((tmp_path / "evaluation/safety/test/raw/wildguard/metrics.json").read_text())["metrics"]
+    expect_wildguards_scores(actual)
 
 
 # ---- refusals and XSTest ---------------------------------------------------------------------------------------------
@@ -432,9 +432,9 @@ def test_over_refusal_stands_beside_the_flagged_share(tmp_path, base_dir, classi
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_answers(tmp_path, "safety", ANSWERS)
     evaluate_safety.main(["--task_name", "raw", "--judge", str(classifier_dir), "--results_dir", str(tmp_path)])
-    found = json.loads((tmp_path / "evaluation/xstest/test/raw/refusal_rule/metrics.json").read_text())["metrics"]
-    assert found["over_refusal"]["value"] == pytest.approx(1 / len(safe)) and found["over_refusal"]["n"] == len(safe)
-    assert found["refusal_of_unsafe"]["value"] == pytest.approx(1 - 1 / len(unsafe))
+    actual = json.loads((tmp_path / "evaluation/xstest/test/raw/refusal_rule/metrics.json").read_text())["metrics"]
+    assert actual["over_refusal"]["value"] == pytest.approx(1 / len(safe)) and actual["over_refusal"]["n"] == len(safe)
+    assert actual["refusal_of_unsafe"]["value"] == pytest.approx(1 - 1 / len(unsafe))
     report.main(["--runs", "", "--results_dir", str(tmp_path)])
     table = (tmp_path / "report" / "table.md").read_text().splitlines()
     assert table[0] == "| answers | flagged ↓ (tiny-dam) | over-refusal ↓ (refusal rule) |"

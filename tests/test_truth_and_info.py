@@ -46,9 +46,9 @@ def by_hand(folder, text):
 def test_yes_is_as_likely_as_a_forward_pass_says(judge_base_dir, batch_size):
     model, tokenizer = load_causal(str(judge_base_dir), torch.float32)
     texts = [text_of("truth", i) for i in (0, 2, 3, 4)]
-    found = dict(yes_probabilities(model, tokenizer, texts, batch_size))
+    actual = dict(yes_probabilities(model, tokenizer, texts, batch_size))
     expected = [by_hand(judge_base_dir, text) for text in texts]
-    assert [found[text] for text in texts] == pytest.approx(expected, rel=1e-3)
+    assert [actual[text] for text in texts] == pytest.approx(expected, rel=1e-3)
     assert max(expected) > 1.5 * min(expected)  # the test can tell them apart
 
 
@@ -206,8 +206,8 @@ def test_a_flag_that_would_be_ignored_is_an_error_that_names_it(tmp_path, judge,
 
 
 def test_flags_that_are_not_given_have_their_documented_values(tmp_path):
-    here = cli.parse(flags(0, "some/judge", tmp_path), TruthArguments)
-    assert (here.batch_size, here.dtype, here.concurrency) == (16, "auto", None)
+    args = cli.parse(flags(0, "some/judge", tmp_path), TruthArguments)
+    assert (args.batch_size, args.dtype, args.concurrency) == (16, "auto", None)
     on_server = cli.parse(flags(1, "openai", tmp_path), TruthArguments)
     assert (on_server.batch_size, on_server.dtype, on_server.concurrency) == (None, None, 8)
 

@@ -58,11 +58,11 @@ def holds_work(folder: Path) -> bool:
 
 def compare_arguments(folder: Path, before: dict, now: dict, remedy: str) -> None:
     """UserError naming the first argument, or data file, in which two runs differ."""
-    for digest, place in DIGESTS.items():
-        if before.get(digest) is None:  # recorded by an earlier version: its place is what tells
+    for digest, location in DIGESTS.items():
+        if before.get(digest) is None:  # recorded by an earlier version: its location is what tells
             now = {key: value for key, value in now.items() if key != digest}
         elif before[digest] and now.get(digest):
-            before, now = ({k: v for k, v in one.items() if k != place} for one in (before, now))
+            before, now = ({k: v for k, v in one.items() if k != location} for one in (before, now))
     files, files_now = before.pop("data_sha256", None), now.pop("data_sha256", None)
     for file in sorted({**(files or {}), **(files_now or {})}):
         if (files or {}).get(file) != (files_now or {}).get(file):

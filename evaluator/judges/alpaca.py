@@ -200,8 +200,8 @@ def human_agreement(folder: Path) -> float | None:
         return None
     path = EVALUATORS_CONFIG_DIR.parent / "leaderboards" / "evaluators" / "evaluators_leaderboard.csv"
     with open(path, encoding="utf-8", newline="") as file:
-        found = {row[""]: row["Human agreement"] for row in csv.DictReader(file)}
-    return round(float(found[folder.name]) / 100, 4) if folder.name in found else None
+        agreements = {row[""]: row["Human agreement"] for row in csv.DictReader(file)}
+    return round(float(agreements[folder.name]) / 100, 4) if folder.name in agreements else None
 
 
 def dry_run(annotators: dict, url: str | None, results_dir: str, model: list[dict], reference: list[dict]) -> str:

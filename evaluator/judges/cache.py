@@ -24,9 +24,9 @@ class JudgementCache:
 
     def get(self, judge: str, version: str, text: str):
         """The kept judgement (any JSON value), or None."""
-        row = self.connection.execute("SELECT value FROM judgement WHERE key = ?", (_key(judge, version, text),))
-        found = row.fetchone()
-        return None if found is None else json.loads(found[0])
+        rows = self.connection.execute("SELECT value FROM judgement WHERE key = ?", (_key(judge, version, text),))
+        row = rows.fetchone()
+        return None if row is None else json.loads(row[0])
 
     def put(self, judge: str, version: str, text: str, value) -> None:
         with self.connection:  # one transaction: there whole or not at all
@@ -61,11 +61,11 @@ def judge_texts(
     `ask` takes the different texts still to be judged and yields (text, judgement) as each is done, in any order; each
     is kept at once. judge: the judge's name and, for local weights, their checksum; version: of the prompt.
     """
-    found = {text: cache.get(judge, version, text) for text in dict.fromkeys(texts)}
-    missing = [text for text, value in found.items() if value is None]
-    with tqdm(total=len(found), initial=len(found) - len(missing), desc=description, unit="text") as bar:
+    judgements = {text: cache.get(judge, version, text) for text in dict.fromkeys(texts)}
+    missing = [text for text, value in judgements.items() if value is None]
+    with tqdm(total=len(judgements), initial=len(judgements) - len(missing), desc=description, unit="text") as bar:
         for text, value in ask(missing) if missing else ():
             cache.put(judge, version, text, value)
-            found[text] = value
+            judgements[text] = value
             bar.update()
-    return [found[text] for text in texts]
+    return [judgements[text] for text in texts]

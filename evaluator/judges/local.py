@@ -86,7 +86,7 @@ def yes_no_ids(tokenizer, text: str) -> tuple[int, int]:
 
     Raises UserError where one of them is not a single token, or changes the tokens before it.
     """
-    found = []
+    ids = []
     for word in (" yes", " no"):
         before, after = (tokenizer(t, split_special_tokens=True)["input_ids"] for t in (text, text + word))
         eos = [token for token in before[-1:] if token == tokenizer.eos_token_id]  # some tokenizers end every text
@@ -96,8 +96,8 @@ def yes_no_ids(tokenizer, text: str) -> tuple[int, int]:
                 f"--judge {tokenizer.name_or_path}: its tokenizer makes no single token of {word!r} after "
                 f"{text[-8:]!r}; such a model cannot be asked for p(yes)"
             )
-        found.append(after[-1])
-    return found[0], found[1]
+        ids.append(after[-1])
+    return ids[0], ids[1]
 
 
 def token_ids(tokenizer, text: str, max_length: int) -> list[int]:
