@@ -2,12 +2,13 @@
 mixture cannot represent it."""
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,7 +17,7 @@ from models import base
 from models.expert_ffn import PROJECTIONS
 from models.llama import AnswerLossLlama
 from workspace.files import sha256
-from workspace.run_dir import read_run
+from workspace.run_dir import find_run, read_run
 
 # LoraConfig fields that leave the form W + s B A as it is; any other one off its default is refused by name.
 HARMLESS = {
@@ -56,6 +57,35 @@ def add_lora(args, targets: list[str], seed: int) -> PeftModel:
         target_modules=targets,
     )
     return get_peft_model(model, lora)
+
+
+def save_adapter(
+    folder: Path, weights: dict[str, tuple[Tensor, Tensor]], alphas: dict[str, float], base_model: str
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors of {module: (A (r, in), B (out, r))} and {module: alpha}.
+
+    Rank and alpha that most modules share are the adapter's; the others go into patterns.
+    """
+    ranks = {module: len(a) for module, (a, _) in weights.items()}
+    ((rank, alpha), _), *_ = Counter((ranks[module], alphas[module]) for module in weights).most_common(1)
+    projections = sorted({module.rpartition(".")[2] for module in ranks})
+    everywhere = len(ranks) == len(projections) * base.load_base_config(base_model).num_hidden_layers
+    LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+        target_modules=projections if everywhere else sorted(ranks),
+        rank_pattern={module: value for module, value in ranks.items() if value != rank},
+        alpha_pattern={module: value for module, value in alphas.items() if value != alpha},
+        base_model_name_or_path=base.base_path(base_model),
+    ).save_pretrained(folder)
+    tensors = {
+        f"base_model.model.{module}.lora_{letter}.weight": matrix.contiguous()
+        for module, pair in weights.items()
+        for letter, matrix in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 class Expert:
@@ -131,3 +161,23 @@ class Expert:
             return None
         scaling = self.layers[name].scaling["default"]
         return self.weights[f"{name}.lora_A.weight"], self.weights[f"{name}.lora_B.weight"], scaling
+
+
+def expert_folders(text: str) -> dict[str, str]:
+    """--experts as {name: folder}, in order: "safety" is the folder of that name, "safety=DIR" DIR under that name."""
+    folder_of = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, named, folder = part.partition("=")
+        if name in folder_of or (named and not folder):
+            raise UserError(f"--experts {text}: {part!r} is {'there twice' if name in folder_of else 'no NAME=DIR'}")
+        folder_of[name] = folder or name
+    return folder_of
+
+
+def open_adapters(folder_of: dict[str, str], experts_dir: Path) -> list[Expert]:
+    """The PEFT adapters of these names; a folder is one under `experts_dir`, or a path."""
+    if "raw" in folder_of.values():
+        raise UserError("--experts raw: the raw base model is no expert; name folders with PEFT adapters")
+    return [
+        Expert(find_run(folder, experts_dir), None if folder == name else name) for name, folder in folder_of.items()
+    ]

@@ -6,11 +6,7 @@ python models/export.py --cross_task RUN --to pt --output moe.pt
 """
 
 import math
-import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,12 +69,12 @@ if __name__ == "__main__":
     cli.check_early(parse)
 
 import torch
-from peft import LoraConfig, PeftModel
-from safetensors.torch import save_file
+from peft import PeftModel
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, MixtralForCausalLM
 
 from models import base
+from models.adapters import save_adapter
 from models.base_identity import base_sha256
 from models.behaviour import behaviour, compare, greedy_texts, tokenized
 from models.expert_ffn import PROJECTIONS
@@ -103,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
         args.dtype = "float32"
     elif args.dtype == "auto":
         args.dtype = str(base.own_dtype(base.load_base_config(base_model))).removeprefix("torch.")
-    with open_partial(Path(args.output)) as partial:
+    with run_dir.open_partial(Path(args.output)) as partial:
         if args.to == "pt":
             export_file(path, base_model, args, partial)
         else:
@@ -152,27 +148,6 @@ def export_folder(path: Path, base_model: str, args: ExportArguments, partial: P
     print(f"{output}: {verdict}")
 
 
-@contextmanager
-def open_partial(output: Path) -> Iterator[Path]:
-    """`<output>.partial`, where to write what is then renamed to `output`: whole or not at all.
-
-    UserError if another process writes there. What a killed process left is removed first, what this one leaves last.
-    """
-    partial = output.with_name(f"{output.name}.partial")
-    run_dir.lock(output)
-    try:
-        remove(partial)
-        yield partial
-    finally:
-        remove(partial)
-        run_dir.release(output)
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder if it exists."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
 # ---- Mixtral
 
 
@@ -217,11 +192,8 @@ def export_peft(model: LlamaMoeForCausalLM, tokenizer, folder: Path, args: Expor
 
 
 def write_adapter(model: LlamaMoeForCausalLM, expert: int, folder: Path, base_model: str) -> None:
-    """adapter_config.json and adapter_model.safetensors of one expert (and of LoRA on the attention, if tuned).
-
-    Ranks lose their padding. Rank and alpha that most modules share are the adapter's; the others go into patterns.
-    """
-    weights, ranks, alphas = {}, {}, {}
+    """One expert (and LoRA on the attention, if tuned) as an adapter's folder. Ranks lose their padding."""
+    weights, alphas = {}, {}
     for number, layer in enumerate(model.model.layers):
         for p, name in enumerate(PROJECTIONS):
             a, b = (matrix.detach()[expert] for matrix in layer.mlp.experts.matrices(name))
@@ -229,32 +201,14 @@ def write_adapter(model: LlamaMoeForCausalLM, expert: int, folder: Path, base_mo
             if len(used):  # else the adapter left this module as it was
                 rank = int(used[-1]) + 1
                 module = f"model.layers.{number}.mlp.{name}"
-                ranks[module], alphas[module] = rank, alpha_of(float(layer.mlp.experts.scaling[p, expert]), rank)
+                alphas[module] = alpha_of(float(layer.mlp.experts.scaling[p, expert]), rank)
                 weights[module] = a[:rank], b[:, :rank]
         for name in ATTENTION_PROJECTIONS if model.config.attention_lora else ():
             module = f"model.layers.{number}.self_attn.{name}"
             lora = layer.self_attn.get_submodule(name)
-            ranks[module], alphas[module] = (model.config.attention_lora[key] for key in ("rank", "alpha"))
+            alphas[module] = model.config.attention_lora["alpha"]
             weights[module] = lora.lora_A["default"].weight.detach(), lora.lora_B["default"].weight.detach()
-    ((rank, alpha), _), *_ = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)
-    projections = sorted({module.rpartition(".")[2] for module in ranks})
-    everywhere = len(ranks) == len(projections) * len(model.blocks)
-    LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-        target_modules=projections if everywhere else sorted(ranks),
-        rank_pattern={module: value for module, value in ranks.items() if value != rank},
-        alpha_pattern={module: value for module, value in alphas.items() if value != alpha},
-        base_model_name_or_path=base.base_path(base_model),
-    ).save_pretrained(folder)
-    tensors = {
-        f"base_model.model.{module}.lora_{letter}.weight": matrix.contiguous()
-        for module, pair in weights.items()
-        for letter, matrix in zip("AB", pair, strict=True)
-    }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_adapter(folder, weights, alphas, base_model)
 
 
 def alpha_of(scaling: float, rank: int) -> float:

@@ -62,7 +62,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils.output_capturing import OutputRecorder
 
 from models import base, four_bit
-from models.adapters import Expert
+from models.adapters import Expert, expert_folders, open_adapters
 from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS, LowRankExperts
 from models.llama import AnswerLossLlama
@@ -70,7 +70,6 @@ from models.losses import low_rank_change
 from models.released import RecoveredExpert, read_moe_pt
 from workspace import run_dir
 from workspace.files import sha256
-from workspace.run_dir import find_run
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -296,6 +295,8 @@ def stack_experts(experts: list, layer: int, moe_config: LlamaMoeConfig, dtype: 
 
 @cli.command
 def main(argv: list[str] | None = None) -> None:
+    from models.loading import one_base  # which loads what this module makes
+
     args = cli.parse(argv, FuseArguments)
     folder_of = expert_folders(args.experts)
     names = list(folder_of)
@@ -340,40 +341,6 @@ def main(argv: list[str] | None = None) -> None:
     model.save_pretrained(output)
     run_dir.finish(output, "llama_moe.py", arguments, train={}, meta={})
     report_sizes(output, model)
-
-
-def expert_folders(text: str) -> dict[str, str]:
-    """--experts as {name: folder}, in order: "safety" is the folder of that name, "safety=DIR" DIR under that name."""
-    folder_of = {}
-    for part in filter(None, map(str.strip, text.split(","))):
-        name, named, folder = part.partition("=")
-        if name in folder_of or (named and not folder):
-            raise UserError(f"--experts {text}: {part!r} is {'there twice' if name in folder_of else 'no NAME=DIR'}")
-        folder_of[name] = folder or name
-    return folder_of
-
-
-def open_adapters(folder_of: dict[str, str], experts_dir: Path) -> list[Expert]:
-    """The PEFT adapters of these names; a folder is one under `experts_dir`, or a path."""
-    if "raw" in folder_of.values():
-        raise UserError("--experts raw: the raw base model is no expert; name folders with PEFT adapters")
-    return [
-        Expert(find_run(folder, experts_dir), None if folder == name else name) for name, folder in folder_of.items()
-    ]
-
-
-def one_base(experts: list[Expert], given: str | None) -> str:
-    """The one base model of all experts, at its place or at `given`; UserError if they, or `--base_model`, differ."""
-    from models.loading import resolve_base  # which loads what this module makes
-
-    bases = [resolve_base(expert.folder, given) for expert in experts]
-    for expert, base_model in zip(experts[1:], bases[1:], strict=True):
-        if base_sha256(base_model) != base_sha256(bases[0]):
-            raise UserError(
-                f"the experts have different bases: {experts[0].name} {bases[0]}, {expert.name} {base_model}; align "
-                "them on one"
-            )
-    return bases[0]
 
 
 def report_sizes(folder: Path, model: LlamaMoeForCausalLM) -> None:

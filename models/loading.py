@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from config import PAPER_BASE_MODEL, TASKS, UserError
 from data.sources import absolute_source
 from models import base, llama_moe
+from models.adapters import Expert
 from models.base_identity import base_sha256
 from models.llama import AnswerLossLlama
 from workspace.files import read_json, sha256
@@ -72,7 +73,8 @@ def base_of_run(folder: Path) -> str:
 
 
 def resolve_base(folder: Path, given: str | None) -> str:
-    """The base model to load under a run: the one that it names, or `given`, the same base at another place.
+    """The base model to load under a run: the one that it names, or `given`, the same base at another place. A whole
+    model's is its own folder, whatever it was made from.
 
     UserError if `given` is another base, or if the base is gone from where the run names it.
     """
@@ -82,6 +84,8 @@ def resolve_base(folder: Path, given: str | None) -> str:
             raise UserError(f"{folder}: its base model is no longer at {named}; give its new place with --base_model")
         return named
     given = base.default_base_model(given)
+    if run_kind(folder) == "causal_lm" and base.same_base(given, named):
+        return named
     run = read_run(folder)
     digest = run["run"]["arguments"].get("base_sha256") if run else None
     if digest is None and not base.same_base(given, named):
@@ -91,7 +95,19 @@ def resolve_base(folder: Path, given: str | None) -> str:
         digest = base_sha256(named)
     if digest is not None and base_sha256(given) != digest:
         raise UserError(f"--base_model {given}: is not the base of {folder} ({named}); leave the flag out")
-    return given
+    return named if run_kind(folder) == "causal_lm" else given
+
+
+def one_base(experts: list[Expert], given: str | None) -> str:
+    """The one base model of all experts, at its place or at `given`; UserError if they, or `--base_model`, differ."""
+    bases = [resolve_base(expert.folder, given) for expert in experts]
+    for expert, base_model in zip(experts[1:], bases[1:], strict=True):
+        if base_sha256(base_model) != base_sha256(bases[0]):
+            raise UserError(
+                f"the experts have different bases: {experts[0].name} {bases[0]}, {expert.name} {base_model}; align "
+                "them on one"
+            )
+    return bases[0]
 
 
 def load_run(path: Path | str | None, base_model: str | None = None, dtype: str = "auto"):

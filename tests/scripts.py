@@ -15,7 +15,7 @@ from evaluator import (
     report,
     train_judge,
 )  # fmt: skip
-from models import export, llama_moe
+from models import export, llama_moe, merging
 from models.training_arguments import TrainArguments
 
 FLAGS = {
@@ -23,6 +23,7 @@ FLAGS = {
     "inference.py": (inference.InferArguments,),
     "models/llama_moe.py": (llama_moe.FuseArguments,),
     "models/export.py": (export.ExportArguments,),
+    "models/merging.py": (merging.MergeArguments,),
     "evaluator/evaluate_likelihood.py": (evaluate_likelihood.LikelihoodArguments,),
     "evaluator/evaluate_helpfulness.py": (evaluate_helpfulness.HelpfulnessArguments,),
     "evaluator/evaluate_safety.py": (evaluate_safety.SafetyArguments,),
@@ -36,6 +37,7 @@ MAINS = {
     "inference.py": inference.main,
     "models/llama_moe.py": llama_moe.main,
     "models/export.py": export.main,
+    "models/merging.py": merging.main,
     "evaluator/evaluate_likelihood.py": evaluate_likelihood.main,
     "evaluator/evaluate_helpfulness.py": evaluate_helpfulness.main,
     "evaluator/evaluate_safety.py": evaluate_safety.main,

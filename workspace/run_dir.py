@@ -3,7 +3,10 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -104,6 +107,27 @@ def release(folder: Path) -> None:
     if held is not None:
         folder.with_name(f"{folder.name}.lock.json").unlink(missing_ok=True)
         held.release()
+
+
+@contextmanager
+def open_partial(output: Path) -> Iterator[Path]:
+    """`<output>.partial`, where to write what is then renamed to `output`: whole or not at all.
+
+    UserError if another process writes there. What a killed process left is removed first, what this one leaves last.
+    """
+    partial = output.with_name(f"{output.name}.partial")
+    lock(output)
+    try:
+        remove(partial)
+        yield partial
+    finally:
+        remove(partial)
+        release(output)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder if it exists."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def finish(folder: Path, script: str, arguments: dict, train: dict, meta: dict) -> None:
