@@ -87,6 +87,10 @@ def test_the_whole_chain_of_commands_runs_on_a_base_without_a_pad_token(
         if script in JUDGES:
             kind = JUDGES[script][int(argv[argv.index("--mode") + 1]) if "--mode" in argv else 0]
             argv = with_flags(argv, judge=results / "judges" / kind)
+        if script == "align_basemodel.py":
+            argv = with_flags(argv, num_samples=12)
+        if "--num_held_apart" in argv:
+            argv = with_flags(argv, num_held_apart=4)
         if "--output" in argv:
             argv = with_flags(argv, output=tmp_path / f"output-{number}")
         if "--experts" in argv:
