@@ -120,7 +120,7 @@ from models.adapters import add_lora
 from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS
 from models.llama_moe import LlamaMoeConfig, load_fused
-from models.loading import resolve_base
+from models.loading import is_fused, resolve_base
 from models.trainer import AlignmentTrainer, MixtureTrainer, on_first_process
 from models.training_arguments import TrainArguments
 from workspace import run_dir
@@ -173,6 +173,8 @@ def resolve_sources(args: AlignArguments) -> None:
         raise UserError(f"--moe_dir {moe_dir}: no fused model there; fuse the experts first with models/llama_moe.py")
     if not (moe_dir / run_dir.COMPLETE).exists():
         raise UserError(f"--moe_dir {moe_dir}: its fusion did not finish; run models/llama_moe.py again")
+    if not is_fused(moe_dir):
+        raise UserError(f"--moe_dir {moe_dir}: holds no fused model; fuse the experts first with models/llama_moe.py")
     recorded = fused["run"]["arguments"]
     args.base_model = resolve_base(moe_dir, args.base_model)
     # the fusion may be aligned on other data than the experts were

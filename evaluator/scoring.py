@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from data.encoding import IGNORED, Encoder
 from data.sources import Record
-from models.llama_moe import LlamaMoeForCausalLM
+from models.llama_moe import LlamaMoeConfig
 from models.losses import mean_routing_probs
 
 
@@ -98,7 +98,7 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
     seen = (own | (part[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()  # (B, query, key)
     seen |= torch.eye(length, dtype=torch.bool)  # padding sees itself: no row of the softmax is empty
     mask = torch.zeros(seen.shape, dtype=base.dtype).masked_fill_(~seen, torch.finfo(base.dtype).min)[:, None]
-    fused = isinstance(base, LlamaMoeForCausalLM)
+    fused = base.config.model_type == LlamaMoeConfig.model_type
     routing = {"output_router_logits": True} if fused else {}
     outputs = base.model(
         input_ids=ids.to(device),

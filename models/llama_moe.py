@@ -163,13 +163,14 @@ class LlamaMoeForCausalLM(AnswerLossLlama):
     """Causal language model of the mixture. Saves its router and experts only; the base is named, not copied."""
 
     config_class = LlamaMoeConfig
+    inner_class = LlamaMoeModel
     _keys_to_ignore_on_load_missing = (r"\.mlp\.(router|experts)\.",)  # not the base's: load_fused brings them
 
     def __init__(self, config: LlamaMoeConfig):
         super().__init__(config)
         if config.hidden_act != "silu":
             raise UserError(f"the base's activation is {config.hidden_act}: the shared-base mixture is for silu")
-        self.model = LlamaMoeModel(config)
+        self.model = self.inner_class(config)
         self.post_init()
 
     @property
@@ -221,11 +222,13 @@ class LlamaMoeForCausalLM(AnswerLossLlama):
         return torch.stack([change.to(changes[0].device) for change in changes]).mean(0)
 
 
-def load_fused(folder: Path, base_model: str, dtype: str) -> LlamaMoeForCausalLM:
+def load_fused(
+    folder: Path, base_model: str, dtype: str, model_class: type[LlamaMoeForCausalLM] = LlamaMoeForCausalLM
+) -> LlamaMoeForCausalLM:
     """The fused model of a folder: the named base's weights as --dtype has them, fp32 router and experts from here."""
-    moe_config = LlamaMoeConfig.from_pretrained(folder)
+    moe_config = model_class.config_class.from_pretrained(folder)
     attention_lora, moe_config.attention_lora = moe_config.attention_lora, None
-    model = base.load_weights(LlamaMoeForCausalLM, base_model, moe_config, dtype)
+    model = base.load_weights(model_class, base_model, moe_config, dtype)
     four_bit.make_trainable(model)
     if attention_lora:
         model.add_attention_lora(**attention_lora)
@@ -246,31 +249,33 @@ def fuse(
     top_k: int,
     seed: int,
     routers: list[torch.Tensor] | None = None,
+    model_class: type[LlamaMoeForCausalLM] = LlamaMoeForCausalLM,
+    **more,
 ) -> LlamaMoeForCausalLM:
     """The fused model of experts already attached to the base, ready to be saved: its base weights are empty.
 
     The experts' matrices are padded with zeros to the largest rank. The layers' routers (E, D) are as given, else they
-    start at random from `seed`.
+    start at random from `seed`. model_class: of a mixture that is routed in another way; more: into its configuration.
     """
     settings = {
         key: value for key, value in base_config.to_dict().items() if key not in ("model_type", "architectures")
     }
-    moe_config = LlamaMoeConfig(
+    moe_config = model_class.config_class(
         **settings,
+        **more,
         experts=[{"name": expert.name, "task": expert.task, "rank": expert.rank} for expert in experts],
         expert_rank=max(expert.rank for expert in experts),
         num_experts_per_tok=top_k,
         base_model_name_or_path=experts[0].base_model,
     )
     with torch.device("meta"):
-        model = LlamaMoeForCausalLM(moe_config)
+        model = model_class(moe_config)
     generator = torch.Generator().manual_seed(seed)
     dtype = reduce(torch.promote_types, (expert.dtype for expert in experts))
     for number, layer in enumerate(model.model.layers):
-        router = torch.empty(layer.mlp.router.weight.shape).normal_(
-            std=moe_config.initializer_range, generator=generator
-        )
-        layer.mlp.router.weight = nn.Parameter(router if routers is None else routers[number])
+        for weight in layer.mlp.router.parameters():
+            router = torch.empty(weight.shape).normal_(std=moe_config.initializer_range, generator=generator)
+            layer.mlp.router.weight = nn.Parameter(router if routers is None else routers[number])
         layer.mlp.experts = stack_experts(experts, number, moe_config, dtype)
     model.seal_base()
     return model

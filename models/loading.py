@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from config import PAPER_BASE_MODEL, TASKS, UserError
 from data.sources import absolute_source
-from models import base, llama_moe
+from models import base, ensemble, llama_moe
 from models.adapters import Expert
 from models.base_identity import base_sha256
 from models.llama import AnswerLossLlama
@@ -19,7 +19,7 @@ from workspace.run_dir import read_run
 
 
 def run_kind(folder: Path | None) -> str:
-    """ "raw" (None), "adapter", "fused" or "causal_lm" (a whole model: an export, a merge, a base by its folder).
+    """ "raw" (None), "adapter", "fused", "ensemble" or "causal_lm" (a whole model: an export, a merge, a base itself).
 
     UserError for anything else: an empty or torn checkpoint, a run without its weights, a model of another task.
     """
@@ -31,9 +31,10 @@ def run_kind(folder: Path | None) -> str:
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds neither an adapter nor a model (adapter_config.json or config.json)")
     settings = read_json(folder / "config.json")
-    if settings.get("model_type") == llama_moe.LlamaMoeConfig.model_type:
-        check_weights([folder / "model.safetensors"])
-        return "fused"
+    for kind, config_class in (("fused", llama_moe.LlamaMoeConfig), ("ensemble", ensemble.LlamaEnsembleConfig)):
+        if settings.get("model_type") == config_class.model_type:
+            check_weights([folder / "model.safetensors"])
+            return kind
     architecture = (settings.get("architectures") or ["model of no architecture"])[0]
     if not architecture.endswith("ForCausalLM") and architecture != AnswerLossLlama.__name__:
         raise UserError(f"{folder}: holds a {architecture}; a causal language model is needed")
@@ -113,16 +114,18 @@ def one_base(experts: list[Expert], given: str | None) -> str:
 def load_run(path: Path | str | None, base_model: str | None = None, dtype: str = "auto"):
     """(model, tokenizer) of a run's folder, in evaluation mode on the CPU.
 
-    path: an aligned expert (a PEFT adapter), a fused model, one of their checkpoint-N folders, a causal language
-    model's own folder (an export, a merge, a base), or None for the raw `base_model`. base_model: the base's place, if
-    it is not where the run names it. dtype: of the base, as --dtype has it; fused experts get the one that the base
-    computes in, adapters and routers are fp32. UserError for a folder that holds none of these, or for another base.
+    path: an aligned expert (a PEFT adapter), a fused model, one of their checkpoint-N folders, an ensemble, a causal
+    language model's own folder (an export, a merge, a base), or None for the raw `base_model`. base_model: the base's
+    place, if it is not where the run names it. dtype: of the base, as --dtype has it; fused experts get the one that
+    the base computes in, adapters and routers are fp32. UserError for a folder that holds none of these, or for another
+    base.
     """
     path = Path(path) if path is not None else None
     kind = run_kind(path)
     base_model = base.default_base_model(base_model) if kind == "raw" else resolve_base(path, base_model)
-    if kind == "fused":
-        model = llama_moe.load_fused(path, base_model, dtype)
+    if kind in ("fused", "ensemble"):
+        load = llama_moe.load_fused if kind == "fused" else ensemble.load_ensemble
+        model = load(path, base_model, dtype)
         if (compute_dtype := base.pick_dtype(dtype)) != torch.float32:
             for block in model.blocks:
                 block.experts.fold_scaling(compute_dtype)

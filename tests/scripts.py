@@ -15,13 +15,14 @@ from evaluator import (
     report,
     train_judge,
 )  # fmt: skip
-from models import export, llama_moe, merging
+from models import ensemble, export, llama_moe, merging
 from models.training_arguments import TrainArguments
 
 FLAGS = {
     "align_basemodel.py": (align_basemodel.AlignArguments, TrainArguments),
     "inference.py": (inference.InferArguments,),
     "models/llama_moe.py": (llama_moe.FuseArguments,),
+    "models/ensemble.py": (ensemble.EnsembleArguments,),
     "models/export.py": (export.ExportArguments,),
     "models/merging.py": (merging.MergeArguments,),
     "evaluator/evaluate_likelihood.py": (evaluate_likelihood.LikelihoodArguments,),
@@ -36,6 +37,7 @@ MAINS = {
     "align_basemodel.py": align_basemodel.main,
     "inference.py": inference.main,
     "models/llama_moe.py": llama_moe.main,
+    "models/ensemble.py": ensemble.main,
     "models/export.py": export.main,
     "models/merging.py": merging.main,
     "evaluator/evaluate_likelihood.py": evaluate_likelihood.main,

@@ -1,0 +1,170 @@
+"""The experts as one ensemble, which scores and generates: at every token their predictions are averaged.
+
+python models/ensemble.py --average probabilities
+python models/ensemble.py --average log_probabilities
+
+One copy of the base serves all: a batch is run once, its rows once for each expert. A token costs as much as with all
+experts one after the other, but for the reading of the weights; the cache of keys and values is as large as theirs.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a script, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import cli
+import config
+from cli import BaseArguments, flag
+from config import TASKS, UserError
+
+
+@dataclass
+class EnsembleArguments(BaseArguments):
+    """Flags of models/ensemble.py."""
+
+    average: str = flag(
+        "probabilities",
+        "what is averaged at each token (log_probabilities: then normalised)",
+        choices=["probabilities", "log_probabilities"],
+    )
+    experts_dir: str | None = flag(None, "folder of the experts (default: outputs in --results_dir)")
+    experts: str = flag(",".join(TASKS), "the experts, with commas: folders there, or NAME=DIR for adapters anywhere")
+    output: str | None = flag(None, "where to write (default: outputs/ensemble_<average> in --results_dir)")
+
+
+if __name__ == "__main__":
+    cli.check_early(cli.parse, EnsembleArguments)
+
+import torch
+from torch import Tensor, nn
+
+from models import base
+from models.adapters import expert_folders, open_adapters
+from models.base_identity import base_sha256
+from models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM, LlamaMoeModel, fuse, load_fused
+from workspace import run_dir
+
+SCRIPT = "ensemble.py"
+
+
+class LlamaEnsembleConfig(LlamaMoeConfig):
+    """A mixture's configuration whose experts all answer; `average` says what of their predictions is averaged."""
+
+    model_type = "llama_ensemble"
+
+    average: str = "probabilities"
+
+
+class RowRouter(nn.Module):
+    """Sends the first n-th of a batch's rows to the first expert, and so on."""
+
+    def __init__(self, num_experts: int):
+        super().__init__()
+        self.num_experts = num_experts
+
+    def forward(self, x):
+        """x (N, D) -> None, top_k_index and top_k_weights (N, 1)."""
+        index = torch.arange(self.num_experts, device=x.device).repeat_interleave(len(x) // self.num_experts)
+        return None, index[:, None], torch.ones(len(x), 1, device=x.device)
+
+
+class LlamaEnsembleModel(LlamaMoeModel):
+    """Runs a batch once for each expert; the experts' last hidden states lie side by side."""
+
+    config_class = LlamaEnsembleConfig
+
+    def __init__(self, config: LlamaEnsembleConfig):
+        super().__init__(config)
+        for layer in self.layers:
+            layer.mlp.router = RowRouter(config.num_experts)
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        """input_ids (B, T); attention_mask (B, T) or (B, 1, T, S); position_ids (B, T) or (1, T). Returns LlamaModel's
+        output with last_hidden_state (B, T, E D)."""
+        num_experts, batch = self.config.num_experts, len(input_ids)
+
+        def for_each(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None or len(tensor) != batch:  # one for all rows
+                return tensor
+            return tensor.repeat(num_experts, *[1] * (tensor.dim() - 1))
+
+        outputs = super().forward(
+            input_ids=for_each(input_ids),
+            attention_mask=for_each(attention_mask),
+            position_ids=for_each(position_ids),
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state.unflatten(0, (num_experts, batch))  # (E, B, T, D)
+        outputs.last_hidden_state = hidden.movedim(0, 2).flatten(2)
+        return outputs
+
+
+class EnsembleHead(nn.Module):
+    """The base's head on each expert's hidden states, and the average of what they predict."""
+
+    def __init__(self, lm_head: nn.Linear, num_experts: int, average: str):
+        super().__init__()
+        self.lm_head, self.num_experts, self.average = lm_head, num_experts, average
+
+    def forward(self, hidden):
+        """hidden (..., E D) -> log-probabilities (..., V), fp32: logits whose softmax is the average."""
+        log_probs = self.lm_head(hidden.unflatten(-1, (self.num_experts, -1))).float().log_softmax(-1)
+        if self.average == "probabilities":
+            return log_probs.logsumexp(-2) - math.log(self.num_experts)
+        return log_probs.mean(-2).log_softmax(-1)
+
+
+class LlamaEnsembleForCausalLM(LlamaMoeForCausalLM):
+    """Causal language model of the ensemble. Saves its experts only; the base is named, not copied."""
+
+    config_class = LlamaEnsembleConfig
+    inner_class = LlamaEnsembleModel
+
+
+def load_ensemble(folder: Path, base_model: str, dtype: str) -> LlamaEnsembleForCausalLM:
+    """The ensemble of a folder, on the named base's weights."""
+    model = load_fused(folder, base_model, dtype, LlamaEnsembleForCausalLM)
+    model.lm_head = EnsembleHead(model.lm_head, model.config.num_experts, model.config.average)
+    return model
+
+
+@cli.command
+def main(argv: list[str] | None = None) -> None:
+    from models.loading import one_base  # which loads what this module makes
+
+    args = cli.parse(argv, EnsembleArguments)
+    experts_dir = Path(args.experts_dir or config.outputs_dir(args.results_dir))
+    experts = open_adapters(expert_folders(args.experts), experts_dir)
+    if len(experts) < 2:
+        raise UserError(f"--experts {args.experts}: name two or more experts, with commas between")
+    base_model = one_base(experts, args.base_model)
+    sources = {expert.data_source for expert in experts}
+    arguments = {
+        "base_model": base_model,
+        "base_sha256": base_sha256(base_model),
+        "data_source": sources.pop() if len(sources) == 1 else None,
+        "experts": [expert.name for expert in experts],
+        "adapters_sha256": [expert.checksum for expert in experts],
+        "average": args.average,
+    }
+    output = Path(args.output or config.outputs_dir(args.results_dir) / f"ensemble_{args.average}")
+    state = run_dir.begin(output, SCRIPT, arguments, "move it away, or name another folder with --output")
+    if state == "complete":
+        print(f"{output} is already an ensemble of these experts: nothing to do")
+        return
+    base_config = base.load_base_config(base_model)
+    for expert in experts:
+        expert.attach(base_config)
+    model = fuse(experts, base_config, 1, 0, model_class=LlamaEnsembleForCausalLM, average=args.average)
+    model.save_pretrained(output)
+    run_dir.finish(output, SCRIPT, arguments, train={}, meta={})
+    print(f"{output}: an ensemble of {', '.join(arguments['experts'])}, by the average of their {args.average}")
+
+
+if __name__ == "__main__":
+    from models.ensemble import main
+
+    main()
