@@ -163,6 +163,28 @@ class Expert:
         return self.weights[f"{name}.lora_A.weight"], self.weights[f"{name}.lora_B.weight"], scaling
 
 
+class FreshExpert:
+    """A LoRA adapter as training finds it, A random and B zero: a control of what aligned experts bring to a fusion."""
+
+    dtype = torch.float32
+
+    def __init__(self, name: str, base_model: str, rank: int, seed: int):
+        self.name, self.base_model, self.rank = name, base_model, rank
+        self.task = name if name in TASKS else None
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def attach(self, base_config: LlamaConfig) -> None:
+        """Take the base's shape."""
+        hidden, width = base_config.hidden_size, base_config.intermediate_size
+        self.sizes = {name: (hidden, width) if name != "down_proj" else (width, hidden) for name in PROJECTIONS}
+
+    def delta(self, layer: int, projection: str) -> tuple[Tensor, Tensor, float]:
+        """(A (r, in), B (out, r), scaling) of one module: A as PEFT starts it, scaling 4 / 8 as an expert's."""
+        size_in, size_out = self.sizes[projection]
+        a = torch.empty(self.rank, size_in).uniform_(-1, 1, generator=self.generator) / size_in**0.5
+        return a, torch.zeros(size_out, self.rank), 0.5
+
+
 def expert_folders(text: str) -> dict[str, str]:
     """--experts as {name: folder}, in order: "safety" is the folder of that name, "safety=DIR" DIR under that name."""
     folder_of = {}

@@ -1,6 +1,7 @@
 """The fused model: a Llama whose FFNs are routed mixtures of aligned experts. Run it to fuse three adapters:
 
 python models/llama_moe.py [--experts_dir results/outputs] [--experts helpfulness,safety,truthfulness]
+python models/llama_moe.py --router_init prototype --output results/outputs/moe_prototype
 python models/llama_moe.py --from_pt moe.pt --base_model meta-llama/Llama-2-7b-chat-hf     (the released code's file)
 """
 
@@ -15,8 +16,19 @@ if not __package__:  # run as a script, from any folder
 
 import cli
 import config
-from cli import BaseArguments, check, check_at_least, flag
+from cli import (
+    DTYPES,
+    BaseArguments,
+    check,
+    check_at_least,
+    effective_flags,
+    flag,
+    flag_with,
+    resolve_conditional_flags,
+)
 from config import TASKS, UserError
+
+OF_PROTOTYPES = {"router_init": "prototype"}
 
 
 @dataclass
@@ -33,7 +45,20 @@ class FuseArguments(BaseArguments):
         None, "a moe.pt of the released code instead of adapters; takes --base_model and --experts"
     )
     max_rank: int = flag(32, "with --from_pt: the largest rank an expert's change of the base may have")
-    seed: int = flag(42, "of the router's initial weights")
+    fresh_rank: int | None = flag(
+        None, "a control: fresh LoRA of that rank, with B = 0, under the experts' names; takes --base_model"
+    )
+    router_init: str = flag(
+        "random",
+        "the routers' start: random, or by the states of each task's training prompts",
+        choices=["random", "prototype"],
+    )
+    data_source: str | None = flag_with(
+        OF_PROTOTYPES, None, "hub, sample or a folder, for the prompts (default: as the experts recorded)"
+    )
+    num_prompts: int | None = flag_with(OF_PROTOTYPES, 100, "training prompts per task")
+    dtype: str | None = flag_with(OF_PROTOTYPES, "auto", "of the base that reads them", choices=list(DTYPES))
+    seed: int = flag(42, "of the router's initial weights, of the prompts drawn and of fresh experts")
     save_dtype: str = flag(
         "auto",
         "of the experts on disk: auto keeps the adapters' own, float16 halves the file",
@@ -41,7 +66,12 @@ class FuseArguments(BaseArguments):
     )
 
     def __post_init__(self):
-        check_at_least(1, max_rank=self.max_rank)
+        check_at_least(1, max_rank=self.max_rank, fresh_rank=self.fresh_rank, num_prompts=self.num_prompts)
+        resolve_conditional_flags(self)
+        if self.from_pt and self.router_init != "random":
+            raise UserError(f"--router_init {self.router_init}: a moe.pt brings its routers; leave it out")
+        if self.fresh_rank and (self.from_pt or self.experts_dir or not self.base_model):
+            raise UserError("--fresh_rank takes --base_model, and no --experts_dir or --from_pt")
         if self.from_pt and self.experts_dir:
             raise UserError("--experts_dir names adapters and --from_pt a fused file: give one of them")
         if self.from_pt and not Path(self.from_pt).is_file():
@@ -61,12 +91,14 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils.output_capturing import OutputRecorder
 
+from data.sources import absolute_source, data_sha256, source_files
 from models import base, four_bit
-from models.adapters import Expert, expert_folders, open_adapters
+from models.adapters import Expert, FreshExpert, expert_folders, open_adapters
 from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS, LowRankExperts
 from models.llama import AnswerLossLlama
 from models.losses import low_rank_change
+from models.prototypes import fit_routers
 from models.released import RecoveredExpert, read_moe_pt
 from workspace import run_dir
 from workspace.files import sha256
@@ -311,12 +343,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.from_pt:
         experts, base_model, data_source = [], base.default_base_model(args.base_model), None
         origin = {"from_pt_sha256": sha256(Path(args.from_pt)), "max_rank": args.max_rank}
+    elif args.fresh_rank:
+        base_model, data_source = base.default_base_model(args.base_model), None
+        experts = [FreshExpert(name, base_model, args.fresh_rank, args.seed + i) for i, name in enumerate(names)]
+        origin = {"fresh_rank": args.fresh_rank}
     else:
         experts = open_adapters(folder_of, Path(args.experts_dir or Path(args.results_dir) / "outputs"))
         base_model = one_base(experts, args.base_model)
         sources = {expert.data_source for expert in experts}
         data_source = sources.pop() if len(sources) == 1 else None
         origin = {"adapters_sha256": [expert.checksum for expert in experts]}
+    if args.router_init == "prototype":
+        origin |= prototype_arguments(args, experts, absolute_source(args.data_source) or data_source)
     arguments = {
         "base_model": base_model,
         "base_sha256": base_sha256(base_model),
@@ -338,6 +376,9 @@ def main(argv: list[str] | None = None) -> None:
     else:
         for expert in experts:
             expert.attach(base_config)
+    if args.router_init == "prototype":
+        tasks = [expert.task for expert in experts]
+        routers = fit_routers(tasks, base_model, origin["data_source"], args.num_prompts, args.seed, args.dtype)
     model = fuse(experts, base_config, args.expert_topk, args.seed, routers)
     if args.save_dtype != "auto":
         for block in model.blocks:
@@ -346,6 +387,17 @@ def main(argv: list[str] | None = None) -> None:
     model.save_pretrained(output)
     run_dir.finish(output, "llama_moe.py", arguments, train={}, meta={})
     report_sizes(output, model)
+
+
+def prototype_arguments(args: FuseArguments, experts: list, source: str | None) -> dict:
+    """What decides routers by prototypes, for run.json. UserError for an expert without a task, or without data."""
+    if None in (tasks := [expert.task for expert in experts]):
+        raise UserError(f"--router_init prototype: {experts[tasks.index(None)].name} has no task whose prompts to take")
+    if source is None:
+        raise UserError("--router_init prototype: the experts record no data, or different; name it with --data_source")
+    files = [path for task in tasks for path in source_files(task, "train", source)]
+    decided = {"router_init": args.router_init, "data_source": source, "data_sha256": data_sha256(files)}
+    return decided | effective_flags(args) | {"data_source": source, "dtype": base.dtype_name(args.dtype)}
 
 
 def report_sizes(folder: Path, model: LlamaMoeForCausalLM) -> None:
