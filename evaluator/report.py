@@ -157,7 +157,7 @@ def judged_cell(score: dict | None) -> str:
 def cost_table(results_dir: Path, runs: list[str]) -> str:
     """The markdown table of what aligning the runs took, from their run.json; "" if none of them was aligned here."""
     records = {run: read_run(results_dir / "outputs" / run) for run in runs}
-    records = {run: record for run, record in records.items() if record and record.get("train")}
+    records = {run: record for run, record in records.items() if record and "samples" in record.get("train", {})}
     if not records:
         return ""
     lines = [
