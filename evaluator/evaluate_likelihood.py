@@ -157,16 +157,21 @@ def task_metrics(task: str, records, comparisons, scored: dict[Record, Scored], 
         [-x for x in log_probs], tokens, groups=questions_of_answers, unit="nats per token", higher_is_better=False
     )
     metrics["nll_per_token"] |= {"without_answer": len(records) - len(answered), "cut": sum(s.cut for _, s in answered)}
+    question_of: dict[tuple, str] = {}  # the id of a question's first row
     for (record, _), log_prob, count in zip(answered, log_probs, tokens, strict=True):
-        judgements.append({"metric": "nll_per_token", "id": record.id, "log_prob": log_prob, "tokens": count})
+        question = question_of.setdefault((record.instruction, record.input), record.id)
+        item = {"id": record.id, "question": question, "log_prob": log_prob, "tokens": count}
+        judgements.append({"metric": "nll_per_token", **item})
     for name, questions in comparisons.items():
-        values, cut = [], 0
+        values, cut, asked = [], 0, {}
         for question in questions:
             choices = [scored[record] for record in choice_records(question)]
             value, log_probs = judge_comparison(name, question, choices)
             values.append(value)
             cut += any(choice.cut for choice in choices)
-            judgements.append({"metric": name, "id": question.id, "value": value, "log_probs": log_probs})
+            first = asked.setdefault(question.instruction, question.id)
+            item = {"id": question.id, "question": first, "value": value, "log_probs": log_probs}
+            judgements.append({"metric": name, **item})
         groups = [question.instruction for question in questions]
         if name == "mc2":  # a share of probability, anything from 0 to 1
             metrics[name] = metric(values, groups=groups, unit="share", higher_is_better=True)

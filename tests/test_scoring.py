@@ -139,6 +139,7 @@ def test_scores_of_a_run_on_disk_and_their_table(tmp_path, base_dir, fused_dir, 
             nll = [row for row in rows if row["metric"] == "nll_per_token"]
             expected = -sum(row["log_prob"] for row in nll) / sum(row["tokens"] for row in nll)
             assert of_task["nll_per_token"]["value"] == pytest.approx(expected)
+            assert len({row["question"] for row in nll}) == of_task["nll_per_token"].get("questions", len(nll))
             metrics[run, task] = of_task
     assert set(metrics["raw", "safety"]) == {"nll_per_token", "safe_preferred"}
     routing = {"routing_accuracy", "routing_accuracy_with_answer"}
