@@ -2,6 +2,7 @@
 
 import math
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import cli
 from cli import SourceArguments, check, check_at_least, check_num_samples, flag
 from config import TASKS, XSTEST, UserError
+
+DEFAULT_SEED = 42
 
 
 @dataclass
@@ -31,7 +34,7 @@ class InferArguments(SourceArguments):
     batch_size: int = flag(16, "prompts per batch")
     temperature: float = flag(0.6, "sampling temperature; 0: greedy")
     max_new_tokens: int = flag(512, "longest answer")
-    seed: int = flag(42, "of the sampling")
+    seed: int = flag(DEFAULT_SEED, "of the sampling; another one's answers get a directory of their own")
     cache_implementation: str = flag(
         "dynamic",
         "generate's key-value cache; on a GPU it compiles the model for a static one",
@@ -170,12 +173,16 @@ def answer_task(args: InferArguments, path: Path | None, base_model: str, data_s
         answers = answers_of_server(args, [record for batch in todo.values() for record in batch])
     else:
         answers = (a for i, batch in todo.items() for a in generate(model, tokenizer, batch, args, args.seed + i))
+    started, new_tokens = time.perf_counter(), 0
     with open(outputs, "a", encoding="utf-8") as file:
         for answer in tqdm(answers, desc=name, unit="answer", initial=num_done, total=len(records)):
             file.write(line_of({**answer, "generator": name}))
             file.flush()
+            new_tokens += answer["new_tokens"] or 0
+    speed = new_tokens / (time.perf_counter() - started) if new_tokens else None
     rows = put_in_order(outputs, records)
-    run_dir.finish(folder, SCRIPT, arguments, {"answers": len(rows)}, meta={})
+    # the speed is that of the last part of a run that was stopped
+    run_dir.finish(folder, SCRIPT, arguments, {"answers": len(rows), "new_tokens_per_second": speed}, meta={})
     cut = sum(row["finish_reason"] == "length" for row in rows)
     print(
         f"{len(rows)} answers ({cut} stopped by --max_new_tokens, "
@@ -220,9 +227,10 @@ def server_arguments(args: InferArguments) -> dict:
 
 
 def directory_name(args: InferArguments) -> str:
-    """raw, aligned or cross_<run>, and the checkpoint."""
+    """raw, aligned or cross_<run>, and the checkpoint and the seed where they are given."""
     name = f"cross_{Path(args.cross_task).name}" if args.cross_task else "raw" if args.aligned_flag == 0 else "aligned"
-    return name + (f"_{args.checkpoint_number}" if args.checkpoint_number is not None else "")
+    checkpoint = "" if args.checkpoint_number is None else f"_{args.checkpoint_number}"
+    return name + checkpoint + ("" if args.seed == DEFAULT_SEED else f"_seed_{args.seed}")
 
 
 @torch.inference_mode()

@@ -96,12 +96,19 @@ class LocalJudgeArguments(EvaluateArguments):
 class Answers:
     """Rows of outputs.jsonl in their prompts' order, the folder they come from, and the file's checksum.
 
+    selected_by: the version of the judge that selected them (select_answers.py), which may not score them too.
     num_empty: how many answers are empty; they are judged like the others.
     """
 
     rows: list[dict]
     folder: Path
     checksum: str
+    selected_by: str | None = None
+
+    def check_judge(self, judge: str, version: str | None) -> None:
+        """UserError for the judge that selected these answers: by its own taste they are the best."""
+        if version is not None and version == self.selected_by:
+            raise UserError(f"--judge {judge}: selected the answers in {self.folder}; score them by another judge")
 
     @property
     def num_empty(self) -> int:
@@ -133,4 +140,5 @@ def load_answers(folder: Path, task: str, num_samples: int = -1) -> Answers:
     wrong = next((row["id"] for row in rows if row["task"] != task), None)
     if wrong is not None:
         raise UserError(f"{path}: answer {wrong!r} is not one to a {task} prompt")
-    return Answers(spread(rows, num_samples), folder, sha256(path))
+    selected_by = read_json(folder / COMPLETE)["run"]["arguments"].get("judge_version")
+    return Answers(spread(rows, num_samples), folder, sha256(path), selected_by)

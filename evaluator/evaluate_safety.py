@@ -124,6 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         check_labels(args.judge)
     trained = read_trained(args.judge, TASK)
     version = None if args.engine else judge_version(args.judge)
+    answers.check_judge(args.judge, version)
     folder = evaluation_folder(args.results_dir, TASK, args.dataset_type, args.directory, args.judge)
     arguments = {
         "judge": args.judge,

@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     judge = args.engine if args.judge == OPENAI else args.judge
     trained = None if args.engine else read_trained(judge, args.kind)
     version = None if args.engine else judge_version(judge)
+    answers.check_judge(args.judge, version)
     folder = evaluation_folder(args.results_dir, TASK, args.dataset_type, args.directory, folder_name(args.kind, judge))
     arguments = {
         "mode": args.mode,

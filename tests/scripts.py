@@ -13,6 +13,7 @@ from evaluator import (
     evaluate_safety,
     evaluate_truth_and_info,
     report,
+    select_answers,
     train_judge,
 )  # fmt: skip
 from models import ensemble, export, llama_moe, merging
@@ -29,6 +30,7 @@ FLAGS = {
     "evaluator/evaluate_helpfulness.py": (evaluate_helpfulness.HelpfulnessArguments,),
     "evaluator/evaluate_safety.py": (evaluate_safety.SafetyArguments,),
     "evaluator/evaluate_truth_and_info.py": (evaluate_truth_and_info.TruthArguments,),
+    "evaluator/select_answers.py": (select_answers.SelectArguments,),
     "evaluator/train_judge.py": (train_judge.JudgeArguments, train_judge.JudgeTrainArguments),
     "evaluator/report.py": (report.ReportArguments,),
     "benchmarks/bench_moe.py": (bench_moe.BenchmarkArguments,),
@@ -44,6 +46,7 @@ MAINS = {
     "evaluator/evaluate_helpfulness.py": evaluate_helpfulness.main,
     "evaluator/evaluate_safety.py": evaluate_safety.main,
     "evaluator/evaluate_truth_and_info.py": evaluate_truth_and_info.main,
+    "evaluator/select_answers.py": select_answers.main,
     "evaluator/train_judge.py": train_judge.main,
     "evaluator/report.py": report.main,
 }

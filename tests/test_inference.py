@@ -328,3 +328,11 @@ def test_a_real_server_answers_as_the_model_does_here(tmp_path, base_dir, server
     for row in rows:
         (local,) = inference.generate(model, tokenizer, [Record(row["id"], "safety", row["instruction"])], args, 0)
         assert row["output"] == local["output"]
+
+
+def test_another_seeds_answers_have_a_directory_of_their_own():
+    names = [
+        inference.directory_name(InferArguments(task_name="safety", cross_task="x/moe", **more))
+        for more in ({}, {"seed": 7}, {"seed": 7, "checkpoint_number": 3})
+    ]
+    assert names == ["cross_moe", "cross_moe_seed_7", "cross_moe_3_seed_7"]

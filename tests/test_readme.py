@@ -93,6 +93,8 @@ def test_the_whole_chain_of_commands_runs_on_a_base_without_a_pad_token(
             argv = with_flags(argv, num_held_apart=4)
         if "--output" in argv:
             argv = with_flags(argv, output=tmp_path / f"output-{number}")
+        if "--fresh_rank" in argv:
+            argv = with_flags(argv, base_model=base_dir)
         if "--experts" in argv:
             argv = with_flags(argv, experts=",".join(f"{folder.name}={folder}" for folder in adapter_dirs))
         if "--server_url" not in argv:
