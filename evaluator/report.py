@@ -1,5 +1,9 @@
-"""The tables of all scores: those that need no judge (--runs raw,helpfulness,...,moe,mix_moe_...; "" for none), the
-judged ones of every answers' directory that has any, and what aligning the runs took."""
+"""The report: results/report/table.md, table.json and index.html, the page.
+
+table.md: the scores that need no judge (--runs raw,helpfulness,...,moe,mix_moe_...; "" for none), the judged ones of
+every answers' directory that has any, and what aligning the runs took. table.json and the page: all of it by run, with
+the paired differences from one of them (--reference).
+"""
 
 import sys
 from dataclasses import dataclass
@@ -11,9 +15,29 @@ if not __package__:  # run as a script, from any folder
 import cli
 from cli import flag
 from config import RESULTS_DIR, TASKS, UserError
+
+
+@dataclass
+class ReportArguments:
+    """Flags of evaluator/report.py."""
+
+    runs: str = flag(f"raw,{','.join(TASKS)}", "the runs, in the table's order, with commas")
+    reference: str | None = flag(
+        None, "the run that the others are compared with (default: the last aligned fusion of --runs, if there is one)"
+    )
+    texts: int = flag(0, "1: show answers on the page; they hold texts of the data", choices=[0, 1])
+    dataset_type: str = flag("test", "which half", choices=["train", "test"])
+    results_dir: str = flag(str(RESULTS_DIR), "where the scores are")
+
+
+if __name__ == "__main__":
+    cli.check_early(cli.parse, ReportArguments)
+
+from evaluator.comparison import compare, selection_record
+from evaluator.page import write_page
 from evaluator.results import INTERVALS, judge_name, judge_text
 from evaluator.statistics import interval_text
-from workspace.files import read_json
+from workspace.files import read_json, write_json
 from workspace.run_dir import read_run
 
 COLUMNS = (  # heading, task, metric
@@ -36,15 +60,6 @@ JUDGED = (  # heading, task, metric: the paper's scores
 )
 
 
-@dataclass
-class ReportArguments:
-    """Flags of evaluator/report.py."""
-
-    runs: str = flag(f"raw,{','.join(TASKS)}", "the runs, in the table's order, with commas")
-    dataset_type: str = flag("test", "which half", choices=["train", "test"])
-    results_dir: str = flag(str(RESULTS_DIR), "where the scores are")
-
-
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, ReportArguments)
@@ -52,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     results_dir = Path(args.results_dir)
     parts = [judged_table(results_dir, args.dataset_type)]
     if runs:
-        parts = [likelihood_table(results_dir, runs, args.dataset_type), *parts, cost_table(results_dir, runs)]
+        scored = [run for run in runs if not selection_record(results_dir, run, args.dataset_type)]
+        parts = [likelihood_table(results_dir, scored, args.dataset_type), *parts, cost_table(results_dir, runs)]
     table = "\n".join(part for part in parts if part)
     if not table:
         raise UserError(
@@ -64,6 +80,19 @@ def main(argv: list[str] | None = None) -> None:
     path.write_text(table, encoding="utf-8")
     print(table)
     print(f"written to {path}")
+    reference = args.reference or last_fusion(results_dir, runs)
+    if reference:
+        comparison = compare(results_dir, runs, reference, args.dataset_type)
+        write_json(path.with_name("table.json"), comparison)
+        write_page(path.with_name("index.html"), comparison, results_dir, runs, args.dataset_type, bool(args.texts))
+        print(f"the page: {path.with_name('index.html')}")
+
+
+def last_fusion(results_dir: Path, runs: list[str]) -> str | None:
+    """The last of the runs that is an aligned fusion, by its record."""
+    records = {run: read_run(results_dir / "outputs" / run) for run in runs}
+    fusions = [run for run, record in records.items() if record and record["run"]["arguments"].get("moe_flag") == 1]
+    return fusions[-1] if fusions else None
 
 
 def likelihood_table(results_dir: Path, runs: list[str], split: str) -> str:

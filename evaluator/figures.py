@@ -1,0 +1,149 @@
+"""The figures of the comparison's page, as SVG text that stands in an HTML page, light or dark, without a network."""
+
+import io
+import re
+
+import matplotlib
+
+matplotlib.use("svg")
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind readers; one per kind of run, or per expert
+COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#888888", "#8a6d00")
+INK = "#123456"  # stands for the page's own text colour, and is put in its place in the SVG
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "comparison",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.transparent": True,
+}
+
+
+def to_svg(figure: Figure, text: str) -> str:
+    """A figure as an <svg> element as wide as its column, with `text` as its alternative text."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'(<svg[^>]*?) (?:height|width)="[^"]*"', r"\1", svg)
+    svg = re.sub(r'(<svg[^>]*?) (?:height|width)="[^"]*"', r"\1", svg)
+    escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escaped}"', 1)
+
+
+def quality_against_cost(rows: list[dict], kinds: tuple[str, ...]) -> str | None:
+    """Each row's mean NLL per token over its trained parameters; None without two rows that have both."""
+    points = [
+        (row["cost"]["trained_parameters"] or 0, row["metrics"]["mean_nll_per_token"]["value"], row["kind"], row["run"])
+        for row in rows
+        if "mean_nll_per_token" in row["metrics"]
+    ]
+    if len(points) < 2:
+        return None
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        for number, kind in enumerate(kinds):
+            of_kind = [point for point in points if point[2] == kind]
+            if of_kind:
+                x, y, *_ = zip(*of_kind, strict=True)
+                axes.scatter([value / 1e6 for value in x], y, s=36, color=COLOURS[number], label=kind)
+        for x, y, _, name in points:
+            axes.annotate(name, (x / 1e6, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        axes.set_xlabel("trained parameters (millions; the experts' own count for what is made of them)")
+        axes.set_ylabel("mean NLL per token, nats (lower is better)")
+        axes.legend(fontsize=8)
+        return to_svg(figure, f"Mean NLL per token against trained parameters of {len(points)} runs")
+
+
+def training_curves(log: list[dict]) -> str | None:
+    """The loss terms, the drift and the routing accuracy of one fusion's alignment over its steps."""
+    steps = [entry for entry in log if "sft_loss" in entry]
+    if len(steps) < 2:
+        return None
+    drifts = sorted(key for key in steps[0] if key.startswith("drift_"))
+    panels = [("loss on the answers", ["sft_loss"]), ("gating loss", ["gate_loss"]), ("drift", drifts),
+              ("routing accuracy", ["routing_accuracy"])]  # fmt: skip
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 4, figsize=(10, 2.6), layout="constrained")
+        for axis, (title, keys) in zip(axes, panels, strict=True):
+            for number, key in enumerate(keys):
+                pairs = [(entry["step"], float(entry[key])) for entry in steps if key in entry]
+                if pairs:
+                    axis.plot(*zip(*pairs, strict=True), color=COLOURS[number], label=key.removeprefix("drift_"))
+            axis.set_title(title, fontsize=9)
+            axis.set_xlabel("step", fontsize=8)
+            if len(keys) > 1:
+                axis.legend(fontsize=7)
+        return to_svg(
+            figure, "Loss on the answers, gating loss, drift and routing accuracy over the steps of the fusion"
+        )
+
+
+def routing_heat(usage_of_task: dict[str, dict]) -> str | None:
+    """Layer x expert mean routing weights, one panel per task."""
+    if not usage_of_task:
+        return None
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1, len(usage_of_task), figsize=(3.2 * len(usage_of_task), 4.6), layout="constrained"
+        )
+        for axis, (task, usage) in zip([axes] if len(usage_of_task) == 1 else axes, usage_of_task.items(), strict=True):
+            image = axis.imshow(usage["weight"], aspect="auto", vmin=0, vmax=1, cmap="cividis")
+            axis.set_xticks(range(len(usage["experts"])), usage["experts"], rotation=25, fontsize=8)
+            axis.set_title(f"prompts of {task}", fontsize=9)
+            axis.set_ylabel("layer", fontsize=8)
+        figure.colorbar(image, ax=axes, shrink=0.7, label="mean routing weight")
+        return to_svg(figure, f"Mean routing weight of each expert in each layer, for {', '.join(usage_of_task)}")
+
+
+def sweep(points: list[tuple[float, float, str]], heading: str) -> str | None:
+    """The mean NLL per token over one setting; points: (setting, mean NLL, run)."""
+    if len(points) < 2:
+        return None
+    points = sorted(points)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(3.6, 2.6), layout="constrained")
+        axes.plot([str(f"{x:g}") for x, *_ in points], [y for _, y, _ in points], "o-", color=COLOURS[1])
+        axes.set_xlabel(heading)
+        axes.set_ylabel("mean NLL per token")
+        return to_svg(figure, f"Mean NLL per token over {heading}")
+
+
+def weight_histograms(probs_of_run: dict[str, list[list[float]]], experts: list[str]) -> str | None:
+    """Histograms over prompts of each expert's mean routing weight, one panel per run: the paper's figure."""
+    if not probs_of_run:
+        return None
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            1,
+            len(probs_of_run),
+            figsize=(3.2 * len(probs_of_run), 2.6),
+            layout="constrained",
+            sharey=True,
+            squeeze=False,
+        )
+        for axis, (run, probs) in zip(axes[0], probs_of_run.items(), strict=True):
+            for number, (expert, values) in enumerate(zip(experts, zip(*probs, strict=True), strict=True)):
+                axis.hist(values, bins=20, range=(0, 1), alpha=0.6, color=COLOURS[number], label=expert)
+            axis.set_title(run, fontsize=8)
+            axis.set_xlabel("mean routing weight", fontsize=8)
+        axes[0][0].set_ylabel("prompts")
+        axes[0][0].legend(fontsize=7)
+        return to_svg(
+            figure, f"Histograms of each expert's mean routing weight over prompts, for {len(probs_of_run)} runs"
+        )

@@ -1,0 +1,170 @@
+"""The comparison of whole runs: its numbers against the judgements they come from, and its page."""
+
+import json
+import re
+
+import pytest
+
+import align_basemodel
+import inference
+from config import TASKS
+from evaluator import comparison, evaluate_likelihood, report, select_answers
+from models import ensemble, llama_moe, merging
+
+SHORT = ["--max_steps", "4", "--batch_size", "4", "--num_samples", "8", "--disable_tqdm", "1", "--dtype", "float32"]
+FUSED = "mix_moe_reg_00000_00000_00000_gate_01000"
+RUNS = ["raw", *TASKS, "mixed", "mixed_seed_43", "merge_linear", "merge_iso_c", "ensemble_probabilities", "moe", FUSED]
+FUSIONS = [FUSED, "mix_moe_reg_00000_00000_00000_gate_05000"]
+
+
+def call(script, *arguments):
+    script.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, base_dir):
+    """A small comparison, by the commands themselves."""
+    results = tmp_path_factory.mktemp("comparison")
+    place = ["--results_dir", results]
+    base = ["--base_model", base_dir, "--data_source", "sample", *SHORT, *place]
+    for task in TASKS:
+        call(align_basemodel, "--task_name", task, *base)
+    for seed, name in ((42, "mixed"), (43, "mixed_seed_43")):
+        call(align_basemodel, "--task_name", "mix", "--rank", 24, "--run_name", name, "--seed", seed, *base)
+    for method in ("linear", "iso_c"):
+        call(merging, "--method", method, *place)
+    call(ensemble, *place)
+    call(llama_moe, *place)
+    for gate in (0.1, 0.5):
+        call(align_basemodel, "--moe_flag", 1, "--gate_loss_weight", gate, "--logging_steps", 1, *SHORT, *place)
+    scored = ",".join([*RUNS, FUSIONS[1]])
+    call(evaluate_likelihood, "--run", scored, "--num_samples", 6, "--dtype", "float32", *place)
+    answer = ["--task_name", "safety", "--num_samples", 3, "--max_new_tokens", 5, "--dtype", "float32", *place]
+    for run in (*TASKS, FUSED):
+        call(inference, "--cross_task", run, *answer)
+    answers = ",".join(f"cross_{task}" for task in TASKS)
+    call(select_answers, "--task_name", "safety", "--answers", answers, *place)
+    return results
+
+
+@pytest.fixture(scope="module")
+def table(results):
+    runs = ",".join([*RUNS, FUSIONS[1], "consensus"])
+    call(report, "--runs", runs, "--reference", FUSED, "--texts", 1, "--results_dir", results)
+    return json.loads((results / "report" / "table.json").read_text())
+
+
+def row_of(table, run):
+    return next(row for row in table["rows"] if row["run"] == run)
+
+
+def test_every_run_is_a_row_of_its_kind(table):
+    kinds = {row["run"]: row["kind"] for row in table["rows"]}
+    expected = {"raw": "raw", **dict.fromkeys(TASKS, "expert"), "mixed": "mixed", "merge_linear": "merge"}
+    expected |= {"merge_iso_c": "merge", "ensemble_probabilities": "ensemble", "moe": "fused", "consensus": "ensemble"}
+    assert kinds == expected | dict.fromkeys(FUSIONS, "fused")
+    assert table["reference"] == FUSED and row_of(table, FUSED)["paired"] == {}
+    assert row_of(table, "mixed")["seeds"] == [42, 43] and row_of(table, "raw")["seeds"] == []
+
+
+def items(results, run, task):
+    path = results / "evaluation" / task / "test" / run / "likelihood" / "judgements.jsonl"
+    return [row for row in map(json.loads, path.read_text().splitlines()) if row["metric"] == "nll_per_token"]
+
+
+def test_the_numbers_are_those_of_the_judgements(results, table):
+    def nll(run, task):
+        rows = items(results, run, task)
+        return -sum(row["log_prob"] for row in rows) / sum(row["tokens"] for row in rows)
+
+    for run in ("raw", "merge_linear", FUSED):
+        metrics = row_of(table, run)["metrics"]
+        for task in TASKS:
+            assert metrics[f"{task}_nll_per_token"]["value"] == pytest.approx(nll(run, task))
+        assert metrics["mean_nll_per_token"]["value"] == pytest.approx(sum(nll(run, task) for task in TASKS) / 3)
+        assert metrics["mean_nll_per_token"]["higher_is_better"] is False
+    of_seeds = [sum(nll(run, task) for task in TASKS) / 3 for run in ("mixed", "mixed_seed_43")]
+    mixed = row_of(table, "mixed")["metrics"]["mean_nll_per_token"]
+    assert mixed["of_seeds"] == pytest.approx(of_seeds) and mixed["value"] == pytest.approx(sum(of_seeds) / 2)
+    difference = row_of(table, "raw")["paired"]["safety_nll_per_token"]["difference"]
+    assert difference == pytest.approx(nll(FUSED, "safety") - nll("raw", "safety"))
+
+
+def test_p_is_corrected_over_the_rows(table):
+    tested = [row["paired"]["mean_nll_per_token"] for row in table["rows"] if "mean_nll_per_token" in row["paired"]]
+    assert len(tested) == 10
+    smallest = min(tested, key=lambda difference: difference["p"])
+    assert smallest["p_holm"] == pytest.approx(min(1, 10 * smallest["p"]))
+    assert all(difference["p"] <= difference["p_holm"] <= 1 for difference in tested)
+
+
+def test_what_each_run_costs(results, table):
+    expert, merged, fused = (row_of(table, run)["cost"] for run in ("safety", "merge_linear", FUSED))
+    assert expert["trained_parameters"] == 3 * 3 * 8 * 80 and expert["optimiser_steps"] == 4
+    assert merged["trained_parameters"] is None and merged["bytes_on_disk"] > expert["bytes_on_disk"]
+    assert fused["new_tokens_per_second"] > 0 and row_of(table, "raw")["cost"]["new_tokens_per_second"] is None
+
+
+def test_runs_that_were_scored_on_other_items_are_not_compared(results, capsys, tmp_path):
+    changed = tmp_path / "results"
+    for task in TASKS:
+        for run in ("raw", FUSED):
+            folder = results / "evaluation" / task / "test" / run / "likelihood"
+            target = changed / folder.relative_to(results)
+            target.mkdir(parents=True)
+            for path in folder.iterdir():
+                (target / path.name).write_text(path.read_text())
+    (changed / "outputs" / FUSED).mkdir(parents=True)
+    (changed / "outputs" / FUSED / "run.json").write_text((results / "outputs" / FUSED / "run.json").read_text())
+    path = changed / "evaluation" / "safety" / "test" / "raw" / "likelihood" / "judgements.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    with pytest.raises(SystemExit):
+        call(report, "--runs", f"raw,{FUSED}", "--results_dir", changed)
+    assert "scored on different items of" in capsys.readouterr().err
+
+
+def test_a_seed_in_a_name():
+    assert comparison.split_seed("mixed_r24_seed_43") == ("mixed_r24", 43)
+    assert comparison.split_seed("safety") == ("safety", 42)
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_stands_by_itself_and_says_what_the_table_says(results, table):
+    page = (results / "report" / "index.html").read_text()
+    assert (
+        not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page) and "@import" not in page and "url(http" not in page
+    )
+    for row in table["rows"]:
+        for name in ("mean_nll_per_token", "mc1"):
+            if name in row["metrics"]:
+                assert f"{row['metrics'][name]['value']:.3f}" in page
+    assert f"{FUSED} is better than" in page or "not certainly better" in page
+    assert page.count("<svg") == page.count('role="img" aria-label=') >= 4
+    assert "No run has flagged." in page and "Answers side by side" in page
+    assert "python models/merging.py" in page and "λ of the gating loss" in page
+
+
+def test_what_a_model_wrote_is_escaped_on_the_page(results, table):
+    path = results / "inference" / "safety" / "test" / "cross_safety" / "outputs.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["output"] = "<script>alert('x')</script> & more"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = ",".join(["raw", *TASKS, FUSED])
+    call(report, "--runs", runs, "--texts", 1, "--results_dir", results)
+    page = (results / "report" / "index.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+
+def test_without_texts_no_text_of_the_data_stands_on_the_page(results, table):
+    call(report, "--runs", ",".join(["raw", *TASKS, FUSED]), "--results_dir", results)
+    page = (results / "report" / "index.html").read_text()
+    rows = [
+        json.loads(line)
+        for task in TASKS
+        for line in (results / "inference").glob(f"{task}/test/*/outputs.jsonl")
+        for line in line.read_text().splitlines()
+    ]
+    assert rows and not any(row["instruction"] in page for row in rows)
+    assert "no text of it stands here" in page
