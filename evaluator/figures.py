@@ -9,6 +9,7 @@ matplotlib.use("svg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's colours, told apart by colour-blind readers; one per kind of run, or per expert
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#888888", "#8a6d00")
@@ -40,10 +41,16 @@ def to_svg(figure: Figure, text: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'(<svg[^>]*?) (?:height|width)="[^"]*"', r"\1", svg)
-    svg = re.sub(r'(<svg[^>]*?) (?:height|width)="[^"]*"', r"\1", svg)
+    width = re.search(r'<svg[^>]*? width="([\d.]+)pt"', svg)[1]
+    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="max-width: {width}pt"', svg)
     escaped = text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return svg.replace("<svg", f'<svg role="img" aria-label="{escaped}"', 1)
+
+
+def short(name: str) -> str:
+    """A run's name for a label beside a point."""
+    return name if len(name) <= 26 else f"{name[:12]}…{name[-12:]}"
 
 
 def quality_against_cost(rows: list[dict], kinds: tuple[str, ...]) -> str | None:
@@ -63,9 +70,11 @@ def quality_against_cost(rows: list[dict], kinds: tuple[str, ...]) -> str | None
                 x, y, *_ = zip(*of_kind, strict=True)
                 axes.scatter([value / 1e6 for value in x], y, s=36, color=COLOURS[number], label=kind)
         for x, y, _, name in points:
-            axes.annotate(name, (x / 1e6, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
+            axes.annotate(short(name), (x / 1e6, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
         axes.set_xlabel("trained parameters (millions; the experts' own count for what is made of them)")
         axes.set_ylabel("mean NLL per token, nats (lower is better)")
+        axes.locator_params(axis="x", nbins=6)
+        axes.margins(x=0.12)
         axes.legend(fontsize=8)
         return to_svg(figure, f"Mean NLL per token against trained parameters of {len(points)} runs")
 
@@ -79,8 +88,8 @@ def training_curves(log: list[dict]) -> str | None:
     panels = [("loss on the answers", ["sft_loss"]), ("gating loss", ["gate_loss"]), ("drift", drifts),
               ("routing accuracy", ["routing_accuracy"])]  # fmt: skip
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 4, figsize=(10, 2.6), layout="constrained")
-        for axis, (title, keys) in zip(axes, panels, strict=True):
+        figure, axes = plt.subplots(2, 2, figsize=(7, 4.6), layout="constrained")
+        for axis, (title, keys) in zip(axes.flat, panels, strict=True):
             for number, key in enumerate(keys):
                 pairs = [(entry["step"], float(entry[key])) for entry in steps if key in entry]
                 if pairs:
@@ -105,6 +114,7 @@ def routing_heat(usage_of_task: dict[str, dict]) -> str | None:
         for axis, (task, usage) in zip([axes] if len(usage_of_task) == 1 else axes, usage_of_task.items(), strict=True):
             image = axis.imshow(usage["weight"], aspect="auto", vmin=0, vmax=1, cmap="cividis")
             axis.set_xticks(range(len(usage["experts"])), usage["experts"], rotation=25, fontsize=8)
+            axis.yaxis.set_major_locator(MaxNLocator(integer=True))
             axis.set_title(f"prompts of {task}", fontsize=9)
             axis.set_ylabel("layer", fontsize=8)
         figure.colorbar(image, ax=axes, shrink=0.7, label="mean routing weight")

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -168,3 +170,46 @@ def test_without_texts_no_text_of_the_data_stands_on_the_page(results, table):
     ]
     assert rows and not any(row["instruction"] in page for row in rows)
     assert "no text of it stands here" in page
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HARNESS = """<!doctype html><body style="margin:0">
+<iframe id="f" style="border:0;width:{width}px;height:900px"></iframe>
+<pre id="said"></pre><script>
+const frame = document.getElementById("f");
+window.complaints = [];
+frame.srcdoc = {page};
+frame.onload = () => {{
+  const page = frame.contentDocument, view = frame.contentWindow;
+  const heading = page.querySelector("#runs thead th:nth-child(2) button");
+  const first = () => page.querySelector("#runs tbody th").firstChild.textContent.trim();
+  heading.click(); const lowest = first(); heading.click(); const highest = first();
+  document.getElementById("said").textContent = JSON.stringify({{
+    overflow: page.documentElement.scrollWidth - view.innerWidth,
+    requests: view.performance.getEntriesByType("resource").map(entry => entry.name),
+    without_text: [...page.querySelectorAll("svg, img")].filter(x => !x.getAttribute("aria-label") && !x.alt).length,
+    complaints: window.complaints, lowest, highest}});
+}};
+</script>"""
+LISTEN = """<script>
+for (const kind of ["error", "warn", "log"]) console[kind] = (...x) => parent.complaints.push(String(x));
+addEventListener("error", event => parent.complaints.push(event.message));</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_page_without_overflow_request_or_complaint(results, table, tmp_path, width):
+    runs = ",".join([*RUNS, FUSIONS[1], "consensus"])
+    call(report, "--runs", runs, "--reference", FUSED, "--texts", 1, "--results_dir", results)
+    page = (results / "report" / "index.html").read_text().replace("<head>", f"<head>{LISTEN}", 1)
+    quoted = json.dumps(page).replace("</", "<\\/")
+    (tmp_path / "harness.html").write_text(HARNESS.format(width=width, page=quoted))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", (tmp_path / "harness.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    said = json.loads(re.search(r'<pre id="said">(.*?)</pre>', dom, re.S)[1].replace("&gt;", ">").replace("&amp;", "&"))
+    nll = {row["run"]: row["metrics"].get("mean_nll_per_token", {}).get("value") for row in table["rows"]}
+    scored = {run: value for run, value in nll.items() if value is not None}
+    assert said["overflow"] <= 0 and said["requests"] == [] and said["complaints"] == [] and said["without_text"] == 0
+    assert (said["lowest"], said["highest"]) == (min(scored, key=scored.get), max(scored, key=scored.get))
