@@ -1,10 +1,13 @@
-# make demo · make test · make lint · make bench: each sets up what it needs (a virtual environment in .venv).
+# make demo · make comparison · make test · make lint · make bench: each sets up what it needs (a virtual environment in .venv).
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: demo test lint bench setup
+.PHONY: demo comparison test lint bench setup
 demo: setup
 	bash runs/demo.sh
+
+comparison: setup
+	bash runs/comparison.sh $(FLAGS)
 
 test: setup
 	python -m pytest -m "not slow"

@@ -69,6 +69,7 @@ class AlignArguments(SourceArguments):
     )
     train_router: int | None = flag_with(OF_MIXTURE, 1, "0: freeze the router (ablation)", choices=[0, 1])
     router_learning_rate: float | None = flag_with(OF_TRAINED_ROUTER, 0.1, "learning rate of the router")
+    train_experts: int | None = flag_with(OF_MIXTURE, 1, "0: freeze the experts (ablation)", choices=[0, 1])
     tune_attention: int | None = flag_with(
         OF_MIXTURE, 0, "1: add LoRA on q, k, v, o, as the released code does", choices=[0, 1]
     )
@@ -97,6 +98,11 @@ class AlignArguments(SourceArguments):
                 check(name, value, math.isfinite(value) and value >= 0, "a finite number, 0 or more")
                 setattr(self, name, abs(value))  # -0.0 is 0
         resolve_conditional_flags(self)
+        if self.moe_flag and not (self.train_router or self.train_experts or self.tune_attention):
+            raise UserError("--train_router 0, --train_experts 0: leave nothing to train; give one of them, or neither")
+        if self.moe_flag and not self.train_experts:
+            for name in (f"{task}_weight" for task in TASKS):
+                check(name, getattr(self, name), getattr(self, name) == 0, "0 with --train_experts 0: nothing drifts")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -211,6 +217,8 @@ def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     """What run.json records and a later command with the same folder must repeat."""
     shared = ("base_model", "data_source", "dtype", "task_name", "moe_flag", "num_samples", "max_length")
     arguments = {name: getattr(args, name) for name in shared} | effective_flags(args)
+    if arguments.get("train_experts") == 1:
+        del arguments["train_experts"]  # runs from before there was that flag record none
     arguments["base_sha256"] = base_sha256(args.base_model)
     files = [path for task in args.tasks for path in source_files(task, "train", args.data_source)]
     arguments["data_sha256"] = data_sha256(files)
@@ -248,6 +256,7 @@ def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: lis
         model.add_attention_lora(args.attention_rank, args.attention_alpha, args.attention_dropout)
     for block in model.blocks:
         block.router.weight.requires_grad_(bool(args.train_router))
+        block.experts.requires_grad_(bool(args.train_experts))
         block.router.gate_gradient = args.gate_gradient
     return MixtureTrainer(
         model,

@@ -52,6 +52,7 @@ def fused_run_name(args, seed: int, topk_as_fused: int = 2) -> str:
     off_default = {
         "topk": (top_k, 2),
         "router": ("frozen" if not args.train_router else "trained", "trained"),
+        "experts": ("frozen" if not args.train_experts else "trained", "trained"),
         "attention": ("tuned" if args.tune_attention else "frozen", "frozen"),
         "gate_tokens": (args.gate_tokens, "instruction"),
         "gate_gradient": (args.gate_gradient, "all"),

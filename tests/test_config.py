@@ -66,6 +66,7 @@ def test_weight_text_is_injective():
         (["--expert_topk", "2"], ""),
         (["--expert_topk", "3"], "_topk_3"),
         (["--train_router", "0"], "_router_frozen"),
+        (["--train_experts", "0"], "_experts_frozen"),
         (["--tune_attention", "1"], "_attention_tuned"),
         (["--gate_tokens", "all"], "_gate_tokens_all"),
         (["--max_length", "200", "--router_learning_rate", "0.1", "--base_model", "x"], ""),
@@ -319,3 +320,15 @@ def test_hf_token_is_read_from_the_environment_and_never_written(tmp_path, base_
     for path in (written[name] for name in runs):
         assert json.loads(path.read_text())["run"]["arguments"]["rank"] == 8
         assert token not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--train_router", "0", "--train_experts", "0"], "leave nothing to train"),
+        (["--train_experts", "0", "--safety_weight", "1"], "--safety_weight 1.0: must be 0 with --train_experts 0"),
+    ],
+)
+def test_a_fusion_trains_something_and_frozen_experts_do_not_drift(argv, said):
+    with pytest.raises(UserError, match=said):
+        align("--moe_flag", "1", *argv)

@@ -133,6 +133,15 @@ def test_method_flags_off_their_default_get_folders_of_their_own(results):
     assert (trained - before).abs().max() > 0
 
 
+def test_experts_can_be_frozen_and_the_router_trained(results):
+    fused(results, "--train_experts", 0, "--gate_loss_weight", 1, "--max_steps", 2)
+    name = "mix_moe_reg_00000_00000_00000_gate_10000_experts_frozen"
+    model, _ = load_run(results / "outputs" / name, dtype="float32")
+    start, _ = load_run(results / "outputs" / "moe", dtype="float32")
+    assert not torch.equal(model.blocks[0].router.weight, start.blocks[0].router.weight)
+    assert torch.equal(model.blocks[0].experts.up_proj_B, start.blocks[0].experts.up_proj_B)
+
+
 def test_gradient_checkpointing_trains_the_router_too(results, capsys):
     fused(
         results, "--gate_loss_weight", 1, "--max_steps", 3, "--gradient_checkpointing", 1, "--run_name", "checkpointed"
