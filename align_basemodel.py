@@ -18,7 +18,7 @@ from cli import (
     is_positive,
     resolve_conditional_flags,
 )
-from config import TASKS, UserError
+from config import RAW, RAW_CHAT, TASKS, UserError
 
 OF_EXPERT, OF_MIXTURE = {"moe_flag": 0}, {"moe_flag": 1}
 OF_TRAINED_ROUTER = OF_MIXTURE | {"train_router": 1}
@@ -206,9 +206,9 @@ def resolve_sources(args: AlignArguments) -> None:
 def run_name(args: AlignArguments, training: TrainArguments) -> str:
     """The folder under results/outputs: --run_name, else the task, else the paper's name of a fused run."""
     if training.run_name:
-        reserved = training.run_name in ("raw", "..") or training.run_name.startswith("checkpoint-")
+        reserved = training.run_name in (RAW, RAW_CHAT, "..") or training.run_name.startswith("checkpoint-")
         if reserved or Path(training.run_name).name != training.run_name:
-            raise UserError(f"--run_name {training.run_name}: must be a plain folder name, not raw or checkpoint-N")
+            raise UserError(f"--run_name {training.run_name}: must be a folder name, not raw, raw_chat or checkpoint-N")
         return training.run_name
     return config.fused_run_name(args, training.seed) if args.moe_flag else args.task_name
 

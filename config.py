@@ -11,6 +11,7 @@ TASKS = ("helpfulness", "safety", "truthfulness")  # the order of the experts
 XSTEST = "xstest"  # prompts that only look unsafe, and unsafe ones: answered and scored, never trained on
 PAPER_BASE_MODEL = "meta-llama/Llama-2-7b-hf"
 EMBEDDED_MODEL = "smollm2"
+RAW, RAW_CHAT = "raw", "raw_chat"  # the base itself, asked by our prompt or by its own chat template
 FUSED = "moe"  # the name of the fused model before its alignment
 
 # A Hugging Face token for gated models. Assign it here or set HF_TOKEN; it is never written to disk.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import cli
 from cli import SourceArguments, check, check_at_least, check_num_samples, flag
-from config import TASKS, XSTEST, UserError
+from config import RAW, RAW_CHAT, TASKS, XSTEST, UserError
 
 DEFAULT_SEED = 42
 
@@ -25,7 +25,10 @@ class InferArguments(SourceArguments):
     )
     dataset_type: str = flag("test", "which half", choices=["train", "test"])
     num_samples: int = flag(-1, "prompts, evenly spaced over the half; -1: all")
-    cross_task: str | None = flag(None, "the run that answers: a name under results/outputs, or a run's folder")
+    cross_task: str | None = flag(
+        None,
+        "the run that answers: a name under results/outputs, its folder, or raw_chat (the base by its chat template)",
+    )
     aligned_flag: int | None = flag(
         None, "without --cross_task: 1 (default) the task's own aligned expert, 0 the raw base model", choices=[0, 1]
     )
@@ -52,6 +55,8 @@ class InferArguments(SourceArguments):
         if (self.server_url is None) != (self.server_model is None):
             raise UserError("--server_url and --server_model go together: the server, and the model's name on it")
         check_at_least(1, concurrency=self.concurrency)
+        if self.server_url and self.cross_task == RAW_CHAT:
+            raise UserError(f"--cross_task {RAW_CHAT}: is asked on this machine; leave --server_url out")
         if self.task_name is None and (self.prompt is None or not (self.cross_task or self.aligned_flag == 0)):
             raise UserError(
                 f"name the prompts to answer with --task_name {{{','.join(TASKS)}}}, or give --prompt "
@@ -74,7 +79,7 @@ class InferArguments(SourceArguments):
         if self.cross_task:
             return self.cross_task
         aligned = "safety" if self.task_name == XSTEST else self.task_name
-        return "raw" if self.aligned_flag == 0 else aligned
+        return RAW if self.aligned_flag == 0 else aligned
 
 
 if __name__ == "__main__":
@@ -163,7 +168,8 @@ def answer_task(args: InferArguments, path: Path | None, base_model: str, data_s
     else:
         model, tokenizer = load_run(path, base_model, args.dtype)
         model.to(device())
-        batches = batches_by_length(records, lambda record: len(prompt_ids(tokenizer, record)), args.batch_size)
+        chat = args.run == RAW_CHAT
+        batches = batches_by_length(records, lambda record: len(prompt_ids(tokenizer, record, chat)), args.batch_size)
     done = finished_batches(outputs, batches)
     num_done = sum(len(batches[i]) for i in done)
     if done:
@@ -228,7 +234,8 @@ def server_arguments(args: InferArguments) -> dict:
 
 def directory_name(args: InferArguments) -> str:
     """raw, aligned or cross_<run>, and the checkpoint and the seed where they are given."""
-    name = f"cross_{Path(args.cross_task).name}" if args.cross_task else "raw" if args.aligned_flag == 0 else "aligned"
+    run = args.cross_task if args.cross_task == RAW_CHAT else f"cross_{Path(args.cross_task or '').name}"
+    name = run if args.cross_task else RAW if args.aligned_flag == 0 else "aligned"
     checkpoint = "" if args.checkpoint_number is None else f"_{args.checkpoint_number}"
     return name + checkpoint + ("" if args.seed == DEFAULT_SEED else f"_seed_{args.seed}")
 
@@ -245,7 +252,7 @@ def generate(model, tokenizer, batch: list[Record], args: InferArguments, seed: 
             f"--max_new_tokens {args.max_new_tokens}: leaves no room for the prompt in the model's "
             f"{model.config.max_position_embeddings} positions"
         )
-    prompts = [prompt_ids(tokenizer, record)[-window:] for record in batch]
+    prompts = [prompt_ids(tokenizer, record, args.run == RAW_CHAT)[-window:] for record in batch]
     ids, mask = pad(prompts, left=True, value=tokenizer.eos_token_id)
     sampling = {"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if args.temperature > 0 else {}
     settings = GenerationConfig(

@@ -5,7 +5,7 @@ from functools import cached_property
 
 import torch
 
-from config import TASKS, UserError
+from config import RAW_CHAT, TASKS, UserError
 from data.batching import pad
 from data.prompts import RESPONSE_MARK, render_prompt
 from data.sources import Record
@@ -17,11 +17,12 @@ IGNORED = -100  # the label of a position that is not trained
 class Encoder:
     """Tokenises records. Prompt and answer are tokenised apart and joined, so that the border between them is exact.
 
-    max_length: of prompt and answer together, in tokens.
+    max_length: of prompt and answer together, in tokens. chat: ask by the tokenizer's own chat template.
     """
 
     tokenizer: object
     max_length: int
+    chat: bool = False
 
     def __post_init__(self):
         if self.tokenizer.eos_token_id is None:
@@ -37,7 +38,7 @@ class Encoder:
 
     def prompt_ids(self, record: Record) -> list[int]:
         """Token ids of the prompt, with the BOS token where the tokenizer adds one."""
-        return prompt_ids(self.tokenizer, record)
+        return prompt_ids(self.tokenizer, record, self.chat)
 
     @cached_property
     def _openings(self) -> tuple[int, int]:
@@ -47,7 +48,7 @@ class Encoder:
             return next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
 
         def ids(instruction, input):
-            return prompt_ids(self.tokenizer, Record("", "", instruction, input))
+            return prompt_ids(self.tokenizer, Record("", "", instruction, input), self.chat)
 
         return shared(ids("Apples", ""), ids("7", "")), shared(ids("Apples", "?"), ids("7", "?"))
 
@@ -99,10 +100,29 @@ class Encoder:
         return samples, counts
 
 
-def prompt_ids(tokenizer, record: Record) -> list[int]:
+def prompt_ids(tokenizer, record: Record, chat: bool = False) -> list[int]:
     """Token ids of a record's prompt: the same in training, inference and scoring. Text that spells a special token
-    is text."""
+    is text. chat: by the tokenizer's own chat template; UserError without one."""
+    if chat:
+        return chat_ids(tokenizer, record)
     return tokenizer(render_prompt(record.instruction, record.input), split_special_tokens=True)["input_ids"]
+
+
+def chat_ids(tokenizer, record: Record) -> list[int]:
+    """Token ids of a record as a user's turn, up to where the assistant's begins: only the template's own special
+    tokens count as such."""
+    if tokenizer.chat_template is None:
+        raise UserError(f"{RAW_CHAT}: the tokenizer of {tokenizer.name_or_path} has no chat template; leave it out")
+    place = "@@record@@"
+    turn = [{"role": "user", "content": place}]
+    head, _, tail = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).partition(place)
+    text = "\n\n".join(filter(None, (record.instruction, record.input)))
+    parts = [(head, False), (text, True), (tail, False)]
+    return [
+        token
+        for part, split in parts
+        for token in tokenizer(part, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+    ]
 
 
 def describe(counts: dict[str, int]) -> str:

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import TASKS, UserError
+from config import RAW, RAW_CHAT, TASKS, UserError
 from evaluator.paired import holm, mean_of_differences, paired_difference
 from evaluator.statistics import metric
 from workspace.files import read_json, read_lines
@@ -81,7 +81,7 @@ def split_seed(name: str) -> tuple[str, int]:
 
 def kind_of(name: str, record: dict | None) -> str:
     """What kind of run a record is of; UserError for one that is none of the comparison's."""
-    if name == "raw":
+    if name in (RAW, RAW_CHAT):
         return "raw"
     script, arguments = (record["run"]["script"], record["run"]["arguments"]) if record else ("", {})
     if script == "align_basemodel.py":
@@ -225,7 +225,8 @@ def cost_of_run(results_dir: Path, name: str, record: dict | None, split: str) -
     folder = results_dir / "outputs" / name
     weights = [path for path in folder.glob("*.safetensors")] if folder.is_dir() else []
     speeds = []
-    for path in (results_dir / "inference").glob(f"*/{split}/cross_{name}/run.json"):
+    directory = name if name in (RAW, RAW_CHAT) else f"cross_{name}"
+    for path in (results_dir / "inference").glob(f"*/{split}/{directory}/run.json"):
         speeds.append(read_json(path)["train"].get("new_tokens_per_second"))
     return {
         "trained_parameters": train.get("trainable_parameters"),

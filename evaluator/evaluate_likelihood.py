@@ -17,14 +17,16 @@ if not __package__:  # run as a script, from any folder
 
 import cli
 from cli import SourceArguments, check, check_at_least, check_num_samples, flag
-from config import TASKS, UserError
+from config import RAW_CHAT, TASKS, UserError
 
 
 @dataclass
 class LikelihoodArguments(SourceArguments):
     """Flags of evaluator/evaluate_likelihood.py."""
 
-    run: str = flag("raw", "what to score, with commas: raw, names under results/outputs, or runs' folders")
+    run: str = flag(
+        "raw", "what to score, with commas: raw, raw_chat (by the chat template), names under results/outputs, folders"
+    )
     checkpoint_number: int | None = flag(None, "score the run's checkpoint-N instead of its end")
     task_name: str = flag("all", "which task's held-out rows", choices=[*TASKS, "all"])
     dataset_type: str = flag("test", "which half", choices=["train", "test"])
@@ -101,7 +103,7 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
     model.to(device())
     window = model.config.max_position_embeddings
     check("max_length", args.max_length, (args.max_length or 0) <= window, f"at most {window}, the model's window")
-    encoder = Encoder(tokenizer, args.max_length or window)
+    encoder = Encoder(tokenizer, args.max_length or window, chat=name == RAW_CHAT)
     expert_of_task = model.config.expert_of_task if is_fused(path) else {}
     for task in todo:
         records, comparisons = items[task]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from config import TASKS, UserError
+from config import RAW, RAW_CHAT, TASKS, UserError
 from models import base
 from models.expert_ffn import PROJECTIONS
 from models.llama import AnswerLossLlama
@@ -198,7 +198,7 @@ def expert_folders(text: str) -> dict[str, str]:
 
 def open_adapters(folder_of: dict[str, str], experts_dir: Path) -> list[Expert]:
     """The PEFT adapters of these names; a folder is one under `experts_dir`, or a path."""
-    if "raw" in folder_of.values():
+    if {RAW, RAW_CHAT} & set(folder_of.values()):
         raise UserError("--experts raw: the raw base model is no expert; name folders with PEFT adapters")
     return [
         Expert(find_run(folder, experts_dir), None if folder == name else name) for name, folder in folder_of.items()

@@ -55,6 +55,8 @@ else
 fi
 
 names=raw
+chat() { python -c "import sys; from models.base import load_tokenizer; sys.exit(load_tokenizer(sys.argv[1]).chat_template is None)" "$BASE_MODEL"; }
+if chat; then names=raw,raw_chat; fi
 add() { names=$names,$1; }
 
 # 1. Experts, one LoRA on the mixed data, and the fusion, for each seed

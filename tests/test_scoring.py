@@ -1,13 +1,15 @@
 """Likelihood scores against independent arithmetic: one answer a row, no packing, no batching."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import make_tokenizer, write_jsonl
 
+import inference
 from data.encoding import Encoder, prompt_ids
 from data.sources import Comparison, Record
 from evaluator import evaluate_likelihood, report
@@ -173,3 +175,33 @@ def test_a_reference_that_is_empty_is_counted(tmp_path, base_dir, tiny_source):
     )
     metrics = json.loads((tmp_path / "evaluation/helpfulness/test/raw/likelihood/metrics.json").read_text())["metrics"]
     assert metrics["nll_per_token"]["n"] == len(rows) - 1 and metrics["nll_per_token"]["without_answer"] == 1
+
+
+CHAT = "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}<s>assistant{{ '\n' }}"
+
+
+def test_the_raw_base_is_also_asked_by_its_own_chat_template(tmp_path, base_dir, tiny_source, tokenizer, capsys):
+    place = ["--results_dir", str(tmp_path), "--data_source", str(tiny_source), "--num_samples", "2"]
+    with pytest.raises(SystemExit):
+        evaluate_likelihood.main(["--run", "raw_chat", "--base_model", str(base_dir), *place])
+    assert "has no chat template" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "evaluation")
+    folder = shutil.copytree(base_dir, tmp_path / "chat-base")
+    chat_tokenizer = make_tokenizer()
+    chat_tokenizer.chat_template = CHAT
+    chat_tokenizer.save_pretrained(folder)
+    evaluate_likelihood.main(["--run", "raw,raw_chat", "--base_model", str(folder), *place])
+    inference.main(["--task_name", "safety", "--cross_task", "raw_chat", "--base_model", str(folder),
+                    "--max_new_tokens", "4", *place])  # fmt: skip
+    assert (tmp_path / "inference" / "safety" / "test" / "raw_chat" / "run.json").exists()
+    values = {
+        run: json.loads((tmp_path / f"evaluation/safety/test/{run}/likelihood/metrics.json").read_text())["metrics"]
+        for run in ("raw", "raw_chat")
+    }
+    assert values["raw"]["nll_per_token"]["value"] != values["raw_chat"]["nll_per_token"]["value"]
+    record = Record("1", "safety", "Hi </s>", "there")  # what spells a special token in a text is text
+    expected = tokenizer("<s>user\n", add_special_tokens=False)["input_ids"]
+    expected += tokenizer("Hi </s>\n\nthere", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    expected += tokenizer("</s>\n<s>assistant\n", add_special_tokens=False)["input_ids"]
+    assert Encoder(chat_tokenizer, 100, chat=True).prompt_ids(record) == expected
+    assert expected.count(tokenizer.eos_token_id) == 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from config import ROOT, UserError
+from config import RAW, RAW_CHAT, ROOT, UserError
 from workspace.files import read_json, write_json
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate")
@@ -149,9 +149,9 @@ def read_run(folder: Path) -> dict | None:
 
 
 def find_run(name: str, outputs: Path, checkpoint: int | None = None) -> Path | None:
-    """The folder of a run by its name under `outputs` or its path (also from the repository's root); None for "raw".
-    UserError if it is not there."""
-    if name == "raw":
+    """The folder of a run by its name under `outputs` or its path (also from the repository's root); None for the raw
+    base, by either prompt. UserError if it is not there."""
+    if name in (RAW, RAW_CHAT):
         if checkpoint is not None:
             raise UserError(f"--checkpoint_number {checkpoint}: the raw base model has no checkpoints")
         return None
