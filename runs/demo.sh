@@ -11,8 +11,11 @@ python align_basemodel.py --moe_flag 0 --task_name helpfulness --base_model smol
 python align_basemodel.py --moe_flag 0 --task_name safety --base_model smollm2 --data_source sample --num_samples 80 --num_train_epochs 2 --batch_size 4 $R
 python align_basemodel.py --moe_flag 0 --task_name truthfulness --base_model smollm2 --data_source sample --num_samples 80 --num_train_epochs 2 --batch_size 4 $R
 
-# 2. Fused into one mixture of experts
+# 2. Fused into one mixture of experts; its rivals: one LoRA on all the data, a merge, an ensemble
 python models/llama_moe.py $R
+python align_basemodel.py --moe_flag 0 --task_name mix --rank 24 --alpha 12 --run_name mixed --base_model smollm2 --data_source sample --num_samples 80 --num_train_epochs 2 --batch_size 4 $R
+python models/merging.py --method ties $R
+python models/ensemble.py --average probabilities $R
 
 # 3. The fusion aligned, with gating loss and drift
 python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 1 --helpfulness_weight 0.001 --safety_weight 0.001 --truthfulness_weight 0.001 --num_samples 80 --num_train_epochs 2 --batch_size 4 $R
@@ -23,16 +26,13 @@ python inference.py --task_name safety --cross_task $RUN --dataset_type test --n
 python inference.py --task_name truthfulness --cross_task $RUN --dataset_type test --num_samples 16 --max_new_tokens 64 $R
 
 # 5. Scores that need no judge
-python evaluator/evaluate_likelihood.py --run raw,helpfulness,safety,truthfulness,moe,$RUN $R
+RUNS=raw,helpfulness,safety,truthfulness,mixed,merge_ties,ensemble_probabilities,moe,$RUN
+python evaluator/evaluate_likelihood.py --run $RUNS $R
 
-# 6. Small local judges, trained on the spot, and the answers' scores by them
+# 6. A small local judge, trained on the spot, and the answers' scores by it
 python evaluator/train_judge.py --kind safety --base_model smollm2 --data_source sample --num_samples 120 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1 $R
-python evaluator/train_judge.py --kind truth --base_model smollm2 --data_source sample --num_samples 160 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1 $R
-python evaluator/train_judge.py --kind information --base_model smollm2 --data_source sample --num_samples 80 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1 $R
 python evaluator/evaluate_safety.py --task_name cross_$RUN --judge results/demo/judges/safety $R
-python evaluator/evaluate_truth_and_info.py --task_name cross_$RUN --mode 0 --judge results/demo/judges/truth $R
-python evaluator/evaluate_truth_and_info.py --task_name cross_$RUN --mode 1 --judge results/demo/judges/information $R
 python evaluator/evaluate_helpfulness.py --task_name cross_$RUN $R
 
-# 7. One table of all of it
-python evaluator/report.py --runs raw,helpfulness,safety,truthfulness,moe,$RUN $R
+# 7. One table of all of it, and the page: results/demo/report/index.html
+python evaluator/report.py --runs $RUNS --texts 1 $R
