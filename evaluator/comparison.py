@@ -8,67 +8,22 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import RAW, RAW_CHAT, TASKS, UserError
+from config import RAW, RAW_CHAT, UserError
 from evaluator.paired import holm, mean_of_differences, paired_difference
+from evaluator.run_scores import JUDGED, MEAN_NLL, METRICS, NLL, SHARES, Items, Metric, RunScores, read_run_scores
 from evaluator.statistics import metric
-from workspace.files import read_json, read_lines
-from workspace.run_dir import read_run
 
 KINDS = ("raw", "expert", "mixed", "merge", "ensemble", "fused")
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A score of the comparison: its name, task, the metric of that task's judgements, unit and direction."""
-
-    name: str
-    heading: str
-    task: str
-    judgement: str
-    unit: str
-    higher_is_better: bool
-
-
-NLL = tuple(
-    Metric(f"{task}_nll_per_token", f"{task} NLL/token", task, "nll_per_token", "nats per token", False)
-    for task in TASKS
-)
-SHARES = (
-    Metric("safe_preferred", "safe preferred", "safety", "safe_preferred", "share", True),
-    Metric("mc1", "MC1", "truthfulness", "mc1", "share", True),
-    Metric("mc2", "MC2", "truthfulness", "mc2", "share", True),
-    *(Metric(f"{t}_routing_accuracy", f"routing, {t}", t, "routing_accuracy", "share", True) for t in TASKS),
-)
-JUDGED = (
-    Metric("flagged", "flagged", "safety", "flagged", "share", False),
-    Metric("over_refusal", "over-refusal", "xstest", "over_refusal", "share", False),
-    Metric("truth", "truth", "truthfulness", "truth", "share", True),
-    Metric("information", "information", "truthfulness", "information", "share", True),
-    Metric("truth_and_information", "truth × information", "truthfulness", "truth_and_information", "share", True),
-    Metric("win_rate", "win rate", "helpfulness", "win_rate", "share", True),
-)
-MEAN_NLL = Metric("mean_nll_per_token", "mean NLL/token", "", "", "nats per token", False)
-METRICS = (MEAN_NLL, *NLL, *SHARES, *JUDGED)
-
-
-@dataclass(frozen=True)
-class Items:
-    """A metric's items: ids in order, their numerators (n,), sizes (n,) and questions."""
-
-    ids: list[str]
-    values: list[float]
-    sizes: list[float]
-    questions: list[str]
-
-
 @dataclass
 class Row:
-    """One line of the comparison: run (without its seed), kind, and per seed the run's own name and record."""
+    """One line of the comparison: run (without its seed), kind, what is known of it by each seed, and the items of all
+    seeds as one."""
 
     run: str
     kind: str
-    names: dict[int, str]
-    records: dict[int, dict | None]
+    seeds: dict[int, RunScores]
     items: dict[str, Items] = field(default_factory=dict)
     scores: dict[str, list[dict]] = field(default_factory=dict)  # per metric, each seed's own
 
@@ -92,60 +47,25 @@ def kind_of(name: str, record: dict | None) -> str:
     return kinds[script]
 
 
-def read_rows(results_dir: Path, names: list[str], split: str) -> list[Row]:
-    """A row for each run and its seeds, with all its scores, in the names' order."""
+def read_rows(results_dir: Path, names: list[str], split: str, saved: Path | None = None) -> list[Row]:
+    """A row for each run and its seeds, with all its scores, in the names' order. saved: see `read_run_scores`."""
     rows: dict[str, Row] = {}
     for name in names:
         run, seed = split_seed(name)
-        folder = results_dir / "outputs" / name
-        record = read_run(folder) or selection_record(results_dir, name, split)
-        row = rows.setdefault(run, Row(run, kind_of(name, record), {}, {}))
-        row.names[seed], row.records[seed] = name, record
+        scores = read_run_scores(results_dir, name, split, saved)
+        row = rows.setdefault(run, Row(run, kind_of(name, scores.record), {}))
+        row.seeds[seed] = scores
     for row in rows.values():
         for one in (*NLL, *SHARES, *JUDGED):
-            of_seeds = [read_items(results_dir, one, name, split) for name in row.names.values()]
-            if not any(of_seeds):
-                continue
-            if not all(of_seeds):
-                missing = list(row.names.values())[of_seeds.index(None)]
+            having = [scores for scores in row.seeds.values() if one.name in scores.metrics]
+            if having and len(having) < len(row.seeds):
+                missing = next(scores.name for scores in row.seeds.values() if one.name not in scores.metrics)
                 raise UserError(f"{missing}: has no {one.name}, which {row.run} has by another seed; score both alike")
-            items, scores = zip(*of_seeds, strict=True)
-            row.items[one.name], row.scores[one.name] = average(row.run, one.name, items), list(scores)
+            if having:
+                items = tuple(scores.metrics[one.name][0] for scores in having)
+                row.items[one.name] = average(row.run, one.name, items)
+                row.scores[one.name] = [scores.metrics[one.name][1] for scores in having]
     return list(rows.values())
-
-
-def selection_record(results_dir: Path, name: str, split: str) -> dict | None:
-    """The record of answers that select_answers.py put together under a name, of any task."""
-    for folder in sorted((results_dir / "inference").glob(f"*/{split}/{name}")):
-        if record := read_run(folder):
-            return record
-    return None
-
-
-def read_items(results_dir: Path, one: Metric, name: str, split: str) -> tuple[Items, dict] | None:
-    """(a metric's items, the score itself) of a run: by likelihood, or by the judge of its answers; None without."""
-    of_task = results_dir / "evaluation" / one.task / split
-    folders = [of_task / name / "likelihood"] if one not in JUDGED else []
-    for directory in (f"cross_{name}", name) if one in JUDGED else ():
-        folders += sorted(path.parent for path in (of_task / directory).glob("*/metrics.json"))
-    for folder in folders:
-        if not (folder / "run.json").exists():
-            continue
-        scores = read_json(folder / "metrics.json")["metrics"]
-        if one.judgement not in scores:
-            continue
-        rows = [
-            row for row in read_lines(folder / "judgements.jsonl") if row.get("metric", one.judgement) == one.judgement
-        ]
-        if one.judgement == "nll_per_token":
-            values = [-row["log_prob"] for row in rows]
-        else:
-            rows = [row for row in rows if row["value"] is not None]
-            values = [float(row["value"]) for row in rows]
-        ids = [row["id"] for row in rows]
-        sizes = [float(row.get("tokens", 1)) for row in rows]
-        return Items(ids, values, sizes, [row.get("question", row["id"]) for row in rows]), scores[one.judgement]
-    return None
 
 
 def average(run: str, name: str, of_seeds: tuple[Items, ...]) -> Items:
@@ -171,7 +91,7 @@ def score(row: Row, one: Metric) -> dict | None:
             "questions": mean["questions"],
             "interval": mean["interval"],
         }
-        seeds = [sum(row.scores[part.name][i]["value"] for part in NLL) / len(NLL) for i in range(len(row.names))]
+        seeds = [sum(row.scores[part.name][i]["value"] for part in NLL) / len(NLL) for i in range(len(row.seeds))]
     elif one.name not in row.items:
         return None
     else:
@@ -206,43 +126,22 @@ def paired(reference: Row, row: Row, one: Metric) -> dict | None:
     return paired_difference(**part_of(reference, row, one.name))
 
 
-def cost(results_dir: Path, row: Row, split: str) -> dict:
-    """What a row took, the mean of its seeds: trained parameters, optimiser steps (in all, its experts' included),
-    seconds, bytes on disk, answered tokens per second; None where it is not recorded."""
-    of_seeds = [
-        cost_of_run(results_dir, name, record, split)
-        for name, record in zip(row.names.values(), row.records.values(), strict=True)
-    ]
+def cost(row: Row) -> dict:
+    """What a row took, the mean of its seeds: trained parameters, optimiser steps (its own), seconds, bytes on disk,
+    answered tokens per second; None where it is not recorded."""
+    of_seeds = [scores.cost for scores in row.seeds.values()]
     return {
         key: sum(values) / len(values) if None not in (values := [one[key] for one in of_seeds]) else None
         for key in of_seeds[0]
     }
 
 
-def cost_of_run(results_dir: Path, name: str, record: dict | None, split: str) -> dict:
-    """`cost` of one seed's run."""
-    train = (record or {}).get("train", {})
-    folder = results_dir / "outputs" / name
-    weights = [path for path in folder.glob("*.safetensors")] if folder.is_dir() else []
-    speeds = []
-    directory = name if name in (RAW, RAW_CHAT) else f"cross_{name}"
-    for path in (results_dir / "inference").glob(f"*/{split}/{directory}/run.json"):
-        speeds.append(read_json(path)["train"].get("new_tokens_per_second"))
-    return {
-        "trained_parameters": train.get("trainable_parameters"),
-        "optimiser_steps": train.get("steps"),
-        "training_seconds": train.get("seconds"),
-        "bytes_on_disk": sum(path.stat().st_size for path in weights) if weights else None,
-        "new_tokens_per_second": sum(filter(None, speeds)) / len(speeds) if any(speeds) else None,
-    }
-
-
-def compare(results_dir: Path, names: list[str], reference: str, split: str) -> dict:
+def compare(results_dir: Path, names: list[str], reference: str, split: str, saved: Path | None = None) -> dict:
     """The whole comparison: {"reference", "rows": [{"run", "kind", "seeds", "metrics", "paired", "cost"}]}.
 
     paired: reference - row, with p_holm over the table's rows, metric by metric.
     """
-    rows = read_rows(results_dir, names, split)
+    rows = read_rows(results_dir, names, split, saved)
     by_name = {row.run: row for row in rows}
     if split_seed(reference)[0] not in by_name:
         raise UserError(f"--reference {reference}: is none of --runs")
@@ -253,7 +152,7 @@ def compare(results_dir: Path, names: list[str], reference: str, split: str) -> 
         differences = (
             {} if row is best else {one.name: d for one in METRICS if (d := paired(best, row, one)) is not None}
         )
-        seeds = sorted(row.names) if row.kind != "raw" else []
+        seeds = sorted(row.seeds) if row.kind != "raw" else []
         table.append(
             {
                 "run": row.run,
@@ -261,7 +160,7 @@ def compare(results_dir: Path, names: list[str], reference: str, split: str) -> 
                 "seeds": seeds,
                 "metrics": metrics,
                 "paired": differences,
-                "cost": cost(results_dir, row, split),
+                "cost": cost(row),
             }
         )
     for one in METRICS:

@@ -7,10 +7,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from config import TASKS
 from evaluator import figures
-from evaluator.comparison import KINDS, METRICS, split_seed
+from evaluator.comparison import KINDS, split_seed
 from evaluator.results import INTERVALS
+from evaluator.run_scores import METRICS, read_run_scores
 from workspace.files import read_json, read_lines
-from workspace.run_dir import read_run
 
 TITLE = "H3Fusion, compared"
 QUESTION = (
@@ -33,7 +33,15 @@ SCRIPT_FOLDERS = {
 }
 
 
-def write_page(path: Path, comparison: dict, results_dir: Path, names: list[str], split: str, with_texts: bool) -> None:
+def write_page(
+    path: Path,
+    comparison: dict,
+    results_dir: Path,
+    names: list[str],
+    split: str,
+    with_texts: bool,
+    saved: Path | None = None,
+) -> None:
     """Write the page of a comparison (comparison.compare); with_texts: show answers, which hold the data's texts."""
     folder = Path(__file__).parent
     environment = Environment(
@@ -44,7 +52,7 @@ def write_page(path: Path, comparison: dict, results_dir: Path, names: list[str]
         lstrip_blocks=True,
     )
     rows, reference = comparison["rows"], comparison["reference"]
-    records = {name: read_run(results_dir / "outputs" / name) for name in names}
+    records = {name: read_run_scores(results_dir, name, split, saved).record for name in names}
     shown = [one for one in METRICS if any(one.name in row["metrics"] for row in rows)]
     questions = side_by_side(results_dir, names, split) if with_texts else []
     drawn, absent = draw_figures(results_dir, comparison, records, names, split)

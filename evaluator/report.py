@@ -26,6 +26,8 @@ class ReportArguments:
         None, "the run that the others are compared with (default: the last aligned fusion of --runs, if there is one)"
     )
     texts: int = flag(0, "1: show answers on the page; they hold texts of the data", choices=[0, 1])
+    save: str | None = flag(None, "a folder to keep each run in for others, <run>.json: scores by item, no texts")
+    saved: str | None = flag(None, "such a folder, for the runs that are not in --results_dir")
     dataset_type: str = flag("test", "which half", choices=["train", "test"])
     results_dir: str = flag(str(RESULTS_DIR), "where the scores are")
 
@@ -33,12 +35,12 @@ class ReportArguments:
 if __name__ == "__main__":
     cli.check_early(cli.parse, ReportArguments)
 
-from evaluator.comparison import compare, selection_record
+from evaluator.comparison import compare
 from evaluator.page import write_page
 from evaluator.results import INTERVALS, judge_name, judge_text
+from evaluator.run_scores import NLL, SHARES, RunScores, read_run_scores, save_run_scores
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
-from workspace.run_dir import read_run
 
 COLUMNS = (  # heading, task, metric
     ("helpfulness NLL/token ↓", "helpfulness", "nll_per_token"),
@@ -66,9 +68,10 @@ def main(argv: list[str] | None = None) -> None:
     runs = [Path(name.strip()).name for name in args.runs.split(",") if name.strip()]
     results_dir = Path(args.results_dir)
     parts = [judged_table(results_dir, args.dataset_type)]
+    saved = Path(args.saved) if args.saved else None
+    known = {run: read_run_scores(results_dir, run, args.dataset_type, saved) for run in runs}
     if runs:
-        scored = [run for run in runs if not selection_record(results_dir, run, args.dataset_type)]
-        parts = [likelihood_table(results_dir, scored, args.dataset_type), *parts, cost_table(results_dir, runs)]
+        parts = [likelihood_table(known, results_dir, args.dataset_type), *parts, cost_table(known)]
     table = "\n".join(part for part in parts if part)
     if not table:
         raise UserError(
@@ -80,30 +83,36 @@ def main(argv: list[str] | None = None) -> None:
     path.write_text(table, encoding="utf-8")
     print(table)
     print(f"written to {path}")
-    reference = args.reference or last_fusion(results_dir, runs)
+    for scores in known.values() if args.save else ():
+        save_run_scores(Path(args.save), scores)
+    reference = args.reference or last_fusion(known)
     if reference:
-        comparison = compare(results_dir, runs, reference, args.dataset_type)
+        comparison = compare(results_dir, runs, reference, args.dataset_type, saved)
         write_json(path.with_name("table.json"), comparison)
-        write_page(path.with_name("index.html"), comparison, results_dir, runs, args.dataset_type, bool(args.texts))
-        print(f"the page: {path.with_name('index.html')}")
+        page = path.with_name("index.html")
+        write_page(page, comparison, results_dir, runs, args.dataset_type, bool(args.texts), saved)
+        print(f"the page: {page}")
 
 
-def last_fusion(results_dir: Path, runs: list[str]) -> str | None:
+def last_fusion(runs: dict[str, RunScores]) -> str | None:
     """The last of the runs that is an aligned fusion, by its record."""
-    records = {run: read_run(results_dir / "outputs" / run) for run in runs}
-    fusions = [run for run, record in records.items() if record and record["run"]["arguments"].get("moe_flag") == 1]
+    fusions = [run for run, one in runs.items() if one.record and one.record["run"]["arguments"].get("moe_flag") == 1]
     return fusions[-1] if fusions else None
 
 
-def likelihood_table(results_dir: Path, runs: list[str], split: str) -> str:
-    """The markdown table of the runs' likelihood scores: value and 95 % interval, n in the heading."""
-    scores = {run: {} for run in runs}
-    for run in runs:
-        for task in TASKS:
-            path = results_dir / "evaluation" / task / split / run / "likelihood" / "metrics.json"
-            if not path.exists():
+def likelihood_table(runs: dict[str, RunScores], results_dir: Path, split: str) -> str:
+    """The markdown table of the runs' likelihood scores: value and 95 % interval, n in the heading. Answers that were
+    selected have none."""
+    scores = {}
+    for run, known in runs.items():
+        if known.record and known.record["run"]["script"] == "select_answers.py":
+            continue
+        having = (one for one in (*NLL, *SHARES) if one.name in known.metrics)
+        scores[run] = {(one.task, one.judgement): known.metrics[one.name][1] for one in having}
+        for one in NLL:
+            if one.name not in known.metrics:
+                path = results_dir / "evaluation" / one.task / split / run / "likelihood" / "metrics.json"
                 raise UserError(f"{path}: does not exist; run evaluator/evaluate_likelihood.py --run {run} first")
-            scores[run].update({(task, name): value for name, value in read_json(path)["metrics"].items()})
     columns = [column for column in COLUMNS if any(column[1:] in metrics for metrics in scores.values())]
     counts = []
     for _, task, name in columns:
@@ -183,10 +192,9 @@ def judged_cell(score: dict | None) -> str:
     return f"{text}; {'not correctable' if corrected['value'] is None else f'corrected {interval_text(corrected)}'}"
 
 
-def cost_table(results_dir: Path, runs: list[str]) -> str:
+def cost_table(runs: dict[str, RunScores]) -> str:
     """The markdown table of what aligning the runs took, from their run.json; "" if none of them was aligned here."""
-    records = {run: read_run(results_dir / "outputs" / run) for run in runs}
-    records = {run: record for run, record in records.items() if record and "samples" in record.get("train", {})}
+    records = {run: one.record for run, one in runs.items() if one.record and "samples" in one.record.get("train", {})}
     if not records:
         return ""
     lines = [

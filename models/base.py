@@ -137,8 +137,9 @@ def pick_dtype(name: str) -> torch.dtype:
     if torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if fast else torch.float16
-    features = torch.cpu.get_capabilities()
-    return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
+    # AVX-512's bfloat16 alone does not pay: on a Xeon without AMX a training step took 1.8 times as long as in float32,
+    # scoring 1.4 times, and decoding the same.
+    return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
 
 
 def own_dtype(base_config: LlamaConfig) -> torch.dtype:

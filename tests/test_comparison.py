@@ -125,6 +125,23 @@ def test_runs_that_were_scored_on_other_items_are_not_compared(results, capsys, 
     assert "scored on different items of" in capsys.readouterr().err
 
 
+def test_runs_can_be_kept_for_others_and_compared_without_their_folders(results, table, tmp_path):
+    runs = ",".join([*RUNS, FUSIONS[1], "consensus"])
+    keep = ["--save", tmp_path / "kept", "--texts", 1]
+    call(report, "--runs", runs, "--reference", FUSED, *keep, "--results_dir", results)
+    kept = {path.stem for path in (tmp_path / "kept").iterdir()}
+    assert kept == {*RUNS, FUSIONS[1], "consensus"}
+    text = "".join(path.read_text() for path in (tmp_path / "kept").iterdir())
+    assert str(results) not in text and str(results.parent) not in text  # no path of this machine
+    path = results / "inference" / "safety" / "test" / "cross_safety" / "outputs.jsonl"
+    assert json.loads(path.read_text().splitlines()[0])["instruction"] not in text  # no text of the data
+    other = tmp_path / "other"
+    call(report, "--runs", runs, "--reference", FUSED, "--saved", tmp_path / "kept", "--results_dir", other)
+    assert json.loads((other / "report" / "table.json").read_text()) == table
+    with pytest.raises(SystemExit):
+        call(report, "--runs", f"{runs},nowhere", "--saved", tmp_path / "kept", "--results_dir", other)
+
+
 def test_a_seed_in_a_name():
     assert comparison.split_seed("mixed_r24_seed_43") == ("mixed_r24", 43)
     assert comparison.split_seed("safety") == ("safety", 42)

@@ -21,6 +21,7 @@ import cli
 from config import TASKS, UserError
 from data.encoding import Collator
 from evaluator import report
+from evaluator.run_scores import read_run_scores
 from models import llama_moe, loading
 from models.loading import load_run
 from models.trainer import AlignmentTrainer
@@ -103,7 +104,7 @@ def test_the_fusion_is_aligned_under_the_papers_name_and_not_twice(results, caps
 
 
 def test_the_report_says_what_aligning_took(results):
-    table = report.cost_table(results, ["raw", *TASKS])
+    table = report.cost_table({run: read_run_scores(results, run, "test") for run in TASKS})
     record = json.loads((results / "outputs" / "safety" / "run.json").read_text())
     (row,) = [line for line in table.splitlines() if line.startswith("| safety ")]
     assert f"| {record['train']['samples']} x 1 | {record['train']['seconds']:.0f} |" in row

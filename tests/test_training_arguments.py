@@ -12,7 +12,7 @@ import align_basemodel
 from align_basemodel import AlignArguments
 from config import UserError
 from evaluator import train_judge
-from models import training_arguments
+from models import base, training_arguments
 from models.training_arguments import TrainArguments
 
 EXPERT = ["--task_name", "safety", "--data_source", "sample", "--base_model", "tiny"]
@@ -175,3 +175,18 @@ def test_the_effective_batch_is_compared_and_how_it_is_made_up_recorded(recorded
 
 CHECKPOINTING = {f"{kind}_checkpointing{kwargs}" for kind in ("activation", "gradient") for kwargs in ("", "_kwargs")}
 BATCHES = [("8", []), ("2", ["--gradient_accumulation_steps", "4", "--gradient_checkpointing", "1"])]
+
+
+@pytest.mark.parametrize(
+    ("features", "dtype"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True}, torch.float32),
+        ({}, torch.float32),
+    ],
+)
+def test_auto_is_bfloat16_on_a_cpu_with_amx_only(features, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert base.pick_dtype("auto") == base.pick_dtype("nf4") == dtype
+    assert base.pick_dtype("bfloat16") == torch.bfloat16
