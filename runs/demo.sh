@@ -7,18 +7,18 @@ R="--results_dir results/demo"
 RUN=mix_moe_reg_00010_00010_00010_gate_10000
 
 # 1. Three aligned experts
-python align_basemodel.py --moe_flag 0 --task_name helpfulness --base_model smollm2 --data_source sample --num_samples 32 --num_train_epochs 2 --batch_size 4 $R
-python align_basemodel.py --moe_flag 0 --task_name safety --base_model smollm2 --data_source sample --num_samples 32 --num_train_epochs 2 --batch_size 4 $R
-python align_basemodel.py --moe_flag 0 --task_name truthfulness --base_model smollm2 --data_source sample --num_samples 32 --num_train_epochs 2 --batch_size 4 $R
+python align_basemodel.py --moe_flag 0 --task_name helpfulness --base_model smollm2 --data_source sample --num_samples 28 --num_train_epochs 2 --batch_size 4 $R
+python align_basemodel.py --moe_flag 0 --task_name safety --base_model smollm2 --data_source sample --num_samples 28 --num_train_epochs 2 --batch_size 4 $R
+python align_basemodel.py --moe_flag 0 --task_name truthfulness --base_model smollm2 --data_source sample --num_samples 28 --num_train_epochs 2 --batch_size 4 $R
 
 # 2. Fused into one mixture of experts; its rivals: one LoRA on all the data, a merge, an ensemble
 python models/llama_moe.py $R
-python align_basemodel.py --moe_flag 0 --task_name mix --rank 24 --alpha 12 --run_name mixed --base_model smollm2 --data_source sample --num_samples 32 --num_train_epochs 2 --batch_size 4 $R
+python align_basemodel.py --moe_flag 0 --task_name mix --rank 24 --alpha 12 --run_name mixed --base_model smollm2 --data_source sample --num_samples 28 --num_train_epochs 2 --batch_size 4 $R
 python models/merging.py --method ties $R
 python models/ensemble.py --average probabilities $R
 
 # 3. The fusion aligned, with gating loss and drift
-python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 1 --helpfulness_weight 0.001 --safety_weight 0.001 --truthfulness_weight 0.001 --num_samples 32 --num_train_epochs 2 --batch_size 4 $R
+python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 1 --helpfulness_weight 0.001 --safety_weight 0.001 --truthfulness_weight 0.001 --num_samples 28 --num_train_epochs 2 --batch_size 4 $R
 
 # 4. Its answers to all three tasks
 python inference.py --task_name helpfulness --cross_task $RUN --dataset_type test --num_samples 8 --max_new_tokens 48 $R
@@ -26,11 +26,11 @@ python inference.py --task_name safety --cross_task $RUN --dataset_type test --n
 python inference.py --task_name truthfulness --cross_task $RUN --dataset_type test --num_samples 8 --max_new_tokens 48 $R
 
 # 5. Scores that need no judge
-RUNS=raw,helpfulness,safety,truthfulness,mixed,merge_ties,ensemble_probabilities,moe,$RUN
-python evaluator/evaluate_likelihood.py --run $RUNS --num_samples 32 $R
+RUNS=raw,helpfulness,safety,truthfulness,mixed,merge_ties,ensemble_probabilities,$RUN
+python evaluator/evaluate_likelihood.py --run $RUNS --num_samples 24 $R
 
 # 6. A small local judge, trained on the spot, and the answers' scores by it
-python evaluator/train_judge.py --kind safety --base_model smollm2 --data_source sample --num_samples 120 --num_held_out 60 --num_train_epochs 1 --batch_size 8 --gradient_accumulation_steps 1 $R
+python evaluator/train_judge.py --kind safety --base_model smollm2 --data_source sample --num_samples 120 --num_held_out 60 --num_train_epochs 2 --batch_size 8 --gradient_accumulation_steps 1 $R
 python evaluator/evaluate_safety.py --task_name cross_$RUN --judge results/demo/judges/safety $R
 python evaluator/evaluate_helpfulness.py --task_name cross_$RUN $R
 
