@@ -5,9 +5,9 @@ difference is certain: most of a score's spread is how hard the questions are, w
 """
 
 import numpy as np
-from scipy.stats import binomtest, norm, permutation_test
+from scipy.stats import binomtest, norm, permutation_test, t
 
-from evaluator.statistics import CONFIDENCE_TAILS, NUM_RESAMPLES, metric, number_questions, resamples
+from evaluator.statistics import CONFIDENCE_TAILS, FLAT, NUM_RESAMPLES, metric, number_questions, resamples
 
 NUM_PERMUTATIONS = 9999
 POWER = 0.8  # with which the least detectable difference would be found
@@ -41,8 +41,8 @@ def paired_difference(ours, theirs, sizes=None, *, groups=None, seed: int = 0) -
 def mean_of_differences(parts: list[dict], seed: int = 0) -> dict:
     """The mean over tasks of `paired_difference`, each task's questions resampled by themselves.
 
-    parts: of each task {"ours", "theirs", "sizes", "groups"} as paired_difference takes them. Bootstrap-t interval; the
-    permutation flips the weighted differences of all questions.
+    parts: of each task {"ours", "theirs", "sizes", "groups"} as paired_difference takes them. Bootstrap-t interval, or
+    Student's where too few values differ; the permutation flips the weighted differences of all questions.
     """
     tasks = []
     for part in parts:
@@ -64,7 +64,10 @@ def mean_of_differences(parts: list[dict], seed: int = 0) -> dict:
         ratio = sums[0] / sums[1]
         changes += (ratio - values[number]) / len(tasks)
         variances += (sums[2] - 2 * ratio * sums[3] + ratio**2 * sums[4]) / sums[1] ** 2 / len(tasks) ** 2
-    low, high = np.quantile(changes / np.sqrt(variances), CONFIDENCE_TAILS)
+    if (variances > FLAT * error**2).all():
+        low, high = np.quantile(changes / np.sqrt(variances), CONFIDENCE_TAILS)
+    else:  # too few values differ for a bootstrap
+        low, high = t.ppf(CONFIDENCE_TAILS, len(weighted) - len(tasks))
     return result | {"interval": [float(value - high * error), float(value - low * error)]}
 
 

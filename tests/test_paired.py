@@ -88,3 +88,12 @@ def test_the_mean_is_over_tasks_alike_and_finds_a_shift():
     assert score["difference"] == pytest.approx(np.mean(singles))
     assert score["p"] < 0.001 and score["interval"][1] < 0 < score["least_detectable"] < 0.2
     assert score["questions"] == 130
+
+
+def test_few_differences_of_the_mean_take_students_t():
+    """One question of six differs: some resamples have none, and a bootstrap-t nothing to divide by."""
+    part = {"ours": [1.0] + [0.0] * 5, "theirs": [0.0] * 6, "sizes": [1] * 6, "groups": None}
+    score = mean_of_differences([part, {**part, "ours": [0.0] * 6}])
+    # difference 1/6 / 2; error sqrt((5/6)^2 + 5 (1/6)^2) / 6 / 2; 12 questions less 2 tasks
+    error = (25 / 36 + 5 / 36) ** 0.5 / 6 / 2
+    assert score["interval"] == pytest.approx([1 / 12 - 2.228139 * error, 1 / 12 + 2.228139 * error])
