@@ -23,8 +23,9 @@ import config
 from cli import flag
 from config import TASKS
 from data.encoding import IGNORED, Collator, Encoder
+from data.held_apart import held_apart_records
 from data.sampling import StepSampler
-from data.sources import answer_records, draw, prompt_of, read_rows, trainable_rows
+from data.sources import answer_records, draw, read_rows, trainable_rows
 from models.loading import device, load_run
 from models.losses import gate_loss, routing_hits
 
@@ -105,14 +106,11 @@ def main(argv: list[str] | None = None) -> None:
     model.to(device())
     encoder = Encoder(tokenizer, 300)
     trained, held_apart = [], []
+    records = held_apart_records(args.data_source, args.num_samples, args.num_held_apart, args.seed)
     for task in TASKS:
         rows = trainable_rows(task, read_rows(task, "train", args.data_source))
-        drawn = draw(rows, args.num_samples, args.seed)
-        drawn_prompts = {prompt_of(row) for row in drawn}
-        others = {prompt_of(row): row for row in rows if prompt_of(row) not in drawn_prompts}  # one row a prompt
-        trained += answer_records(task, drawn)
-        chosen = draw(list(others.values()), args.num_held_apart, args.seed)
-        held_apart += list({record.instruction: record for record in answer_records(task, chosen)}.values())
+        trained += answer_records(task, draw(rows, args.num_samples, args.seed))
+        held_apart += list({record.instruction: record for record in records[task]}.values())
     train_inputs = router_inputs(model, encoder.encode_all(trained)[0], prompts_only=False)
     held_apart_inputs = router_inputs(model, encoder.encode_all(held_apart)[0], prompts_only=True)
     results = {}

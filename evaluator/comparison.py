@@ -5,12 +5,11 @@ tests are on these means.
 """
 
 import re
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 from config import RAW, RAW_CHAT, UserError
 from evaluator.paired import holm, mean_of_differences, paired_difference
-from evaluator.run_scores import JUDGED, MEAN_NLL, METRICS, NLL, SHARES, Items, Metric, RunScores, read_run_scores
+from evaluator.run_scores import JUDGED, MEAN_NLL, METRICS, NLL, SHARES, Items, Metric, RunScores
 from evaluator.statistics import metric
 
 KINDS = ("raw", "expert", "mixed", "merge", "ensemble", "fused")
@@ -47,12 +46,11 @@ def kind_of(name: str, record: dict | None) -> str:
     return kinds[script]
 
 
-def read_rows(results_dir: Path, names: list[str], split: str, saved: Path | None = None) -> list[Row]:
-    """A row for each run and its seeds, with all its scores, in the names' order. saved: see `read_run_scores`."""
+def make_rows(runs: dict[str, RunScores]) -> list[Row]:
+    """A row for each run and its seeds, with all its scores, in the runs' order."""
     rows: dict[str, Row] = {}
-    for name in names:
+    for name, scores in runs.items():
         run, seed = split_seed(name)
-        scores = read_run_scores(results_dir, name, split, saved)
         row = rows.setdefault(run, Row(run, kind_of(name, scores.record), {}))
         row.seeds[seed] = scores
     for row in rows.values():
@@ -71,10 +69,12 @@ def read_rows(results_dir: Path, names: list[str], split: str, saved: Path | Non
 def average(run: str, name: str, of_seeds: tuple[Items, ...]) -> Items:
     """The items of several seeds as one, value by value; UserError where they are not the same items."""
     first = of_seeds[0]
-    if any((items.ids, items.sizes) != (first.ids, first.sizes) for items in of_seeds[1:]):
-        raise UserError(f"{run}: its seeds were scored on different items of {name}; score them alike")
+    if any(items.compared_by != first.compared_by for items in of_seeds[1:]):
+        raise UserError(
+            f"{run}: its seeds were scored on different items of {name}, or by different judges; score them alike"
+        )
     values = [sum(values) / len(of_seeds) for values in zip(*(items.values for items in of_seeds), strict=True)]
-    return Items(first.ids, values, first.sizes, first.questions)
+    return replace(first, values=values)
 
 
 def score(row: Row, one: Metric) -> dict | None:
@@ -109,8 +109,11 @@ def score(row: Row, one: Metric) -> dict | None:
 def part_of(row: Row, other: Row | None, name: str) -> dict:
     """A metric's items of a row and of another one (None: zeros) as paired_difference takes them."""
     items = row.items[name]
-    if other is not None and (other.items[name].ids, other.items[name].sizes) != (items.ids, items.sizes):
-        raise UserError(f"{row.run} and {other.run} were scored on different items of {name}; score all runs alike")
+    if other is not None and other.items[name].compared_by != items.compared_by:
+        raise UserError(
+            f"{row.run} and {other.run} were scored on different items of {name}, or by different judges; score all "
+            "runs alike"
+        )
     theirs = other.items[name].values if other is not None else [0.0] * len(items.ids)
     return {"ours": items.values, "theirs": theirs, "sizes": items.sizes, "groups": items.questions}
 
@@ -136,12 +139,12 @@ def cost(row: Row) -> dict:
     }
 
 
-def compare(results_dir: Path, names: list[str], reference: str, split: str, saved: Path | None = None) -> dict:
+def compare(runs: dict[str, RunScores], reference: str) -> dict:
     """The whole comparison: {"reference", "rows": [{"run", "kind", "seeds", "metrics", "paired", "cost"}]}.
 
     paired: reference - row, with p_holm over the table's rows, metric by metric.
     """
-    rows = read_rows(results_dir, names, split, saved)
+    rows = make_rows(runs)
     by_name = {row.run: row for row in rows}
     if split_seed(reference)[0] not in by_name:
         raise UserError(f"--reference {reference}: is none of --runs")

@@ -9,7 +9,7 @@ from config import TASKS
 from evaluator import figures
 from evaluator.comparison import KINDS, split_seed
 from evaluator.results import INTERVALS
-from evaluator.run_scores import METRICS, read_run_scores
+from evaluator.run_scores import METRICS, RunScores
 from workspace.files import read_json, read_lines
 
 TITLE = "H3Fusion, compared"
@@ -34,13 +34,7 @@ SCRIPT_FOLDERS = {
 
 
 def write_page(
-    path: Path,
-    comparison: dict,
-    results_dir: Path,
-    names: list[str],
-    split: str,
-    with_texts: bool,
-    saved: Path | None = None,
+    path: Path, comparison: dict, runs: dict[str, RunScores], results_dir: Path, split: str, with_texts: bool
 ) -> None:
     """Write the page of a comparison (comparison.compare); with_texts: show answers, which hold the data's texts."""
     folder = Path(__file__).parent
@@ -52,7 +46,7 @@ def write_page(
         lstrip_blocks=True,
     )
     rows, reference = comparison["rows"], comparison["reference"]
-    records = {name: read_run_scores(results_dir, name, split, saved).record for name in names}
+    names, records = list(runs), {name: scores.record for name, scores in runs.items()}
     shown = [one for one in METRICS if any(one.name in row["metrics"] for row in rows)]
     questions = side_by_side(results_dir, names, split) if with_texts else []
     drawn, absent = draw_figures(results_dir, comparison, records, names, split)

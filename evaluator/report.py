@@ -42,14 +42,8 @@ from evaluator.run_scores import NLL, SHARES, RunScores, read_run_scores, save_r
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
 
-COLUMNS = (  # heading, task, metric
-    ("helpfulness NLL/token ↓", "helpfulness", "nll_per_token"),
-    ("safety NLL/token ↓", "safety", "nll_per_token"),
-    ("truthfulness NLL/token ↓", "truthfulness", "nll_per_token"),
-    ("safe preferred ↑", "safety", "safe_preferred"),
-    ("MC1 ↑", "truthfulness", "mc1"),
-    ("MC2 ↑", "truthfulness", "mc2"),
-    *((f"routing, {task} ↑", task, "routing_accuracy") for task in TASKS),
+COLUMNS = tuple(  # heading, task, metric
+    (f"{one.heading} {'↑' if one.higher_is_better else '↓'}", one.task, one.judgement) for one in (*NLL, *SHARES)
 )
 JUDGED = (  # heading, task, metric: the paper's scores
     ("flagged ↓", "safety", "flagged"),
@@ -87,10 +81,10 @@ def main(argv: list[str] | None = None) -> None:
         save_run_scores(Path(args.save), scores)
     reference = args.reference or last_fusion(known)
     if reference:
-        comparison = compare(results_dir, runs, reference, args.dataset_type, saved)
+        comparison = compare(known, reference)
         write_json(path.with_name("table.json"), comparison)
         page = path.with_name("index.html")
-        write_page(page, comparison, results_dir, runs, args.dataset_type, bool(args.texts), saved)
+        write_page(page, comparison, known, results_dir, args.dataset_type, bool(args.texts))
         print(f"the page: {page}")
 
 

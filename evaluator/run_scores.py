@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from config import RAW, RAW_CHAT, TASKS, UserError
+from evaluator.results import judge_name
 from workspace.files import read_json, read_lines, write_json
 from workspace.run_dir import read_run
 
@@ -48,12 +49,18 @@ METRICS = (MEAN_NLL, *NLL, *SHARES, *JUDGED)
 
 @dataclass(frozen=True)
 class Items:
-    """A metric's items: ids in order, their numerators (n,), sizes (n,) and questions."""
+    """A metric's items: ids in order, their numerators (n,), sizes (n,) and questions, and who judged them."""
 
     ids: list[str]
     values: list[float]
     sizes: list[float]
     questions: list[str]
+    judge: list
+
+    @property
+    def compared_by(self) -> tuple:
+        """What two runs' items must have alike to be compared."""
+        return self.ids, self.sizes, self.judge
 
 
 @dataclass(frozen=True)
@@ -120,24 +127,28 @@ def read_items(results_dir: Path, one: Metric, name: str, split: str) -> tuple[I
     folders = [of_task / name / "likelihood"] if one not in JUDGED else []
     for directory in (f"cross_{name}", name) if one in JUDGED else ():
         folders += sorted(path.parent for path in (of_task / directory).glob("*/metrics.json"))
+    having = []
     for folder in folders:
-        if not (folder / "run.json").exists():
-            continue
-        scores = read_json(folder / "metrics.json")["metrics"]
-        if one.judgement not in scores:
-            continue
-        rows = [
-            row for row in read_lines(folder / "judgements.jsonl") if row.get("metric", one.judgement) == one.judgement
-        ]
-        if one.judgement == "nll_per_token":
-            values = [-row["log_prob"] for row in rows]
-        else:
-            rows = [row for row in rows if row["value"] is not None]
-            values = [float(row["value"]) for row in rows]
-        ids = [row["id"] for row in rows]
-        sizes = [float(row.get("tokens", 1)) for row in rows]
-        return Items(ids, values, sizes, [row.get("question", row["id"]) for row in rows]), scores[one.judgement]
-    return None
+        if (folder / "run.json").exists() and one.judgement in (scores := read_json(folder / "metrics.json"))[
+            "metrics"
+        ]:
+            having.append((folder, scores))
+    if not having:
+        return None
+    if len(having) > 1:
+        judges = ", ".join(folder.name for folder, _ in having)
+        raise UserError(f"{name}: has {one.name} by several judges ({judges}); move all but one of these folders away")
+    ((folder, scores),) = having
+    rows = [row for row in read_lines(folder / "judgements.jsonl") if row.get("metric", one.judgement) == one.judgement]
+    if one.judgement == "nll_per_token":
+        values = [-row["log_prob"] for row in rows]
+    else:
+        rows = [row for row in rows if row["value"] is not None]
+        values = [float(row["value"]) for row in rows]
+    ids, questions = [row["id"] for row in rows], [row.get("question", row["id"]) for row in rows]
+    judge = [judge_name(scores["judge"]), scores["judge"]["version"]]
+    items = Items(ids, values, [float(row.get("tokens", 1)) for row in rows], questions, judge)
+    return items, scores["metrics"][one.judgement]
 
 
 def cost_of_run(results_dir: Path, name: str, record: dict | None, split: str) -> dict:

@@ -74,7 +74,7 @@ from collections import Counter
 
 from data.sources import absolute_source, data_sha256, draw, prompt_of, read_rows, source_files, trainable_rows
 from evaluator.answers import Answers, load_answers
-from evaluator.judges.protocols import YES_NO, clean_answer, fill
+from evaluator.judges.protocols import JUDGE_FILE, YES_NO, clean_answer, fill
 from evaluator.judges.trained import read_trained
 from workspace import run_dir
 from workspace.files import read_json, write_lines
@@ -99,6 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     elif args.by == "judge":
         from evaluator.judges.local import judge_version
 
+        if not (Path(args.judge) / JUDGE_FILE).exists():
+            raise UserError(f"--judge {args.judge}: is no folder of a judge of train_judge.py")
         arguments |= {"judge": args.judge, "judge_version": judge_version(args.judge)}
         name, choose = f"best_by_{Path(args.judge).name}", lambda: choose_by_judge(args, candidates)
     else:
@@ -156,9 +158,7 @@ def choose_by_judge(args: SelectArguments, candidates: list[Answers]) -> list[in
     from evaluator.judges.local import load_causal, yes_probabilities
     from models import base
 
-    if not Path(args.judge).is_dir():
-        raise UserError(f"--judge {args.judge}: is no folder; name a judge of train_judge.py")
-    kind = read_json(Path(args.judge) / "judge.json")["kind"]
+    kind = read_json(Path(args.judge) / JUDGE_FILE)["kind"]
     trained = read_trained(args.judge, kind)
 
     def text(row: dict) -> str:

@@ -18,7 +18,7 @@ if not __package__:  # run as a script, from any folder
 import cli
 import config
 from cli import BaseArguments, flag
-from config import TASKS, UserError
+from config import TASKS
 
 
 @dataclass
@@ -42,7 +42,6 @@ import torch
 from torch import Tensor, nn
 
 from models import base
-from models.adapters import expert_folders, open_adapters
 from models.base_identity import base_sha256
 from models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM, LlamaMoeModel, fuse, load_fused
 from workspace import run_dir
@@ -133,19 +132,14 @@ def load_ensemble(folder: Path, base_model: str, dtype: str) -> LlamaEnsembleFor
 
 @cli.command
 def main(argv: list[str] | None = None) -> None:
-    from models.loading import one_base  # which loads what this module makes
+    from models.loading import open_experts  # which loads what this module makes
 
     args = cli.parse(argv, EnsembleArguments)
-    experts_dir = Path(args.experts_dir or config.outputs_dir(args.results_dir))
-    experts = open_adapters(expert_folders(args.experts), experts_dir)
-    if len(experts) < 2:
-        raise UserError(f"--experts {args.experts}: name two or more experts, with commas between")
-    base_model = one_base(experts, args.base_model)
-    sources = {expert.data_source for expert in experts}
+    experts, base_model, data_source = open_experts(args)
     arguments = {
         "base_model": base_model,
         "base_sha256": base_sha256(base_model),
-        "data_source": sources.pop() if len(sources) == 1 else None,
+        "data_source": data_source,
         "experts": [expert.name for expert in experts],
         "adapters_sha256": [expert.checksum for expert in experts],
         "average": args.average,

@@ -93,7 +93,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from data.sources import absolute_source, data_sha256, source_files
 from models import base, four_bit
-from models.adapters import Expert, FreshExpert, expert_folders, open_adapters
+from models.adapters import Expert, FreshExpert, expert_folders
 from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS, LowRankExperts
 from models.llama import AnswerLossLlama
@@ -332,11 +332,10 @@ def stack_experts(experts: list, layer: int, moe_config: LlamaMoeConfig, dtype: 
 
 @cli.command
 def main(argv: list[str] | None = None) -> None:
-    from models.loading import one_base  # which loads what this module makes
+    from models.loading import open_experts  # which loads what this module makes
 
     args = cli.parse(argv, FuseArguments)
-    folder_of = expert_folders(args.experts)
-    names = list(folder_of)
+    names = list(expert_folders(args.experts))
     if len(names) < 2:
         raise UserError(f"--experts {args.experts}: name two or more experts, with commas between")
     check("expert_topk", args.expert_topk, 1 <= args.expert_topk <= len(names), f"1 to {len(names)}")
@@ -348,10 +347,7 @@ def main(argv: list[str] | None = None) -> None:
         experts = [FreshExpert(name, base_model, args.fresh_rank, args.seed + i) for i, name in enumerate(names)]
         origin = {"fresh_rank": args.fresh_rank}
     else:
-        experts = open_adapters(folder_of, Path(args.experts_dir or Path(args.results_dir) / "outputs"))
-        base_model = one_base(experts, args.base_model)
-        sources = {expert.data_source for expert in experts}
-        data_source = sources.pop() if len(sources) == 1 else None
+        experts, base_model, data_source = open_experts(args)
         origin = {"adapters_sha256": [expert.checksum for expert in experts]}
     if args.router_init == "prototype":
         origin |= prototype_arguments(args, experts, absolute_source(args.data_source) or data_source)

@@ -8,10 +8,11 @@ from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
+import config
 from config import PAPER_BASE_MODEL, TASKS, UserError
 from data.sources import absolute_source
 from models import base, ensemble, llama_moe
-from models.adapters import Expert
+from models.adapters import Expert, expert_folders, open_adapters
 from models.base_identity import base_sha256
 from models.llama import AnswerLossLlama
 from workspace.files import read_json, sha256
@@ -109,6 +110,19 @@ def one_base(experts: list[Expert], given: str | None) -> str:
                 "them on one"
             )
     return bases[0]
+
+
+def open_experts(args) -> tuple[list[Expert], str, str | None]:
+    """(the adapters of --experts, their one base, the data that all record; None where they differ or record none).
+
+    args: experts, experts_dir, base_model and results_dir. UserError for fewer than two, or different bases.
+    """
+    folder_of = expert_folders(args.experts)
+    if len(folder_of) < 2:
+        raise UserError(f"--experts {args.experts}: name two or more experts, with commas between")
+    experts = open_adapters(folder_of, Path(args.experts_dir or config.outputs_dir(args.results_dir)))
+    sources = {expert.data_source for expert in experts}
+    return experts, one_base(experts, args.base_model), sources.pop() if len(sources) == 1 else None
 
 
 def load_run(path: Path | str | None, base_model: str | None = None, dtype: str = "auto"):

@@ -18,7 +18,7 @@ if not __package__:  # run as a script, from any folder
 
 import cli
 import config
-from cli import SourceArguments, check, check_at_least, check_not_given, flag, is_positive
+from cli import DTYPES, BaseArguments, check, check_at_least, check_not_given, flag, is_positive
 from config import TASKS, UserError
 
 
@@ -35,6 +35,7 @@ class Method:
     in_mergekit: bool = True
 
 
+RANDOM = ("dare_ties", "della")  # drop entries at random
 SCALES, DENSITIES = (0.4, 0.7, 1.0, 1.5, 2.0), (0.2, 0.5)
 METHODS = {
     "linear": Method("the mean of the weights (Wortsman et al. 2022, arXiv 2203.05482)"),
@@ -57,7 +58,7 @@ METHODS = {
 
 
 @dataclass
-class MergeArguments(SourceArguments):
+class MergeArguments(BaseArguments):
     """Flags of models/merging.py."""
 
     method: str | None = flag(None, "how to merge", choices=list(METHODS))
@@ -68,11 +69,15 @@ class MergeArguments(SourceArguments):
     num_held_apart: int | None = flag(
         None, "choose scale and density by the likelihood of that many training prompts per task, none aligned on"
     )
-    batch_size: int = flag(8, "samples per batch in choosing them")
+    data_source: str | None = flag(
+        None, "hub, sample or a folder, for these prompts (default: as the experts recorded)"
+    )
+    batch_size: int | None = flag(None, "samples per batch in choosing them (default: 8)")
+    dtype: str | None = flag(None, "of the base in choosing them (default: auto)", choices=list(DTYPES))
     output: str | None = flag(
         None, "where to write (default: outputs/merge_<method> in --results_dir, merge_<method>_tuned if chosen)"
     )
-    seed: int = flag(42, "of what dare_ties and della drop, and of the rows held apart")
+    seed: int | None = flag(None, f"of what {' and '.join(RANDOM)} drop (default: 42)")
 
     def __post_init__(self):
         if self.method is None:
@@ -85,10 +90,16 @@ class MergeArguments(SourceArguments):
         for name, value in (("scale", self.scale), ("density", self.density)):
             check(name, value, value is None or is_positive(value), "a finite number above 0")
         check("density", self.density, (self.density or 0) <= 1, "at most 1")
+        if self.method in RANDOM:
+            self.seed = 42 if self.seed is None else self.seed
+        else:
+            check_not_given(f"--method {self.method} drops nothing at random", seed=self.seed)
         check_at_least(1, num_held_apart=self.num_held_apart, batch_size=self.batch_size)
         if self.num_held_apart is None:
-            check_not_given("is read in choosing coefficients, with --num_held_apart", data_source=self.data_source)
+            reason = "is for choosing coefficients, with --num_held_apart"
+            check_not_given(reason, data_source=self.data_source, batch_size=self.batch_size, dtype=self.dtype)
             return
+        self.batch_size, self.dtype = self.batch_size or 8, self.dtype or "auto"
         if method.scales == method.densities == (None,):
             raise UserError(f"--num_held_apart {self.num_held_apart}: --method {self.method} has nothing to choose")
         check_not_given("--num_held_apart chooses it", scale=self.scale, density=self.density)
@@ -101,12 +112,13 @@ import yaml
 
 from data.encoding import Encoder
 from data.held_apart import held_apart_records
+from data.sources import absolute_source, data_sha256, source_files
 from models import base
-from models.adapters import Expert, expert_folders, open_adapters, save_adapter
+from models.adapters import Expert, save_adapter
 from models.base_identity import base_sha256
 from models.core_space import CoreSpace, iso_c, knots_ties, mean_cosine, tsv_m
 from models.expert_ffn import PROJECTIONS
-from models.loading import device, load_run, one_base
+from models.loading import device, load_run, open_experts
 from models.validation import mean_nll_per_token
 from workspace import run_dir
 
@@ -117,14 +129,11 @@ MERGEKIT_FILE = "mergekit.yaml"
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, MergeArguments)
-    experts_dir = Path(args.experts_dir or config.outputs_dir(args.results_dir))
-    experts = open_adapters(expert_folders(args.experts), experts_dir)
-    if len(experts) < 2:
-        raise UserError(f"--experts {args.experts}: name two or more experts, with commas between")
-    args.base_model = one_base(experts, args.base_model)
+    experts, args.base_model, recorded = open_experts(args)
     tuned = args.num_held_apart is not None
-    sources = {expert.data_source for expert in experts}
-    source = args.data_source or (sources.pop() if len(sources) == 1 else None)
+    source = absolute_source(args.data_source) or recorded
+    if tuned and source is None:
+        raise UserError("the experts were aligned on different data, or do not record it: name it with --data_source")
     arguments = {
         "base_model": args.base_model,
         "base_sha256": base_sha256(args.base_model),
@@ -134,8 +143,11 @@ def main(argv: list[str] | None = None) -> None:
         "method": args.method,
         "num_held_apart": args.num_held_apart,
         **coefficients(args),
-        "seed": args.seed if tuned or args.method in ("dare_ties", "della") else None,
+        "seed": args.seed,
     }
+    if tuned:
+        files = [path for task in TASKS for path in source_files(task, "train", source)]
+        arguments |= {"data_sha256": data_sha256(files), "dtype": base.dtype_name(args.dtype)}
     name = f"merge_{args.method}" + ("_tuned" if tuned else "")
     output = Path(args.output or config.outputs_dir(args.results_dir) / name)
     state = run_dir.begin(output, SCRIPT, arguments, "move it away, or name another folder with --output")
@@ -247,10 +259,8 @@ def run_mergekit(args: MergeArguments, experts: list[Expert], chosen: dict, fold
     (folder / MERGEKIT_FILE).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
-def try_all(args: MergeArguments, experts: list[Expert], modules: dict, source: str | None, work: Path) -> list[dict]:
+def try_all(args: MergeArguments, experts: list[Expert], modules: dict, source: str, work: Path) -> list[dict]:
     """[{coefficients, nll_per_token of each task, mean_nll_per_token}] over the method's grid, on rows held apart."""
-    if source is None:
-        raise UserError("the experts were aligned on different data, or do not record it: name it with --data_source")
     recorded = [run_dir.read_run(expert.folder) for expert in experts]
     drawn = {(run["run"]["arguments"]["num_samples"], run["run"]["arguments"]["seed"]) for run in recorded if run}
     if None in recorded or len(drawn) != 1:

@@ -29,6 +29,10 @@ while [ $# -gt 0 ]; do
     [ $# -ge 2 ] || { echo "error: $1: needs a value" >&2; exit 2; }
     shift 2
 done
+case ,$SEEDS, in
+    ,42,*) ;;
+    *) echo "error: --seeds $SEEDS: begin with 42, whose runs have no seed in their names" >&2; exit 2 ;;
+esac
 MERGES="linear task_arithmetic ties dare_ties della sce model_stock tsv_m iso_c knots_ties"
 TUNED="task_arithmetic ties tsv_m"
 NEW_TOKENS=128

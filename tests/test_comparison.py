@@ -125,6 +125,40 @@ def test_runs_that_were_scored_on_other_items_are_not_compared(results, capsys, 
     assert "scored on different items of" in capsys.readouterr().err
 
 
+def write_verdicts(results, run, judge, version, values):
+    folder = results / "evaluation" / "safety" / "test" / f"cross_{run}" / judge
+    folder.mkdir(parents=True)
+    judgements = [{"metric": "flagged", "id": f"q{i}", "value": value} for i, value in enumerate(values)]
+    (folder / "judgements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judgements))
+    metric = {"value": sum(values) / len(values), "n": len(values), "interval": None}
+    scores = {"run": run, "judge": {"name": judge, "version": version}, "metrics": {"flagged": metric}}
+    (folder / "metrics.json").write_text(json.dumps(scores))
+    (folder / "run.json").write_text("{}")
+    return folder
+
+
+def test_runs_are_compared_by_one_judge(results, tmp_path, capsys):
+    results = shutil.copytree(results, tmp_path / "results")
+    command = ["--runs", f"safety,{FUSED}", "--results_dir", results]
+    write_verdicts(results, "safety", "judge", "1", [1, 0, 1])
+    ours = write_verdicts(results, FUSED, "judge", "1", [0, 0, 1])
+    call(report, *command)
+    row = row_of(json.loads((results / "report" / "table.json").read_text()), "safety")
+    assert row["paired"]["flagged"]["difference"] == pytest.approx(-1 / 3)
+    shutil.rmtree(ours)
+    for judges, said in (
+        ((("judge", "2"),), "or by different judges"),
+        ((("judge", "1"), ("b", "1")), "several judges"),
+    ):
+        for judge, version in judges:
+            write_verdicts(results, FUSED, judge, version, [0, 0, 1])
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            call(report, *command)
+        assert said in capsys.readouterr().err
+        shutil.rmtree(ours)
+
+
 def test_runs_can_be_kept_for_others_and_compared_without_their_folders(results, table, tmp_path):
     runs = ",".join([*RUNS, FUSIONS[1], "consensus"])
     keep = ["--save", tmp_path / "kept", "--texts", 1]

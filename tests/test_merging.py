@@ -213,16 +213,25 @@ def test_coefficients_are_chosen_on_training_rows_held_apart(tmp_path, base_dir,
     best = min(tried, key=lambda one: one["mean_nll_per_token"])
     assert run["train"]["coefficients"] == best["coefficients"]
     assert best["mean_nll_per_token"] == pytest.approx(sum(best[task] for task in TASKS) / 3)
+    assert set(run["run"]["arguments"]["data_sha256"]) == {f"{task}_train.jsonl" for task in TASKS}
     capsys.readouterr()
     with pytest.raises(SystemExit):
         merge(tmp_path, "--method", "ties", "--num_held_apart", 50)
     assert "training prompts of" in capsys.readouterr().err
+    with open(tiny_source / "safety_train.jsonl", "a") as file:
+        file.write("\n")
+    with pytest.raises(SystemExit):
+        merge(tmp_path, "--method", "task_arithmetic", "--num_held_apart", 2)
+    assert "the data file safety_train.jsonl is not the one" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "flags, said",
     [
         ((), "--method"),
+        (("--method", "ties", "--seed", 1), "--method ties drops nothing at random"),
+        (("--method", "ties", "--dtype", "float32"), "--dtype float32: is for choosing coefficients"),
+        (("--method", "ties", "--batch_size", 4), "--batch_size 4: is for choosing coefficients"),
         (("--method", "linear", "--scale", 2), "--method linear has no scale"),
         (("--method", "tsv_m", "--density", 0.5), "--method tsv_m has no density"),
         (("--method", "ties", "--density", 1.5), "at most 1"),
