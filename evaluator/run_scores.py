@@ -127,12 +127,9 @@ def read_items(results_dir: Path, one: Metric, name: str, split: str) -> tuple[I
     folders = [of_task / name / "likelihood"] if one not in JUDGED else []
     for directory in (f"cross_{name}", name) if one in JUDGED else ():
         folders += sorted(path.parent for path in (of_task / directory).glob("*/metrics.json"))
-    having = []
-    for folder in folders:
-        if (folder / "run.json").exists() and one.judgement in (scores := read_json(folder / "metrics.json"))[
-            "metrics"
-        ]:
-            having.append((folder, scores))
+    finished = (folder for folder in folders if (folder / "run.json").exists())
+    scored = [(folder, read_json(folder / "metrics.json")) for folder in finished]
+    having = [(folder, scores) for folder, scores in scored if one.judgement in scores["metrics"]]
     if not having:
         return None
     if len(having) > 1:
