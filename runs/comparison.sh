@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 BASE_MODEL=smollm2 DATA_SOURCE=sample NUM_SAMPLES=160 NUM_SCORED=200 NUM_ANSWERED=100 SEEDS=42 EPOCHS=2 BATCH_SIZE=4
-ABLATIONS=1 QUICK=0 RESULTS=results/comparison HELD_APART=30
+ABLATIONS=1 QUICK=0 RESULTS=results/comparison HELD_APART=30 DTYPE=auto
 while [ $# -gt 0 ]; do
     case $1 in
         --base_model) BASE_MODEL=$2 ;;
@@ -21,6 +21,7 @@ while [ $# -gt 0 ]; do
         --batch_size) BATCH_SIZE=$2 ;;
         --num_held_apart) HELD_APART=$2 ;;
         --seeds) SEEDS=$2 ;;
+        --dtype) DTYPE=$2 ;;
         --ablations) ABLATIONS=$2 ;;
         --quick) QUICK=$2 ;;
         --results_dir) RESULTS=$2 ;;
@@ -42,7 +43,7 @@ if [ "$QUICK" = 1 ]; then
 fi
 TASKS="helpfulness safety truthfulness"
 R="--results_dir $RESULTS"
-TRAIN="--data_source $DATA_SOURCE --num_samples $NUM_SAMPLES --num_train_epochs $EPOCHS --batch_size $BATCH_SIZE $R"
+TRAIN="--data_source $DATA_SOURCE --num_samples $NUM_SAMPLES --num_train_epochs $EPOCHS --batch_size $BATCH_SIZE --dtype $DTYPE $R"
 FUSION="--moe_flag 1 --gate_loss_weight 0.3 --router_learning_rate 0.01 $TRAIN"
 RUN=mix_moe_reg_00000_00000_00000_gate_03000
 
@@ -96,7 +97,7 @@ for method in $MERGES; do
     case ,$names, in *,merge_$method,*) ;; *) add merge_$method ;; esac
 done
 for method in $TUNED; do
-    python models/merging.py --method $method --num_held_apart $HELD_APART $R
+    python models/merging.py --method $method --num_held_apart $HELD_APART --dtype $DTYPE $R
     add merge_${method}_tuned
 done
 for average in probabilities log_probabilities; do
@@ -125,10 +126,10 @@ if [ "$ABLATIONS" = 1 ]; then
 fi
 
 # 4. Scores that need no judge
-python evaluator/evaluate_likelihood.py --run $names --num_samples $NUM_SCORED $R
+python evaluator/evaluate_likelihood.py --run $names --num_samples $NUM_SCORED --dtype $DTYPE $R
 
 # 5. Answers, ensembles that select among them, and small judges' scores of all of them
-ANSWER="--num_samples $NUM_ANSWERED --max_new_tokens $NEW_TOKENS $R"
+ANSWER="--num_samples $NUM_ANSWERED --max_new_tokens $NEW_TOKENS --dtype $DTYPE $R"
 answered=$([ "$QUICK" = 1 ] && echo safety || echo "$TASKS")
 for task in $answered; do
     python inference.py --task_name $task --aligned_flag 0 $ANSWER
@@ -140,7 +141,7 @@ for task in $answered; do
     $select --by classifier --data_source $DATA_SOURCE --num_samples $NUM_SAMPLES
 done
 add consensus; add classifier
-JUDGE="--base_model $BASE_MODEL --data_source $DATA_SOURCE $R"
+JUDGE="--base_model $BASE_MODEL --data_source $DATA_SOURCE --dtype $DTYPE $R"
 if [ "$QUICK" = 1 ]; then
     python evaluator/train_judge.py --kind safety --num_samples 40 --num_held_out 40 $JUDGE
 else
@@ -148,10 +149,10 @@ else
 fi
 for answers in raw cross_helpfulness cross_safety cross_truthfulness cross_mixed_rank_24 cross_merge_linear \
     cross_ensemble_probabilities cross_$RUN consensus classifier; do
-    python evaluator/evaluate_safety.py --task_name $answers --judge $RESULTS/judges/safety $R
+    python evaluator/evaluate_safety.py --task_name $answers --judge $RESULTS/judges/safety --dtype $DTYPE $R
     if [ "$QUICK" = 0 ]; then
-        python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 0 --judge $RESULTS/judges/truth $R
-        python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 1 --judge $RESULTS/judges/information $R
+        python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 0 --judge $RESULTS/judges/truth --dtype $DTYPE $R
+        python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 1 --judge $RESULTS/judges/information --dtype $DTYPE $R
     fi
 done
 
