@@ -162,7 +162,10 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": arguments["dtype"],
         **trained,
     }
-    run_dir.finish(folder, SCRIPT, arguments, train, {"training": training.recorded()})
+    meta = {"training": training.recorded()}
+    if args.moe_flag:
+        meta["fused"] = run_dir.read_run(Path(args.moe_dir))["run"]["arguments"]  # how what it starts from was made
+    run_dir.finish(folder, SCRIPT, arguments, train, meta)
     print(f"Aligned on {args.task_name} in {train['seconds']:.0f} s: {folder}")
 
 
@@ -215,16 +218,28 @@ def run_name(args: AlignArguments, training: TrainArguments) -> str:
 
 def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     """What run.json records and a later command with the same folder must repeat."""
-    shared = ("base_model", "data_source", "dtype", "task_name", "moe_flag", "num_samples", "max_length")
+    arguments = {"base_model": args.base_model, "data_source": args.data_source}
+    arguments |= flag_arguments(args, training) | {"base_sha256": base_sha256(args.base_model)}
+    if args.moe_flag:
+        arguments["fused_sha256"] = sha256(Path(args.moe_dir) / "model.safetensors")
+    return arguments
+
+
+def flag_arguments(args: AlignArguments, training: TrainArguments) -> dict:
+    """The part of `result_arguments` that the flags and the data decide, whatever was aligned before."""
+    shared = ("dtype", "task_name", "moe_flag", "num_samples", "max_length")
     arguments = {name: getattr(args, name) for name in shared} | effective_flags(args)
     if arguments.get("train_experts") == 1:
         del arguments["train_experts"]  # runs from before there was that flag record none
-    arguments["base_sha256"] = base_sha256(args.base_model)
     files = [path for task in args.tasks for path in source_files(task, "train", args.data_source)]
-    arguments["data_sha256"] = data_sha256(files)
-    if args.moe_flag:
-        arguments["fused_sha256"] = sha256(Path(args.moe_dir) / "model.safetensors")
-    return arguments | training.compared()
+    return arguments | {"data_sha256": data_sha256(files)} | training.compared()
+
+
+def asked(argv: list[str]) -> dict:
+    """What run.json of a command line would record, as far as its flags tell (evaluator/reuse.py)."""
+    args, training = training_arguments.parse(argv, AlignArguments)
+    args.data_source = absolute_source(args.data_source)
+    return flag_arguments(args, training)
 
 
 def training_samples(args: AlignArguments, seed: int, tokenizer) -> list[dict]:

@@ -8,6 +8,7 @@ RESULTS_DIR = ROOT / "results"
 BASE_MODELS_DIR = RESULTS_DIR / "base_models"  # the embedded model, converted once
 
 TASKS = ("helpfulness", "safety", "truthfulness")  # the order of the experts
+GENERAL = "general"  # plain passages of no task: what a run has forgotten
 XSTEST = "xstest"  # prompts that only look unsafe, and unsafe ones: answered and scored, never trained on
 PAPER_BASE_MODEL = "meta-llama/Llama-2-7b-hf"
 EMBEDDED_MODEL = "smollm2"

@@ -12,6 +12,7 @@ from cli import SourceArguments, check, check_at_least, check_num_samples, flag
 from config import RAW, RAW_CHAT, TASKS, XSTEST, UserError
 
 DEFAULT_SEED = 42
+NUM_TINTED = 6  # answers whose routing is kept token by token
 
 
 @dataclass
@@ -97,7 +98,7 @@ from data.sources import Record
 from models import base
 from models.base_identity import base_sha256
 from models.loading import device, is_fused, load_run, run_sources, weights_sha256
-from models.routing import draw_heat_map, routing_usage, usage_line
+from models.routing import draw_heat_map, routing_usage, token_routing, usage_line
 from workspace import client, run_dir
 from workspace.files import line_of, read_lines, write_json, write_lines
 
@@ -199,11 +200,17 @@ def answer_task(args: InferArguments, path: Path | None, base_model: str, data_s
 
 
 def observe_routing(model, tokenizer, rows: list[dict], args: InferArguments, folder: Path) -> None:
-    """Write which expert answered what, routing.json and routing.png. The answers are complete by now: a failure here
-    is a warning, and the same command tries again."""
+    """Write which expert answered what: routing.json, routing.png and, of some answers, tokens.json. The answers are
+    complete by now: a failure here is a warning, and the same command tries again."""
     try:
         usage = routing_usage(model, tokenizer, [answered_record(row) for row in rows], args.batch_size)
         draw_heat_map(usage, folder / "routing.png", f"{args.task_name}, {folder.name}")
+        shown = [answered_record(row) for row in rows if row["output"].strip()][:NUM_TINTED]
+        tokens = [
+            {"question": one.instruction, "experts": usage["experts"], "tokens": token_routing(model, tokenizer, one)}
+            for one in shown
+        ]
+        write_json(folder / "tokens.json", tokens)
         write_json(folder / "routing.json", usage)
     except Exception as error:
         print(f"warning: the answers are complete, their routing was not written: {error!r}", file=sys.stderr)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import config
-from config import TASKS, XSTEST, UserError
+from config import GENERAL, TASKS, XSTEST, UserError
 from data import hub
 
 SAMPLE_DIR = Path(__file__).resolve().parent / "sample"
@@ -72,6 +72,17 @@ def read_rows(task: str, split: str, source: str) -> list[dict]:
     return read_jsonl(folder / f"{task}_{split}.jsonl", COLUMNS[task], optional)
 
 
+def general_file(source: str) -> Path:
+    """The passages of no task: the source's own general.jsonl, else this repository's."""
+    own = None if source == "hub" else source_dir(source) / f"{GENERAL}.jsonl"
+    return own if own and own.exists() else SAMPLE_DIR / f"{GENERAL}.jsonl"
+
+
+def general_passages(source: str) -> list[dict]:
+    """Rows {id, text}: plain text without an instruction, by which forgetting is measured."""
+    return read_jsonl(general_file(source), {"text": str})
+
+
 def source_dir(source: str) -> Path:
     """The folder of a `--data_source` other than hub; UserError if it is none."""
     folder = SAMPLE_DIR if source == "sample" else Path(source)
@@ -87,6 +98,8 @@ def absolute_source(source: str | None) -> str | None:
 
 def source_files(task: str, split: str, source: str, comparisons: bool = False) -> list[Path]:
     """The local files that read_rows, and with `comparisons` also those of the task, would read; none for the hub."""
+    if task == GENERAL:
+        return [general_file(source)]
     if source == "hub":
         return []
     names = [f"{XSTEST}.jsonl" if task == XSTEST else f"{task}_{split}.jsonl"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from config import RAW, RAW_CHAT, UserError
 from evaluator.paired import holm, mean_of_differences, paired_difference
-from evaluator.run_scores import JUDGED, MEAN_NLL, METRICS, NLL, SHARES, Items, Metric, RunScores
+from evaluator.run_scores import JUDGED, LIKELIHOODS, MEAN_NLL, METRICS, NLL, Items, Metric, RunScores
 from evaluator.statistics import metric
 
 KINDS = ("raw", "expert", "mixed", "merge", "ensemble", "fused")
@@ -54,15 +54,15 @@ def make_rows(runs: dict[str, RunScores]) -> list[Row]:
         row = rows.setdefault(run, Row(run, kind_of(name, scores.record), {}))
         row.seeds[seed] = scores
     for row in rows.values():
-        for one in (*NLL, *SHARES, *JUDGED):
+        for one in (*LIKELIHOODS, *JUDGED):
             having = [scores for scores in row.seeds.values() if one.name in scores.metrics]
-            if having and len(having) < len(row.seeds):
+            if one in LIKELIHOODS and having and len(having) < len(row.seeds):
                 missing = next(scores.name for scores in row.seeds.values() if one.name not in scores.metrics)
                 raise UserError(f"{missing}: has no {one.name}, which {row.run} has by another seed; score both alike")
             if having:
-                items = tuple(scores.metrics[one.name][0] for scores in having)
+                items = tuple(scores.metrics[one.name].items for scores in having)
                 row.items[one.name] = average(row.run, one.name, items)
-                row.scores[one.name] = [scores.metrics[one.name][1] for scores in having]
+                row.scores[one.name] = [scores.metrics[one.name].score for scores in having]
     return list(rows.values())
 
 
@@ -73,7 +73,10 @@ def average(run: str, name: str, of_seeds: tuple[Items, ...]) -> Items:
         raise UserError(
             f"{run}: its seeds were scored on different items of {name}, or by different judges; score them alike"
         )
-    values = [sum(values) / len(of_seeds) for values in zip(*(items.values for items in of_seeds), strict=True)]
+    values = [
+        None if None in values else sum(values) / len(of_seeds)
+        for values in zip(*(items.values for items in of_seeds), strict=True)
+    ]
     return replace(first, values=values)
 
 
@@ -96,18 +99,19 @@ def score(row: Row, one: Metric) -> dict | None:
         return None
     else:
         seeds = [score["value"] for score in row.scores[one.name]]
-        items = row.items[one.name]
         if len(seeds) == 1:
             result = {k: row.scores[one.name][0].get(k) for k in ("value", "n", "questions", "interval")}
         else:
-            result = metric(items.values, items.sizes, groups=items.questions, **about)
+            part = part_of(row, None, one.name)
+            result = metric(part["ours"], part["sizes"], groups=part["groups"], **about)
         if result.get("questions") is None:
             result.pop("questions", None)
     return {**result, **about} | ({"of_seeds": seeds} if len(seeds) > 1 else {})
 
 
 def part_of(row: Row, other: Row | None, name: str) -> dict:
-    """A metric's items of a row and of another one (None: zeros) as paired_difference takes them."""
+    """A metric's items of a row and of another one (None: zeros) as paired_difference takes them: those that both have
+    a value of."""
     items = row.items[name]
     if other is not None and other.items[name].compared_by != items.compared_by:
         raise UserError(
@@ -115,7 +119,10 @@ def part_of(row: Row, other: Row | None, name: str) -> dict:
             "runs alike"
         )
     theirs = other.items[name].values if other is not None else [0.0] * len(items.ids)
-    return {"ours": items.values, "theirs": theirs, "sizes": items.sizes, "groups": items.questions}
+    both = [
+        item for item in zip(items.values, theirs, items.sizes, items.questions, strict=True) if None not in item[:2]
+    ]
+    return dict(zip(("ours", "theirs", "sizes", "groups"), zip(*both, strict=True), strict=True))
 
 
 def paired(reference: Row, row: Row, one: Metric) -> dict | None:

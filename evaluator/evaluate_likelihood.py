@@ -4,7 +4,8 @@ helpfulness   negative log-likelihood per token of the reference answers
 safety        share of prompts whose safe response is more likely, per token, than the unsafe one
 truthfulness  MC1 and MC2 as TruthfulQA defines them
 and, for every task, the likelihood of its good answers and, for a fused run, the routing accuracy: the share of
-questions whose tokens, before any answer, are routed most to their own task's expert.
+questions whose tokens, before any answer, are routed most to their own task's expert. On passages of no task, general:
+the likelihood of plain text, which says what a run has forgotten.
 These are not the paper's metrics: those come with the judges.
 """
 
@@ -17,7 +18,7 @@ if not __package__:  # run as a script, from any folder
 
 import cli
 from cli import SourceArguments, check, check_at_least, check_num_samples, flag
-from config import RAW_CHAT, TASKS, UserError
+from config import GENERAL, RAW_CHAT, TASKS, UserError
 
 
 @dataclass
@@ -28,7 +29,7 @@ class LikelihoodArguments(SourceArguments):
         "raw", "what to score, with commas: raw, raw_chat (by the chat template), names under results/outputs, folders"
     )
     checkpoint_number: int | None = flag(None, "score the run's checkpoint-N instead of its end")
-    task_name: str = flag("all", "which task's held-out rows", choices=[*TASKS, "all"])
+    task_name: str = flag("all", "which task's held-out rows", choices=[*TASKS, GENERAL, "all"])
     dataset_type: str = flag("test", "which half", choices=["train", "test"])
     num_samples: int = flag(-1, "rows per score, evenly spaced over the half; -1: all")
     max_length: int | None = flag(
@@ -40,10 +41,14 @@ class LikelihoodArguments(SourceArguments):
         check_num_samples(num_samples=self.num_samples)
         check_at_least(16, max_length=self.max_length)
         check_at_least(1, batch_size=self.batch_size)
+        if self.task_name == GENERAL and self.dataset_type != "test":
+            raise UserError(f"--dataset_type {self.dataset_type}: {GENERAL} has a test half only")
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        return TASKS if self.task_name == "all" else (self.task_name,)
+        if self.task_name != "all":
+            return (self.task_name,)
+        return (*TASKS, GENERAL) if self.dataset_type == "test" else TASKS
 
 
 if __name__ == "__main__":
@@ -55,7 +60,7 @@ from data import sources
 from data.encoding import Encoder
 from data.sources import Comparison, Record
 from evaluator.results import REMEDY, evaluation_folder, print_scores, write_scores
-from evaluator.scoring import Scored, score_answers
+from evaluator.scoring import Scored, score_answers, score_texts
 from evaluator.statistics import metric, share
 from models import base
 from models.base_identity import base_sha256
@@ -82,42 +87,47 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
     """Score one run on every asked task and write results/evaluation/<task>/<split>/<run>/likelihood/."""
     base_model, data_source = run_sources(path, args.base_model, args.data_source, args.results_dir)
     label = run_label(name, args.checkpoint_number)
-    arguments = {
-        "base_model": base_model,
-        "base_sha256": base_sha256(base_model),
-        "data_source": data_source,
-        "num_samples": args.num_samples,
-        "max_length": args.max_length,
-        "dtype": base.dtype_name(args.dtype),
-        "weights_sha256": weights_sha256(path),
-    }
+    of_run = {"base_model": base_model, "data_source": data_source, "weights_sha256": weights_sha256(path)}
     folders = {t: evaluation_folder(args.results_dir, t, args.dataset_type, label, JUDGE) for t in args.tasks}
-    arguments = {task: {**arguments, "data_sha256": scored_files_sha256(task, args, data_source)} for task in folders}
+    arguments = {task: {**of_run, **settings_of(args, task, base_model, data_source)} for task in folders}
     states = {task: run_dir.begin(folder, SCRIPT, arguments[task], REMEDY) for task, folder in folders.items()}
     todo = [task for task in args.tasks if states[task] != "complete"]
     if not todo:
         print(f"{label}: scored already")
         return
-    items = {task: task_items(task, args, data_source) for task in todo}
+    items = {task: task_items(task, args, data_source) for task in todo if task != GENERAL}
     model, tokenizer = load_run(path, base_model, args.dtype)
     model.to(device())
     window = model.config.max_position_embeddings
     check("max_length", args.max_length, (args.max_length or 0) <= window, f"at most {window}, the model's window")
     encoder = Encoder(tokenizer, args.max_length or window, chat=name == RAW_CHAT)
     expert_of_task = model.config.expert_of_task if is_fused(path) else {}
-    for task in todo:
+    judge = {"name": JUDGE, "version": None}
+    if GENERAL in todo:
+        rows = sources.spread(sources.general_passages(data_source), args.num_samples)
+        texts = [row["text"] for row in rows]
+        scored = score_texts(model, tokenizer, texts, encoder.max_length, args.batch_size, device())
+        metrics, judgements = general_metrics([row["id"] for row in rows], scored)
+        write_scores(folders[GENERAL], SCRIPT, arguments[GENERAL], judge, metrics, judgements)
+        print_scores(folders[GENERAL])
+    for task in items:
         records, comparisons = items[task]
         wanted = records + [r for questions in comparisons.values() for q in questions for r in choice_records(q)]
         scored = score_answers(model, encoder, wanted, args.batch_size, device(), f"{label} on {task}")
         metrics, judgements = task_metrics(task, records, comparisons, scored, expert_of_task.get(task))
-        judge = {"name": JUDGE, "version": None}
         write_scores(folders[task], SCRIPT, arguments[task], judge, metrics, judgements)
         print_scores(folders[task])
 
 
-def scored_files_sha256(task: str, args: LikelihoodArguments, source: str) -> dict[str, str]:
-    """The checksums of the files that a task's items come from."""
-    return sources.data_sha256(sources.source_files(task, args.dataset_type, source, comparisons=True))
+def settings_of(args: LikelihoodArguments, task: str, base_model: str, source: str) -> dict:
+    """What decides a task's scores beside the run that is scored."""
+    return {
+        "base_sha256": base_sha256(base_model),
+        "num_samples": args.num_samples,
+        "max_length": args.max_length,
+        "dtype": base.dtype_name(args.dtype),
+        "data_sha256": sources.data_sha256(sources.source_files(task, args.dataset_type, source, comparisons=True)),
+    }
 
 
 def run_label(name: str, checkpoint: int | None) -> str:
@@ -141,6 +151,17 @@ def task_items(task: str, args, source: str) -> tuple[list[Record], dict[str, li
         if not questions:
             raise UserError(f"--data_source {source}: no {task} row gives a comparison for {name}")
     return records, {name: sources.spread(questions, args.num_samples) for name, questions in comparisons.items()}
+
+
+def general_metrics(ids: list[str], scored: list[tuple[float, int]]) -> tuple[dict, list[dict]]:
+    """({metric: ...}, one judgement per passage) of (log-probability, tokens) of each."""
+    values, tokens = [-log_prob for log_prob, _ in scored], [count for _, count in scored]
+    metrics = {"nll_per_token": metric(values, tokens, unit="nats per token", higher_is_better=False)}
+    judgements = [
+        {"metric": "nll_per_token", "id": id, "log_prob": log_prob, "tokens": count}
+        for id, (log_prob, count) in zip(ids, scored, strict=True)
+    ]
+    return metrics, judgements
 
 
 def choice_records(question: Comparison) -> list[Record]:

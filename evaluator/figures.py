@@ -121,8 +121,8 @@ def routing_heat(usage_of_task: dict[str, dict]) -> str | None:
         return to_svg(figure, f"Mean routing weight of each expert in each layer, for {', '.join(usage_of_task)}")
 
 
-def sweep(points: list[tuple[float, float, str]], heading: str) -> str | None:
-    """The mean NLL per token over one setting; points: (setting, mean NLL, run)."""
+def sweep(points: list[tuple[float, float, str]], heading: str, measure: str) -> str | None:
+    """One measure over one setting; points: (setting, value, run). None without two."""
     if len(points) < 2:
         return None
     points = sorted(points)
@@ -130,8 +130,8 @@ def sweep(points: list[tuple[float, float, str]], heading: str) -> str | None:
         figure, axes = plt.subplots(figsize=(3.6, 2.6), layout="constrained")
         axes.plot([str(f"{x:g}") for x, *_ in points], [y for _, y, _ in points], "o-", color=COLOURS[1])
         axes.set_xlabel(heading)
-        axes.set_ylabel("mean NLL per token")
-        return to_svg(figure, f"Mean NLL per token over {heading}")
+        axes.set_ylabel(measure)
+        return to_svg(figure, f"{measure} over {heading}")
 
 
 def weight_histograms(probs_of_run: dict[str, list[list[float]]], experts: list[str]) -> str | None:

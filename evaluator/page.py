@@ -1,15 +1,16 @@
 """The comparison as one self-contained page: what evaluator/comparison.py worked out, put into page.html.j2."""
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from config import TASKS
+from config import TASKS, XSTEST
 from evaluator import figures
 from evaluator.comparison import KINDS, split_seed
 from evaluator.results import INTERVALS
-from evaluator.run_scores import METRICS, RunScores
+from evaluator.run_scores import EMBEDDING_DRIFT, JUDGED, METRICS, RunScores
 from workspace.files import read_json, read_lines
 
 TITLE = "H3Fusion, compared"
@@ -23,8 +24,12 @@ COSTS = (  # key, heading, what it is, how a value is written
     ("training_seconds", "training", "seconds", lambda value: f"{value:.0f}"),
     ("bytes_on_disk", "on disk", "beside the base", lambda value: f"{value / 1e6:.1f} MB"),
     ("new_tokens_per_second", "tokens/s", "answering", lambda value: f"{value:.1f}"),
+    ("relative_cost_of_a_token", "cost of a token", "of the base's, counted", lambda value: f"{value:.3f}"),
 )
 SIGNIFICANT = 0.05
+PAPER_GAINS = {"expert": 11.37, "ensemble": 13.77, "merge": 6.18}  # percent, by the paper's own metrics
+# What a fusion's record says of the place and the weights that it was made from, not of how
+OF_A_MACHINE = ("base_model", "data_source", "fused_sha256", "adapters_sha256", "run_name")
 SCRIPT_FOLDERS = {
     "llama_moe.py": "models/",
     "merging.py": "models/",
@@ -34,9 +39,16 @@ SCRIPT_FOLDERS = {
 
 
 def write_page(
-    path: Path, comparison: dict, runs: dict[str, RunScores], results_dir: Path, split: str, with_texts: bool
+    path: Path,
+    comparison: dict,
+    runs: dict[str, RunScores],
+    results_dir: Path,
+    split: str,
+    with_texts: bool,
+    duplicates: dict[str, dict] | None,
 ) -> None:
-    """Write the page of a comparison (comparison.compare); with_texts: show answers, which hold the data's texts."""
+    """Write the page of a comparison (comparison.compare); with_texts: show answers, which hold the data's texts;
+    duplicates: data.near_duplicates.near_duplicates, where they were counted."""
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -48,8 +60,9 @@ def write_page(
     rows, reference = comparison["rows"], comparison["reference"]
     names, records = list(runs), {name: scores.record for name, scores in runs.items()}
     shown = [one for one in METRICS if any(one.name in row["metrics"] for row in rows)]
-    questions = side_by_side(results_dir, names, split) if with_texts else []
-    drawn, absent = draw_figures(results_dir, comparison, records, names, split)
+    questions = side_by_side(results_dir, runs, split) if with_texts else []
+    own = next(name for name in names if split_seed(name)[0] == reference)
+    drawn, absent = draw_figures(comparison, runs, own)
     page = environment.get_template("page.html.j2").render(
         title=TITLE,
         question=QUESTION,
@@ -63,9 +76,13 @@ def write_page(
         ],
         statistics=statistics_text(comparison),
         figures=drawn,
-        confusion=confusion(results_dir, reference, split),
+        confusion=confusion(runs[own].routing),
+        gains=relative_gains(comparison),
         questions=questions,
-        missing=absent + missing_text(rows, shown, with_texts),
+        tinted=tinted_answers(results_dir, own, split) if with_texts else [],
+        colours=figures.COLOURS,
+        duplicates=duplicates,
+        missing=absent + missing_text(rows, shown, with_texts, duplicates),
         made_by=made_by(records),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,19 +218,19 @@ def made_by(records: dict[str, dict | None]) -> str:
     return f"{versions}. Data (sha256): {data or 'not recorded'}."
 
 
-def draw_figures(results_dir: Path, comparison: dict, records: dict, names: list[str], split: str):
-    """(figures for the page, sentences on those that could not be drawn)."""
-    reference = comparison["reference"]
-    own = next(name for name in names if split_seed(name)[0] == reference)
-    usage = {}
-    for task in TASKS:
-        path = results_dir / "observation" / task / split / f"cross_{own}" / "routing.json"
-        if path.exists():
-            usage[task] = read_json(path)
-    log = ((records.get(own) or {}).get("train") or {}).get("log", [])
-    lambdas, gammas, top_ks, histograms = fusion_sweeps(results_dir, comparison, records, names, split)
+def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tuple[list[dict], list[str]]:
+    """(figures for the page, sentences on those that could not be drawn); own: the reference with its seed."""
+    reference, rows = comparison["reference"], comparison["rows"]
+    log = ((runs[own].record or {}).get("train") or {}).get("log", [])
+    usage = runs[own].usage
+    alike = Alike(comparison, runs, own)
+    helpfulness, safety, _ = (f"{task}_weight" for task in TASKS)
+    of_gamma_1 = alike.by(helpfulness)
+    histograms = {
+        f"γ₁ = {gamma:g}": [probs for task in TASKS for probs in runs[name].routing.get(task, [])]
+        for gamma, name in (of_gamma_1 if len(of_gamma_1) > 1 else [])
+    }
     experts = next((u["experts"] for u in usage.values()), list(TASKS))
-    rows = comparison["rows"]
     candidates = [
         (
             "Quality against cost",
@@ -221,13 +238,41 @@ def draw_figures(results_dir: Path, comparison: dict, records: dict, names: list
             "Each row's mean NLL per token over the parameters that were trained for it.",
         ),
         ("The fusion's training", figures.training_curves(log), f"The alignment of {reference}, as logged."),
-        ("Sweep over λ", figures.sweep(lambdas, "λ of the gating loss"), "Fusions that differ in λ alone."),
-        ("Sweep over γ", figures.sweep(gammas, "γ of all experts"), "Fusions that differ in γ alone, alike for all."),
-        ("Sweep over k", figures.sweep(top_ks, "experts per token"), "Fusions that differ in experts per token alone."),
+        (
+            "Sweep over λ",
+            figures.sweep(alike.points("gate_loss_weight", mean_nll), "λ of the gating loss", "mean NLL per token"),
+            "Fusions that differ in λ alone.",
+        ),
+        (
+            "Sweep over γ",
+            figures.sweep(alike.gammas(), "γ of all experts", "mean NLL per token"),
+            "Fusions that differ in γ alone, alike for all experts.",
+        ),
+        (
+            "Sweep over k",
+            figures.sweep(alike.points("expert_topk", mean_nll), "experts per token", "mean NLL per token"),
+            "Fusions that differ in the experts per token alone.",
+        ),
         (
             "The paper's figure: routing weights for each γ₁",
-            figures.weight_histograms(histograms, experts),
+            figures.weight_histograms({name: probs for name, probs in histograms.items() if probs}, experts),
             "Each expert's mean routing weight on a prompt, over the prompts of all tasks.",
+        ),
+        (
+            "The paper's figure: embedding drift over γ₁",
+            figures.sweep(
+                alike.points(helpfulness, lambda _, run: 0.0 if run.name == own else embedding_drift(run)),
+                "γ₁",
+                "distance",
+            ),
+            "Distance of the mean final hidden state of a prompt from that of the smallest γ₁'s model, over that one's "
+            "length; mean over the prompts of all tasks.",
+        ),
+        (
+            "Safety against γ₂",
+            figures.sweep(alike.points(safety, safe_preferred), "γ₂ of the safety expert", "safe preferred"),
+            "The share of prompts whose safe answer is likelier than the unsafe one. A reader reports of the paper's "
+            "section 5.1 that more regularisation of the safety expert makes the model less safe.",
         ),
         (
             "Where tokens go",
@@ -239,87 +284,146 @@ def draw_figures(results_dir: Path, comparison: dict, records: dict, names: list
     return drawn, [f"{heading}: no runs here to draw it from." for heading, svg, _ in candidates if not svg]
 
 
-def fusion_sweeps(results_dir: Path, comparison: dict, records: dict, names: list[str], split: str):
-    """Points over λ, γ (alike for all experts) and k, and routing weights by γ₁, of fusions else as the reference."""
-    keys = ("gate_loss_weight", "expert_topk", *(f"{task}_weight" for task in TASKS))
-    mean_of = {
-        row["run"]: row["metrics"]["mean_nll_per_token"]["value"]
-        for row in comparison["rows"]
-        if "mean_nll_per_token" in row["metrics"]
-    }
-    runs = {}
-    for name in names:
-        record = records.get(name)
-        if record and record["run"]["arguments"].get("moe_flag") == 1 and split_seed(name)[0] in mean_of:
-            runs[split_seed(name)[0]] = (name, record["run"]["arguments"])
-    if comparison["reference"] not in runs:
-        return [], [], [], {}
-    _, ours = runs[comparison["reference"]]
+@dataclass
+class Alike:
+    """The aligned fusions of a comparison, by what they differ in from the reference (own: it, with its seed)."""
 
-    def points(free: tuple[str, ...], value) -> list[tuple[float, float, str]]:
-        fixed = [key for key in ours if key not in free and key != "run_name"]
-        alike = {run: a for run, (_, a) in runs.items() if all(a.get(key) == ours.get(key) for key in fixed)}
-        return [(value(a), mean_of[run], run) for run, a in alike.items() if value(a) is not None]
+    comparison: dict
+    runs: dict[str, RunScores]
+    own: str
 
-    weights = keys[2:]
-    lambdas = points(("gate_loss_weight",), lambda a: a["gate_loss_weight"])
-    gammas = points(weights, lambda a: a[weights[0]] if len({a[w] for w in weights}) == 1 else None)
-    top_ks = points(("expert_topk",), lambda a: a["expert_topk"])
-    first = points((weights[0],), lambda a: a[weights[0]])
-    histograms = {}
-    for gamma, _, run in sorted(first) if len(first) > 1 else []:
-        histograms[f"γ₁ = {gamma:g}"] = [
-            row["routing_probs"] for task in TASKS for row in routing_rows(results_dir, task, split, runs[run][0])
+    def by(self, *free: str) -> list[tuple[float, str]]:
+        """(value of the first setting in `free`, run's name), in its order, of fusions that differ in `free` alone."""
+        ours = settings(self.runs[self.own])
+        if ours is None:
+            return []
+        found = []
+        for name, run in self.runs.items():
+            theirs = settings(run)
+            fixed = {*ours, *(theirs or {})} - {*free}
+            if theirs is not None and all(theirs.get(key) == ours.get(key) for key in fixed):
+                found.append((theirs[free[0]], name))
+        return sorted(found)
+
+    def points(self, setting: str, measure) -> list[tuple[float, float, str]]:
+        """(setting, measure, run) of fusions that differ in it alone; measure: of a row's and a run's scores."""
+        row_of = {row["run"]: row for row in self.comparison["rows"]}
+        found = [
+            (value, measure(row_of[split_seed(name)[0]], self.runs[name]), name) for value, name in self.by(setting)
         ]
-    return lambdas, gammas, top_ks, {name: probs for name, probs in histograms.items() if probs}
+        return [point for point in found if point[1] is not None]
+
+    def gammas(self) -> list[tuple[float, float, str]]:
+        """(γ, mean NLL, run) of fusions that differ in γ alone, alike for all experts."""
+        weights = [f"{task}_weight" for task in TASKS]
+        row_of = {row["run"]: row for row in self.comparison["rows"]}
+        return [
+            (gamma, mean_nll(row_of[split_seed(name)[0]], self.runs[name]), name)
+            for gamma, name in self.by(*weights)
+            if len({settings(self.runs[name])[weight] for weight in weights}) == 1
+        ]
 
 
-def routing_rows(results_dir: Path, task: str, split: str, name: str) -> list[dict]:
-    """The routing judgements of a run's questions of a task."""
-    path = results_dir / "evaluation" / task / split / name / "likelihood" / "judgements.jsonl"
-    return [row for row in read_lines(path) if row["metric"] == "routing_accuracy"] if path.exists() else []
+def settings(run: RunScores) -> dict | None:
+    """What decided an aligned fusion, and the fusion it began with, without checksums of what differs between two
+    machines; None for any other run."""
+    if run.record is None or run.record["run"]["arguments"].get("moe_flag") != 1:
+        return None
+    own = {key: value for key, value in run.record["run"]["arguments"].items() if key not in OF_A_MACHINE}
+    began = {
+        f"fused {key}": value for key, value in run.record["meta"].get("fused", {}).items() if key not in OF_A_MACHINE
+    }
+    return own | began
 
 
-def confusion(results_dir: Path, reference: str, split: str) -> dict | None:
+def mean_nll(row: dict, run: RunScores) -> float | None:
+    return row["metrics"].get("mean_nll_per_token", {}).get("value")
+
+
+def safe_preferred(row: dict, run: RunScores) -> float | None:
+    return row["metrics"].get("safe_preferred", {}).get("value")
+
+
+def embedding_drift(run: RunScores) -> float | None:
+    """The mean over tasks of evaluator/embedding_drift.py's distance."""
+    values = [run.metrics[one.name].score["value"] for one in EMBEDDING_DRIFT if one.name in run.metrics]
+    return sum(values) / len(values) if values else None
+
+
+def confusion(routing: dict[str, list[list[float]]]) -> dict | None:
     """Of each task's questions, how many go most to each expert."""
     rows = []
-    for task in TASKS:
-        probs = [row["routing_probs"] for row in routing_rows(results_dir, task, split, reference)]
-        if probs:
-            counts = [0] * len(probs[0])
-            for of_question in probs:
-                counts[of_question.index(max(of_question))] += 1
-            rows.append((task, counts))
+    for task, probs in routing.items():
+        counts = [0] * len(probs[0])
+        for of_question in probs:
+            counts[of_question.index(max(of_question))] += 1
+        rows.append((task, counts))
     return {"experts": list(TASKS)[: len(rows[0][1])], "rows": rows} if rows else None
 
 
-def side_by_side(results_dir: Path, names: list[str], split: str, num_questions: int = 12) -> list[dict]:
+def side_by_side(results_dir: Path, runs: dict[str, RunScores], split: str, num_questions: int = 12) -> list[dict]:
     """Answers of the runs to the same prompts: {task, question, answers: [{run, text, verdict}]}."""
     items = []
-    for task in TASKS:
-        answers: dict[str, list[tuple[str, str]]] = {}
+    for task in (*TASKS, XSTEST):
+        answers: dict[str, list[dict]] = {}
         questions = {}
-        for name in names:
+        for name, run in runs.items():
             for directory in (f"cross_{name}", name):
                 path = results_dir / "inference" / task / split / directory / "outputs.jsonl"
                 if not path.exists():
                     continue
                 for row in read_lines(path):
                     questions[row["id"]] = row["instruction"]
-                    answers.setdefault(row["id"], []).append((name, row["output"]))
+                    answer = {"run": name, "text": row["output"], "verdict": verdict_on(run, task, row["id"])}
+                    answers.setdefault(row["id"], []).append(answer)
         shared = [id for id, given in answers.items() if len(given) > 1][:num_questions]
-        items += [
-            {
-                "task": task,
-                "question": questions[id],
-                "answers": [{"run": run, "text": text, "verdict": None} for run, text in answers[id]],
-            }
-            for id in shared
-        ]
+        items += [{"task": task, "question": questions[id], "answers": answers[id]} for id in shared]
     return items
 
 
-def missing_text(rows: list[dict], shown: list, with_texts: bool) -> list[str]:
+def verdict_on(run: RunScores, task: str, id: str) -> str:
+    """What the judges said of one answer: "truth 1, information 0"."""
+    said = []
+    for one in JUDGED:
+        if one.task == task and one.name in run.metrics and id in (ids := run.metrics[one.name].items.ids):
+            value = run.metrics[one.name].items.values[ids.index(id)]
+            said.append(f"{one.heading}: " + ("no verdict" if value is None else f"{value:g}"))
+    return ", ".join(said)
+
+
+def tinted_answers(results_dir: Path, own: str, split: str, num_answers: int = 3) -> list[dict]:
+    """Answers of the reference, token by token: {task, experts, tokens: [{text, expert, weight}]} with the expert that
+    has the most routing weight on the token, over all layers, and that weight."""
+    items = []
+    for task in TASKS:
+        path = results_dir / "observation" / task / split / f"cross_{own}" / "tokens.json"
+        for answer in read_json(path)[:num_answers] if path.exists() else []:
+            tokens = [
+                {"text": text, "expert": weights.index(max(weights)), "weight": max(weights)}
+                for text, weights in answer["tokens"]
+            ]
+            items.append({"task": task, "question": answer["question"], "experts": answer["experts"], "tokens": tokens})
+    return items
+
+
+def relative_gains(comparison: dict) -> list[dict]:
+    """How far the reference is below the best row of each kind that the paper compares with, in percent of that row's
+    mean NLL, beside the paper's figure: {kind, run, gain, interval, paper}."""
+    gains = []
+    for kind, paper in PAPER_GAINS.items():
+        rows = [row for row in comparison["rows"] if row["kind"] == kind and "mean_nll_per_token" in row["paired"]]
+        if not rows:
+            continue
+        best = min(rows, key=lambda row: row["metrics"]["mean_nll_per_token"]["value"])
+        theirs, difference = best["metrics"]["mean_nll_per_token"]["value"], best["paired"]["mean_nll_per_token"]
+        percent = [-100 * difference["difference"] / theirs]
+        if difference["interval"]:
+            percent += sorted(-100 * end / theirs for end in difference["interval"])
+        gains.append({"kind": kind, "run": best["run"], "gain": percent[0], "interval": percent[1:], "paper": paper})
+    return gains
+
+
+def missing_text(rows: list[dict], shown: list, with_texts: bool, duplicates: dict | None) -> list[str]:
     """What the page does not show, said."""
     kinds = {row["kind"] for row in rows}
     lines = [f"No row of kind {kind}." for kind in KINDS if kind not in kinds]
@@ -327,6 +431,8 @@ def missing_text(rows: list[dict], shown: list, with_texts: bool) -> list[str]:
     lines += [f"No run has {one.heading}." for one in METRICS if one.name not in scored]
     if not with_texts:
         lines.append("The answers themselves: their data may not be handed on, so that no text of it stands here.")
+    if duplicates is None:
+        lines.append("How many held-out questions the training rows nearly have: not counted.")
     single = [row["run"] for row in rows if len(row["seeds"]) == 1]
     if single:
         lines.append(f"More than one seed of {', '.join(single)}.")

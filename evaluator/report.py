@@ -28,6 +28,9 @@ class ReportArguments:
     texts: int = flag(0, "1: show answers on the page; they hold texts of the data", choices=[0, 1])
     save: str | None = flag(None, "a folder to keep each run in for others, <run>.json: scores by item, no texts")
     saved: str | None = flag(None, "such a folder, for the runs that are not in --results_dir")
+    data_source: str | None = flag(
+        None, "hub, sample or a folder: count which of its held-out questions its training rows nearly have"
+    )
     dataset_type: str = flag("test", "which half", choices=["train", "test"])
     results_dir: str = flag(str(RESULTS_DIR), "where the scores are")
 
@@ -38,13 +41,14 @@ if __name__ == "__main__":
 from evaluator.comparison import compare
 from evaluator.page import write_page
 from evaluator.results import INTERVALS, judge_name, judge_text
-from evaluator.run_scores import NLL, SHARES, RunScores, read_run_scores, save_run_scores
+from evaluator.run_scores import LIKELIHOODS, NLL, RunScores, read_run_scores, save_run_scores
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
 
 COLUMNS = tuple(  # heading, task, metric
-    (f"{one.heading} {'↑' if one.higher_is_better else '↓'}", one.task, one.judgement) for one in (*NLL, *SHARES)
+    (f"{one.heading} {'↑' if one.higher_is_better else '↓'}", one.task, one.judgement) for one in LIKELIHOODS
 )
+DUPLICATES = "near_duplicates.json"
 JUDGED = (  # heading, task, metric: the paper's scores
     ("flagged ↓", "safety", "flagged"),
     ("over-refusal ↓", "xstest", "over_refusal"),
@@ -79,13 +83,27 @@ def main(argv: list[str] | None = None) -> None:
     print(f"written to {path}")
     for scores in known.values() if args.save else ():
         save_run_scores(Path(args.save), scores)
+    duplicates = count_duplicates(args)
     reference = args.reference or last_fusion(known)
     if reference:
         comparison = compare(known, reference)
         write_json(path.with_name("table.json"), comparison)
         page = path.with_name("index.html")
-        write_page(page, comparison, known, results_dir, args.dataset_type, bool(args.texts))
+        write_page(page, comparison, known, results_dir, args.dataset_type, bool(args.texts), duplicates)
         print(f"the page: {page}")
+
+
+def count_duplicates(args: ReportArguments) -> dict[str, dict] | None:
+    """The near-duplicates of --data_source, kept in --save; without it those kept in --saved, if there are any."""
+    if args.data_source:
+        from data.near_duplicates import near_duplicates  # scikit-learn, for this alone
+
+        counts = near_duplicates(args.data_source)
+        if args.save:
+            write_json(Path(args.save) / DUPLICATES, counts)
+        return counts
+    path = Path(args.saved) / DUPLICATES if args.saved else None
+    return read_json(path) if path and path.exists() else None
 
 
 def last_fusion(runs: dict[str, RunScores]) -> str | None:
@@ -101,8 +119,8 @@ def likelihood_table(runs: dict[str, RunScores], results_dir: Path, split: str) 
     for run, known in runs.items():
         if known.record and known.record["run"]["script"] == "select_answers.py":
             continue
-        having = (one for one in (*NLL, *SHARES) if one.name in known.metrics)
-        scores[run] = {(one.task, one.judgement): known.metrics[one.name][1] for one in having}
+        having = (one for one in LIKELIHOODS if one.name in known.metrics)
+        scores[run] = {(one.task, one.judgement): known.metrics[one.name].score for one in having}
         for one in NLL:
             if one.name not in known.metrics:
                 path = results_dir / "evaluation" / one.task / split / run / "likelihood" / "metrics.json"

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from data.batching import batches_by_length, pad
 from data.encoding import IGNORED, Encoder
 from data.sources import Record
 from models.llama_moe import LlamaMoeConfig
@@ -145,3 +146,22 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
             cut=bool(cut),
         )
     return scored
+
+
+@torch.inference_mode()
+def score_texts(model, tokenizer, texts: list[str], window: int, batch_size: int, device) -> list[tuple[float, int]]:
+    """(log-probability, number of tokens scored) of each plain text, its first `window` tokens: every token given those
+    before it, the first one (BOS, where the tokenizer adds it) not counted."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    ids = tokenizer(texts, split_special_tokens=True)["input_ids"]
+    samples = [(number, of_text[:window]) for number, of_text in enumerate(ids)]
+    scored = {}
+    for batch in batches_by_length(samples, lambda sample: len(sample[1]), batch_size):
+        rows, mask = (tensor.to(device) for tensor in pad([of_text for _, of_text in batch], left=False))
+        hidden = base.model(input_ids=rows, attention_mask=mask, use_cache=False).last_hidden_state
+        for (number, of_text), states in zip(batch, hidden, strict=True):
+            count = len(of_text) - 1
+            logits = base.lm_head(states[:count]).float()
+            targets = torch.tensor(of_text[1:], device=device)
+            scored[number] = (-F.cross_entropy(logits, targets, reduction="sum").item(), count)
+    return [scored[number] for number in range(len(texts))]

@@ -23,6 +23,11 @@ class JudgeArguments(SourceArguments):
 
     kind: str | None = flag(None, "what the judge decides", choices=["truth", "information", "safety"])
     output: str | None = flag(None, "where the judge is written (default: judges/<kind> in --results_dir)")
+    half: str | None = flag(
+        None,
+        "which half of the training questions (default: both): of two judges one may select what the other scores",
+        choices=["first", "second"],
+    )
     num_samples: int = flag(-1, "training rows, drawn with --seed; -1: all")
     num_held_out: int = flag(1000, "held-out rows the judge is measured on, evenly spaced; -1: all")
     max_length: int = flag(192, "tokens; of a longer text the middle of the answer is cut")
@@ -75,6 +80,7 @@ OURS = (
     "base_model",
     "data_source",
     "dtype",
+    "half",
     "num_samples",
     "num_held_out",
     "max_length",
@@ -115,6 +121,8 @@ def main(argv: list[str] | None = None) -> None:
     print(training.describe_batch())
     started = time.perf_counter()
     rows, held_out, origin = judge_rows(args.kind, args.data_source)
+    if args.half:
+        rows = half_of(rows, args.half)
     rows, held_out = draw(rows, args.num_samples, training.seed), spread(held_out, args.num_held_out)
     for name, chosen in (("num_samples", rows), ("num_held_out", held_out)):
         if {row.label for row in chosen} != {0, 1}:
@@ -142,6 +150,13 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in metrics.items():
         print(f"  {name} {show(value)}")
     print(f"Trained the {args.kind} judge in {train['seconds']:.0f} s: {folder}")
+
+
+def half_of(rows: list[Labelled], half: str) -> list[Labelled]:
+    """The rows of every other question, in the order in which the questions first come: the first of each two, or the
+    second."""
+    questions = {question: number for number, question in enumerate(dict.fromkeys(row.question for row in rows))}
+    return [row for row in rows if questions[row.question] % 2 == ("first", "second").index(half)]
 
 
 def samples(args: JudgeArguments, rows: list[Labelled], tokenizer) -> list[dict]:

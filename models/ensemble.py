@@ -130,6 +130,11 @@ def load_ensemble(folder: Path, base_model: str, dtype: str) -> LlamaEnsembleFor
     return model
 
 
+def asked(argv: list[str]) -> dict:
+    """What run.json of a command line would record, as far as its flags tell (evaluator/reuse.py)."""
+    return {"average": cli.parse(argv, EnsembleArguments).average}
+
+
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     from models.loading import open_experts  # which loads what this module makes

@@ -385,6 +385,17 @@ def main(argv: list[str] | None = None) -> None:
     report_sizes(output, model)
 
 
+def asked(argv: list[str]) -> dict:
+    """What run.json of a command line would record, as far as its flags tell (evaluator/reuse.py)."""
+    args = cli.parse(argv, FuseArguments)
+    arguments = {name: getattr(args, name) for name in ("expert_topk", "seed", "save_dtype")}
+    if args.fresh_rank:
+        arguments["fresh_rank"] = args.fresh_rank
+    if args.router_init == "prototype":
+        arguments |= {"router_init": args.router_init, "num_prompts": args.num_prompts}
+    return arguments
+
+
 def prototype_arguments(args: FuseArguments, experts: list, source: str | None) -> dict:
     """What decides routers by prototypes, for run.json. UserError for an expert without a task, or without data."""
     if None in (tasks := [expert.task for expert in experts]):

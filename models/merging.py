@@ -140,14 +140,11 @@ def main(argv: list[str] | None = None) -> None:
         "data_source": source,
         "experts": [expert.name for expert in experts],
         "adapters_sha256": [expert.checksum for expert in experts],
-        "method": args.method,
-        "num_held_apart": args.num_held_apart,
-        **coefficients(args),
-        "seed": args.seed,
+        **flag_arguments(args),
     }
     if tuned:
         files = [path for task in TASKS for path in source_files(task, "train", source)]
-        arguments |= {"data_sha256": data_sha256(files), "dtype": base.dtype_name(args.dtype)}
+        arguments["data_sha256"] = data_sha256(files)
     name = f"merge_{args.method}" + ("_tuned" if tuned else "")
     output = Path(args.output or config.outputs_dir(args.results_dir) / name)
     state = run_dir.begin(output, SCRIPT, arguments, "move it away, or name another folder with --output")
@@ -169,6 +166,17 @@ def main(argv: list[str] | None = None) -> None:
         meta = {"source": METHODS[args.method].source}
         run_dir.finish(output, SCRIPT, arguments, {**trained, "coefficients": chosen}, meta)
     print(f"Merged {', '.join(arguments['experts'])} by {args.method} {chosen}: {output}")
+
+
+def flag_arguments(args: MergeArguments) -> dict:
+    """The part of run.json that the flags decide, whatever the experts are."""
+    arguments = {"method": args.method, "num_held_apart": args.num_held_apart, **coefficients(args), "seed": args.seed}
+    return arguments if args.num_held_apart is None else {**arguments, "dtype": base.dtype_name(args.dtype)}
+
+
+def asked(argv: list[str]) -> dict:
+    """What run.json of a command line would record, as far as its flags tell (evaluator/reuse.py)."""
+    return flag_arguments(cli.parse(argv, MergeArguments))
 
 
 def coefficients(args: MergeArguments) -> dict:

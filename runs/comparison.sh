@@ -4,12 +4,13 @@
 #   bash runs/comparison.sh --base_model smollm2 --data_source DIR --num_samples 160 --seeds 42,43,44
 #   bash runs/comparison.sh --quick 1        all kinds of row on smollm2 and data/sample, few rows, one seed: minutes
 #
-# Run it again to resume it where it was stopped: what is done says so and is skipped.
+# Run it again to resume it where it was stopped: what is done says so and is skipped. --save DIR keeps each row there as
+# soon as it is scored; --reuse DIR takes over the rows of such a folder whose settings are these.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 BASE_MODEL=smollm2 DATA_SOURCE=sample NUM_SAMPLES=160 NUM_SCORED=200 NUM_ANSWERED=100 SEEDS=42 EPOCHS=2 BATCH_SIZE=4
-ABLATIONS=1 QUICK=0 RESULTS=results/comparison HELD_APART=30 DTYPE=auto
+ABLATIONS=1 ANSWERS=1 QUICK=0 RESULTS=results/comparison HELD_APART=30 DTYPE=auto SAVE="" REUSE=""
 while [ $# -gt 0 ]; do
     case $1 in
         --base_model) BASE_MODEL=$2 ;;
@@ -23,7 +24,10 @@ while [ $# -gt 0 ]; do
         --seeds) SEEDS=$2 ;;
         --dtype) DTYPE=$2 ;;
         --ablations) ABLATIONS=$2 ;;
+        --answers) ANSWERS=$2 ;;
         --quick) QUICK=$2 ;;
+        --save) SAVE=$2 ;;
+        --reuse) REUSE=$2 ;;
         --results_dir) RESULTS=$2 ;;
         *) echo "error: $1: is no flag of runs/comparison.sh; its head shows them" >&2; exit 2 ;;
     esac
@@ -34,127 +38,198 @@ case ,$SEEDS, in
     ,42,*) ;;
     *) echo "error: --seeds $SEEDS: begin with 42, whose runs have no seed in their names" >&2; exit 2 ;;
 esac
-MERGES="linear task_arithmetic ties dare_ties della sce model_stock tsv_m iso_c knots_ties"
-TUNED="task_arithmetic ties tsv_m"
+MERGES="task_arithmetic dare_ties della sce model_stock tsv_m iso_c knots_ties" TUNED="task_arithmetic ties tsv_m"
 NEW_TOKENS=128
 if [ "$QUICK" = 1 ]; then
     NUM_SAMPLES=12 NUM_SCORED=8 NUM_ANSWERED=2 EPOCHS=1 ABLATIONS=0 NEW_TOKENS=16
-    MERGES="linear task_arithmetic ties tsv_m iso_c knots_ties" TUNED=""
+    MERGES="task_arithmetic tsv_m iso_c knots_ties" TUNED=""
 fi
 TASKS="helpfulness safety truthfulness"
 R="--results_dir $RESULTS"
 TRAIN="--data_source $DATA_SOURCE --num_samples $NUM_SAMPLES --num_train_epochs $EPOCHS --batch_size $BATCH_SIZE --dtype $DTYPE $R"
-FUSION="--moe_flag 1 --gate_loss_weight 0.3 --router_learning_rate 0.01 $TRAIN"
+FUSE_ALIGN="python align_basemodel.py --moe_flag 1 --gate_loss_weight 0.3 --router_learning_rate 0.01 $TRAIN"
 RUN=mix_moe_reg_00000_00000_00000_gate_03000
 
 num_seeds=$(echo "$SEEDS" | tr ',' '\n' | wc -l)
 echo "The comparison on $BASE_MODEL and $DATA_SOURCE, $NUM_SAMPLES rows per task, seeds $SEEDS, into $RESULTS:"
-echo "  $((3 * num_seeds)) experts, $((3 * num_seeds)) LoRAs on the mixed data, $num_seeds fusions$([ "$ABLATIONS" = 1 ] && echo " and 19 ablations of one")"
-echo "  $(echo $MERGES | wc -w) merges, $(echo $TUNED | wc -w) of them tuned too, 2 averaging ensembles, 3 that select"
+echo "  $((3 * num_seeds)) experts, $((2 * num_seeds + 1)) LoRAs on the mixed data, $num_seeds fusions$([ "$ABLATIONS" = 1 ] && echo " and 26 ablations of one")"
+echo "  linear and TIES merges of each seed, $(echo $MERGES $TUNED | wc -w) others of the first, averaging ensembles, 5 that select"
 echo "  likelihoods of $NUM_SCORED held-out rows per task and run, answers to $NUM_ANSWERED prompts per task"
 if [ "$QUICK" = 1 ]; then
     echo "On two CPU cores: about ten minutes."
 else
-    echo "On two CPU cores with SmolLM2-135M and 160 rows per task: 1 h for the first seed's main rows, as much for the"
-    echo "merges and answers, half an hour for each further seed's rows, 5 h for the ablations."
+    echo "On two CPU cores with SmolLM2-135M and 160 rows per task: an hour for each seed, one for the other merges, two for"
+    echo "the answers and their judges, six for the ablations."
 fi
 
-names=raw
-chat() { python -c "import sys; from models.base import load_tokenizer; sys.exit(load_tokenizer(sys.argv[1]).chat_template is None)" "$BASE_MODEL"; }
-if chat; then names=raw,raw_chat; fi
-add() { names=$names,$1; }
+# ---- a row ----
 
-# 1. Experts, one LoRA on the mixed data, and the fusion, for each seed
+SCORE="--base_model $BASE_MODEL --data_source $DATA_SOURCE --num_samples $NUM_SCORED --dtype $DTYPE"
+names=""       # of all rows
+of_others=0    # 1: of this seed all experts were taken over, so that what is made from them may be too
+also=nothing   # what else is scored of a row
+reused() {  # NAME COMMAND...: whether --reuse has this row, made and scored as it would be here
+    [ -n "$REUSE" ] || return 1
+    local name=$1 status=0
+    shift
+    case $1 in python) shift ;; nothing) set -- "" ;; esac
+    python evaluator/reuse.py --run $name --saved "$REUSE" --made_by "$*" $SCORE || status=$?
+    [ $status -le 1 ] || exit $status
+    return $status
+}
+row() {  # NAME NEEDS COMMAND...: make a row, score and keep it; NEEDS (nothing, experts or fuse): what it is made from
+    local name=$1 needs=$2
+    shift 2
+    names=${names:+$names,}$name
+    if [ $needs = nothing ] || [ $of_others = 1 ]; then
+        if reused $name "$@"; then return; fi
+    fi
+    made=1
+    $needs
+    "$@"
+    python evaluator/evaluate_likelihood.py --run $name $SCORE $R
+    $also --run $name
+    if [ -n "$SAVE" ]; then python evaluator/report.py --runs $name --save "$SAVE" $R; fi
+}
+nothing() { :; }
+expert() { echo python align_basemodel.py --moe_flag 0 --task_name $1 --run_name $1$s --seed $seed --base_model $BASE_MODEL $TRAIN; }
+experts() { for task in $TASKS; do $(expert $task); done; }
+fuse() { experts; $FUSE; }
+of() {  # SEED: what follows is of that seed: $seed, $s behind a run's name, $of_seed its experts
+    seed=$1 s=$([ $1 = 42 ] || echo _seed_$1) of_seed=""
+    for task in $TASKS; do of_seed=${of_seed:+$of_seed,}$task=$task$s; done
+    MIXED="python align_basemodel.py --moe_flag 0 --task_name mix --seed $seed --base_model $BASE_MODEL $TRAIN"
+    MIXED_24="$MIXED --rank 24 --alpha 12 --run_name mixed_rank_24$s"
+    MIXED_24_TWICE="$MIXED --rank 24 --alpha 12 --num_train_epochs $((2 * EPOCHS)) --run_name mixed_rank_24_twice$s"
+    LINEAR="python models/merging.py --method linear --experts $of_seed --output $RESULTS/outputs/merge_linear$s $R"
+    TIES="python models/merging.py --method ties --experts $of_seed --output $RESULTS/outputs/merge_ties$s $R"
+    ENSEMBLE="python models/ensemble.py --experts $of_seed --output $RESULTS/outputs/ensemble_probabilities$s $R"
+    FUSE="python models/llama_moe.py --experts $of_seed --seed $seed --output $RESULTS/outputs/moe$s $R"
+    FUSED="$FUSE_ALIGN --seed $seed --moe_dir $RESULTS/outputs/moe$s"
+}
+
+# 1. For each seed: experts, LoRAs on the mixed data, merges and an ensemble of the experts, their fusion
+of 42
+row raw nothing nothing
+if python -c "import sys; from models.base import load_tokenizer; sys.exit(load_tokenizer(sys.argv[1]).chat_template is None)" "$BASE_MODEL"; then
+    row raw_chat nothing nothing
+fi
 for seed in $(echo "$SEEDS" | tr ',' ' '); do
-    s=$([ "$seed" = 42 ] || echo "_seed_$seed")
-    experts=""
-    for task in $TASKS; do
-        python align_basemodel.py --moe_flag 0 --task_name $task --run_name $task$s --seed $seed --base_model $BASE_MODEL $TRAIN
-        experts=$experts,$task=$task$s
-    done
-    experts=${experts#,}
-    mixed="--moe_flag 0 --task_name mix --seed $seed --base_model $BASE_MODEL $TRAIN"
-    python align_basemodel.py $mixed --rank 24 --alpha 12 --run_name mixed_rank_24$s
-    if [ "$QUICK" = 0 ]; then
-        python align_basemodel.py $mixed --run_name mixed_rank_8$s
-        python align_basemodel.py $mixed --rank 24 --alpha 12 --num_train_epochs $((2 * EPOCHS)) --run_name mixed_rank_24_twice$s
-        python models/merging.py --method linear --experts $experts --output $RESULTS/outputs/merge_linear$s $R
-        python models/merging.py --method ties --experts $experts --output $RESULTS/outputs/merge_ties$s $R
-        python models/ensemble.py --experts $experts --output $RESULTS/outputs/ensemble_probabilities$s $R
-    fi
-    python models/llama_moe.py --experts $experts --seed $seed --output $RESULTS/outputs/moe$s $R
-    python align_basemodel.py $FUSION --seed $seed --moe_dir $RESULTS/outputs/moe$s
-    for name in $TASKS mixed_rank_24; do add $name$s; done
-    if [ "$QUICK" = 0 ]; then
-        for name in mixed_rank_8 mixed_rank_24_twice merge_linear merge_ties ensemble_probabilities; do add $name$s; done
-    fi
-    add moe$s; add $RUN$s
+    of $seed
+    made=0
+    for task in $TASKS; do row $task$s nothing $(expert $task); done
+    of_others=$((1 - made))
+    if [ $seed = 42 ]; then first_of_others=$of_others; fi
+    row mixed_rank_24$s nothing $MIXED_24
+    row merge_linear$s experts $LINEAR
+    row merge_ties$s experts $TIES
+    row ensemble_probabilities$s experts $ENSEMBLE
+    row moe$s experts $FUSE
+    row $RUN$s fuse $FUSED
+    if [ $QUICK = 0 ]; then row mixed_rank_24_twice$s nothing $MIXED_24_TWICE; fi
 done
+of 42
+of_others=$first_of_others
 
-# 2. Merges and ensembles of the first seed's experts
-for method in $MERGES; do
-    python models/merging.py --method $method $R
-    case ,$names, in *,merge_$method,*) ;; *) add merge_$method ;; esac
-done
+# 2. Other merges of the first seed's experts, by usual coefficients and by tuned ones; another average
+for method in $MERGES; do row merge_$method experts python models/merging.py --method $method $R; done
 for method in $TUNED; do
-    python models/merging.py --method $method --num_held_apart $HELD_APART --dtype $DTYPE $R
-    add merge_${method}_tuned
+    row merge_${method}_tuned experts python models/merging.py --method $method --num_held_apart $HELD_APART --dtype $DTYPE $R
 done
-for average in probabilities log_probabilities; do
-    python models/ensemble.py --average $average $R
-    case ,$names, in *,ensemble_$average,*) ;; *) add ensemble_$average ;; esac
-done
+row ensemble_log_probabilities experts python models/ensemble.py --average log_probabilities $R
 
 # 3. Fusions that differ in one thing
 if [ "$ABLATIONS" = 1 ]; then
-    ablation() { local name=$1; shift; python align_basemodel.py $FUSION --run_name $name "$@"; add $name; }
-    python models/llama_moe.py --fresh_rank 8 --base_model $BASE_MODEL --output $RESULTS/outputs/moe_fresh $R
-    python models/llama_moe.py --router_init prototype --output $RESULTS/outputs/moe_prototype $R
-    add moe_prototype
-    ablation fused_fresh_experts --moe_dir $RESULTS/outputs/moe_fresh --base_model $BASE_MODEL
-    ablation fused_prototype --moe_dir $RESULTS/outputs/moe_prototype
-    python align_basemodel.py --moe_flag 1 --gate_loss_weight 0.3 $TRAIN --train_router 0 --run_name fused_router_frozen
-    add fused_router_frozen
-    ablation fused_router_alone --train_experts 0
-    ablation fused_attention --tune_attention 1
-    for k in 1 3; do ablation fused_top_$k --expert_topk $k; done
-    for gate in 0 0.01 0.1 1; do ablation fused_gate_$gate --gate_loss_weight $gate; done
+    row mixed_rank_8 nothing $MIXED --run_name mixed_rank_8
+    fusion() { local name=$1 needs=$2; shift 2; row $name $needs $FUSED --run_name $name "$@"; }
+    PROTOTYPE="python models/llama_moe.py --router_init prototype --dtype $DTYPE --output $RESULTS/outputs/moe_prototype $R"
+    fuse_fresh() { python models/llama_moe.py --fresh_rank 8 --base_model $BASE_MODEL --output $RESULTS/outputs/moe_fresh $R; }
+    fuse_prototype() { experts; $PROTOTYPE; }
+    row moe_prototype experts $PROTOTYPE
+    fusion fused_prototype fuse_prototype --moe_dir $RESULTS/outputs/moe_prototype
+    fusion fused_fresh_experts fuse_fresh --moe_dir $RESULTS/outputs/moe_fresh --base_model $BASE_MODEL
+    row fused_router_frozen fuse ${FUSED/--router_learning_rate 0.01 /} --train_router 0 --run_name fused_router_frozen
+    fusion fused_router_alone fuse --train_experts 0
+    fusion fused_attention fuse --tune_attention 1
+    for k in 1 3; do fusion fused_top_$k fuse --expert_topk $k; done
+    for gate in 0 0.01 0.1 1; do fusion fused_gate_$gate fuse --gate_loss_weight $gate; done
+    fused() { fuse; $FUSED; }
     for gamma in 0.0001 0.001 0.01 0.1 1; do
-        ablation fused_gamma_$gamma --helpfulness_weight $gamma --safety_weight $gamma --truthfulness_weight $gamma
-        ablation fused_gamma_1_$gamma --helpfulness_weight $gamma
+        also="python evaluator/embedding_drift.py --reference $RUN --num_samples $NUM_SCORED --dtype $DTYPE $R"
+        fusion fused_gamma_1_$gamma fused --helpfulness_weight $gamma
+        also=nothing
+        fusion fused_gamma_2_$gamma fuse --safety_weight $gamma
+        fusion fused_gamma_3_$gamma fuse --truthfulness_weight $gamma
+        fusion fused_gamma_$gamma fuse --helpfulness_weight $gamma --safety_weight $gamma --truthfulness_weight $gamma
     done
 fi
 
-# 4. Scores that need no judge
-python evaluator/evaluate_likelihood.py --run $names --num_samples $NUM_SCORED --dtype $DTYPE $R
-
-# 5. Answers, ensembles that select among them, and small judges' scores of all of them
-ANSWER="--num_samples $NUM_ANSWERED --max_new_tokens $NEW_TOKENS --dtype $DTYPE $R"
-answered=$([ "$QUICK" = 1 ] && echo safety || echo "$TASKS")
-for task in $answered; do
-    python inference.py --task_name $task --aligned_flag 0 $ANSWER
-    for run in $TASKS mixed_rank_24 merge_linear ensemble_probabilities $RUN; do
-        python inference.py --task_name $task --cross_task $run $ANSWER
-    done
-    select="python evaluator/select_answers.py --task_name $task --answers cross_helpfulness,cross_safety,cross_truthfulness $R"
-    $select
-    $select --by classifier --data_source $DATA_SOURCE --num_samples $NUM_SAMPLES
-done
-add consensus; add classifier
+# 4. Answers, what selects among the experts' answers, and small judges' scores of all of them
+ANSWERED="raw $TASKS mixed_rank_24 merge_linear merge_ties ensemble_probabilities $RUN" SELECTED="consensus classifier"
+answer() {  # TASK RUN [FLAG...]
+    local task=$1 run=$2
+    shift 2
+    if [ $run = raw ]; then set -- --aligned_flag 0 "$@"; else set -- --cross_task $run "$@"; fi
+    python inference.py --task_name $task "$@" --num_samples $NUM_ANSWERED --max_new_tokens $NEW_TOKENS \
+        --base_model $BASE_MODEL --data_source $DATA_SOURCE --dtype $DTYPE $R
+}
+select_from() { # TASK NAME ANSWERS [FLAG...]
+    local task=$1 name=$2 answers=$3
+    shift 3
+    python evaluator/select_answers.py --task_name $task --name $name --answers $answers "$@" $R
+}
 JUDGE="--base_model $BASE_MODEL --data_source $DATA_SOURCE --dtype $DTYPE $R"
-if [ "$QUICK" = 1 ]; then
-    python evaluator/train_judge.py --kind safety --num_samples 40 --num_held_out 40 $JUDGE
+if [ $QUICK = 1 ]; then
+    answered=safety
+    judges() { python evaluator/train_judge.py --kind safety --num_samples 40 --num_held_out 40 $JUDGE; }
 else
-    for kind in safety truth information; do python evaluator/train_judge.py --kind $kind $JUDGE; done
+    answered="$TASKS xstest" SELECTED="$SELECTED more_agents best_of_3"
+    judges() {  # of half the labelled rows each: one judge selects, another scores
+        for kind in safety truth information; do python evaluator/train_judge.py --kind $kind --half second $JUDGE; done
+        for kind in safety truth; do
+            python evaluator/train_judge.py --kind $kind --half first --output $RESULTS/judges/select_$kind $JUDGE
+        done
+    }
 fi
-for answers in raw cross_helpfulness cross_safety cross_truthfulness cross_mixed_rank_24 cross_merge_linear \
-    cross_ensemble_probabilities cross_$RUN consensus classifier; do
-    python evaluator/evaluate_safety.py --task_name $answers --judge $RESULTS/judges/safety --dtype $DTYPE $R
-    if [ "$QUICK" = 0 ]; then
-        python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 0 --judge $RESULTS/judges/truth --dtype $DTYPE $R
-        python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 1 --judge $RESULTS/judges/information --dtype $DTYPE $R
+all_answered=$(echo $ANSWERED $SELECTED | tr ' ' ',')
+answers_reused() {
+    [ -n "$REUSE" ] && [ $of_others = 1 ] || return 1
+    local status=0
+    python evaluator/reuse.py --run $all_answered --saved "$REUSE" $SCORE --num_answered $NUM_ANSWERED --max_new_tokens $NEW_TOKENS || status=$?
+    [ $status -le 1 ] || exit $status
+    return $status
+}
+if [ $ANSWERS = 1 ]; then
+    for name in $SELECTED; do names=$names,$name; done
+    if ! answers_reused; then
+        fuse
+        for command in "$MIXED_24" "$LINEAR" "$TIES" "$ENSEMBLE" "$FUSED"; do $command; done
+        judges
+        experts_answers=cross_helpfulness,cross_safety,cross_truthfulness
+        for task in $answered; do
+            for run in $ANSWERED; do answer $task $run; done
+            select_from $task consensus $experts_answers
+            select_from $task classifier $experts_answers --by classifier --data_source $DATA_SOURCE --num_samples $NUM_SAMPLES
+            if [ $QUICK = 0 ]; then
+                for other in 43 44; do answer $task truthfulness --seed $other; done
+                select_from $task more_agents cross_truthfulness,cross_truthfulness_seed_43,cross_truthfulness_seed_44
+                if [ $task = truthfulness ]; then kind=truth; else kind=safety; fi
+                select_from $task best_of_3 $experts_answers --by judge --judge $RESULTS/judges/select_$kind
+            fi
+        done
+        for name in $ANSWERED $SELECTED; do
+            case $name in raw | consensus | classifier | more_agents | best_of_3) answers=$name ;; *) answers=cross_$name ;; esac
+            python evaluator/evaluate_safety.py --task_name $answers --judge $RESULTS/judges/safety --dtype $DTYPE $R
+            if [ $QUICK = 0 ]; then
+                python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 0 --judge $RESULTS/judges/truth --dtype $DTYPE $R
+                python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 1 --judge $RESULTS/judges/information --dtype $DTYPE $R
+            fi
+        done
+        if [ -n "$SAVE" ]; then
+            python evaluator/report.py --runs $all_answered --save "$SAVE" ${REUSE:+--saved "$REUSE"} $R
+        fi
     fi
-done
+fi
 
-# 6. The report
-python evaluator/report.py --runs $names --reference $RUN --texts $([ "$DATA_SOURCE" = sample ] && echo 1 || echo 0) $R
+# 5. The report
+python evaluator/report.py --runs $names --reference $RUN ${REUSE:+--saved "$REUSE"} ${SAVE:+--save "$SAVE"} --data_source $DATA_SOURCE --texts $([ $DATA_SOURCE = sample ] && echo 1 || echo 0) $R

@@ -1,0 +1,135 @@
+"""Whether runs kept by evaluator/report.py --save were made and scored as they would be now: exit code 0 if all were.
+
+python evaluator/reuse.py --run NAME --saved DIR --base_model BASE --data_source DATA --num_samples 200 \
+    --made_by "align_basemodel.py --task_name safety ..."        the command that would make the run
+
+What the flags of both commands decide, the base and the data must be alike. Weights that a run was made from are not
+compared (two processors train them differently in the last digits): the caller asks after those runs first. Says on
+one line what differs, and exits with 1.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a script, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import cli
+from cli import DTYPES, check_at_least, check_num_samples, flag
+from config import UserError
+
+NOT_ALIKE = 1  # the exit code
+
+
+@dataclass
+class ReuseArguments:
+    """Flags of evaluator/reuse.py."""
+
+    run: str = flag("raw", "the kept runs, with commas")
+    saved: str | None = flag(None, "the folder where they are kept")
+    made_by: str | None = flag(None, "the command that would make the run (none: raw, which nothing makes)")
+    base_model: str | None = flag(None, "the base that it would be made from")
+    data_source: str | None = flag(None, "hub, sample or a folder: the data that it would be scored on")
+    dataset_type: str = flag("test", "which half", choices=["train", "test"])
+    num_samples: int = flag(-1, "rows per score, as evaluate_likelihood.py takes them")
+    dtype: str = flag("auto", "of the base in scoring and answering", choices=list(DTYPES))
+    num_answered: int | None = flag(None, "also look for judged answers, to that many prompts per task")
+    max_new_tokens: int | None = flag(None, "of such answers")
+
+    def __post_init__(self):
+        if None in (self.saved, self.base_model, self.data_source):
+            raise UserError("name the folder of the kept runs with --saved, and --base_model and --data_source")
+        if (self.num_answered is None) != (self.max_new_tokens is None):
+            raise UserError("--num_answered and --max_new_tokens: give both, or neither")
+        check_num_samples(num_samples=self.num_samples)
+        check_at_least(1, num_answered=self.num_answered, max_new_tokens=self.max_new_tokens)
+
+
+if __name__ == "__main__":
+    cli.check_early(cli.parse, ReuseArguments)
+
+import importlib
+import shlex
+
+from data.sources import absolute_source, data_sha256, source_files
+from evaluator.evaluate_likelihood import LikelihoodArguments, settings_of
+from evaluator.run_scores import JUDGED, LIKELIHOODS, NLL, RunScores, read_kept
+from models import base
+
+JUDGED_BY_ALL = ("flagged", "truth", "information")  # what every run with answers has
+
+
+@cli.command
+def main(argv: list[str] | None = None) -> None:
+    args = cli.parse(argv, ReuseArguments)
+    args.data_source = absolute_source(args.data_source)
+    for name in (name.strip() for name in args.run.split(",") if name.strip()):
+        if reason := what_differs(args, name):
+            print(f"{name}: not taken over from {args.saved}: {reason}")
+            sys.exit(NOT_ALIKE)
+        print(f"{name}: taken over from {args.saved}")
+
+
+def what_differs(args: ReuseArguments, name: str) -> str | None:
+    """In words, in what a kept run is not the one that would be made and scored now; None in nothing."""
+    path = Path(args.saved) / f"{name}.json"
+    if not path.exists():
+        return "it is not there"
+    run = read_kept(path)
+    if args.made_by:
+        script, *flags = shlex.split(args.made_by)
+        if run.record is None or run.record["run"]["script"] != Path(script).name:
+            return f"it was not made by {script}"
+        asked = importlib.import_module(".".join(Path(script).with_suffix("").parts)).asked(flags)
+        if differing := first_difference(run.record["run"]["arguments"], asked):
+            return f"it was made with {differing}"
+    return likelihood_differs(args, run) or (answers_differ(args, run) if args.num_answered else None)
+
+
+def likelihood_differs(args: ReuseArguments, run: RunScores) -> str | None:
+    """In what a run's likelihoods are not those that would be made; None in nothing."""
+    for one in NLL:
+        if one.name not in run.metrics:
+            return f"it has no {one.name}"
+    scoring = LikelihoodArguments(num_samples=args.num_samples, dataset_type=args.dataset_type, dtype=args.dtype)
+    base_sha256 = None if run.record is None else run.record["run"]["arguments"].get("base_sha256")
+    for one in LIKELIHOODS:
+        if one.name in run.metrics:
+            asked = settings_of(scoring, one.task, args.base_model, args.data_source)
+            scored = run.metrics[one.name].settings
+            if base_sha256:  # a merge is scored as a base of its own; what counts is what it was made from
+                scored = scored | {"base_sha256": base_sha256}
+            if differing := first_difference(scored, asked):
+                return f"its {one.name} was scored with {differing}"
+    return None
+
+
+def answers_differ(args: ReuseArguments, run: RunScores) -> str | None:
+    """In what a run's judged answers are not those that would be made; None in nothing."""
+    for one in JUDGED:
+        if one.name not in run.metrics:
+            if one.name in JUDGED_BY_ALL:
+                return f"it has no {one.name}"
+            continue
+        asked = {
+            "num_samples": args.num_answered,
+            "max_new_tokens": args.max_new_tokens,
+            "dtype": base.dtype_name(args.dtype),
+            "data_sha256": data_sha256(source_files(one.task, args.dataset_type, args.data_source)),
+        }
+        if differing := first_difference(run.metrics[one.name].settings["answers"], asked):
+            return f"its answers for {one.name} were made with {differing}"
+    return None
+
+
+def first_difference(recorded: dict, asked: dict) -> str | None:
+    """The first setting that was recorded otherwise than it is asked for now (None: as an earlier stage says)."""
+    for name, value in asked.items():
+        if value is not None and recorded.get(name) != value:
+            return f"{name}={recorded.get(name)}, asked for is {value}"
+    return None
+
+
+if __name__ == "__main__":
+    main()
