@@ -67,7 +67,14 @@ fi
 SCORE="--base_model $BASE_MODEL --data_source $DATA_SOURCE --num_samples $NUM_SCORED --dtype $DTYPE"
 names=""       # of all rows
 of_others=0    # 1: of this seed all experts were taken over, so that what is made from them may be too
+made=""        # what this process has made, or seen to be made
+unscored=""    # of these rows
 also=nothing   # what else is scored of a row
+once() {  # NAME COMMAND...: run a command that makes something, if this process has not
+    case ",$made," in *",$1,"*) return ;; esac
+    "${@:2}"
+    made=$made,$1
+}
 reused() {  # NAME COMMAND...: whether --reuse has this row, made and scored as it would be here
     [ -n "$REUSE" ] || return 1
     local name=$1 status=0
@@ -84,17 +91,22 @@ row() {  # NAME NEEDS COMMAND...: make a row, score and keep it; NEEDS (nothing,
     if [ $needs = nothing ] || [ $of_others = 1 ]; then
         if reused $name "$@"; then return; fi
     fi
-    made=1
     $needs
-    "$@"
-    python evaluator/evaluate_likelihood.py --run $name $SCORE $R
+    once $name "$@"
     $also --run $name
-    if [ -n "$SAVE" ]; then python evaluator/report.py --runs $name --save "$SAVE" $R; fi
+    unscored=${unscored:+$unscored,}$name
+    if [ -n "$SAVE" ]; then score; fi
+}
+score() {  # by likelihood, what is not scored yet
+    [ -n "$unscored" ] || return 0
+    python evaluator/evaluate_likelihood.py --run $unscored $SCORE $R
+    if [ -n "$SAVE" ]; then python evaluator/report.py --runs $unscored --save "$SAVE" $R; fi
+    unscored=""
 }
 nothing() { :; }
 expert() { echo python align_basemodel.py --moe_flag 0 --task_name $1 --run_name $1$s --seed $seed --base_model $BASE_MODEL $TRAIN; }
-experts() { for task in $TASKS; do $(expert $task); done; }
-fuse() { experts; $FUSE; }
+experts() { for task in $TASKS; do once $task$s $(expert $task); done; }
+fuse() { experts; once moe$s $FUSE; }
 of() {  # SEED: what follows is of that seed: $seed, $s behind a run's name, $of_seed its experts
     seed=$1 s=$([ $1 = 42 ] || echo _seed_$1) of_seed=""
     for task in $TASKS; do of_seed=${of_seed:+$of_seed,}$task=$task$s; done
@@ -116,9 +128,9 @@ if python -c "import sys; from models.base import load_tokenizer; sys.exit(load_
 fi
 for seed in $(echo "$SEEDS" | tr ',' ' '); do
     of $seed
-    made=0
     for task in $TASKS; do row $task$s nothing $(expert $task); done
-    of_others=$((1 - made))
+    of_others=1
+    for task in $TASKS; do case ",$made," in *",$task$s,"*) of_others=0 ;; esac; done
     if [ $seed = 42 ]; then first_of_others=$of_others; fi
     row mixed_rank_24$s nothing $MIXED_24
     row merge_linear$s experts $LINEAR
@@ -127,6 +139,7 @@ for seed in $(echo "$SEEDS" | tr ',' ' '); do
     row moe$s experts $FUSE
     row $RUN$s fuse $FUSED
     if [ $QUICK = 0 ]; then row mixed_rank_24_twice$s nothing $MIXED_24_TWICE; fi
+    score
 done
 of 42
 of_others=$first_of_others
@@ -137,14 +150,15 @@ for method in $TUNED; do
     row merge_${method}_tuned experts python models/merging.py --method $method --num_held_apart $HELD_APART --dtype $DTYPE $R
 done
 row ensemble_log_probabilities experts python models/ensemble.py --average log_probabilities $R
+score
 
 # 3. Fusions that differ in one thing
 if [ "$ABLATIONS" = 1 ]; then
     row mixed_rank_8 nothing $MIXED --run_name mixed_rank_8
     fusion() { local name=$1 needs=$2; shift 2; row $name $needs $FUSED --run_name $name "$@"; }
     PROTOTYPE="python models/llama_moe.py --router_init prototype --dtype $DTYPE --output $RESULTS/outputs/moe_prototype $R"
-    fuse_fresh() { python models/llama_moe.py --fresh_rank 8 --base_model $BASE_MODEL --output $RESULTS/outputs/moe_fresh $R; }
-    fuse_prototype() { experts; $PROTOTYPE; }
+    fuse_fresh() { once moe_fresh python models/llama_moe.py --fresh_rank 8 --base_model $BASE_MODEL --output $RESULTS/outputs/moe_fresh $R; }
+    fuse_prototype() { experts; once moe_prototype $PROTOTYPE; }
     row moe_prototype experts $PROTOTYPE
     fusion fused_prototype fuse_prototype --moe_dir $RESULTS/outputs/moe_prototype
     fusion fused_fresh_experts fuse_fresh --moe_dir $RESULTS/outputs/moe_fresh --base_model $BASE_MODEL
@@ -153,7 +167,7 @@ if [ "$ABLATIONS" = 1 ]; then
     fusion fused_attention fuse --tune_attention 1
     for k in 1 3; do fusion fused_top_$k fuse --expert_topk $k; done
     for gate in 0 0.01 0.1 1; do fusion fused_gate_$gate fuse --gate_loss_weight $gate; done
-    fused() { fuse; $FUSED; }
+    fused() { fuse; once $RUN $FUSED; }
     for gamma in 0.0001 0.001 0.01 0.1 1; do
         also="python evaluator/embedding_drift.py --reference $RUN --num_samples $NUM_SCORED --dtype $DTYPE $R"
         fusion fused_gamma_1_$gamma fused --helpfulness_weight $gamma
@@ -162,6 +176,7 @@ if [ "$ABLATIONS" = 1 ]; then
         fusion fused_gamma_3_$gamma fuse --truthfulness_weight $gamma
         fusion fused_gamma_$gamma fuse --helpfulness_weight $gamma --safety_weight $gamma --truthfulness_weight $gamma
     done
+    score
 fi
 
 # 4. Answers, what selects among the experts' answers, and small judges' scores of all of them
@@ -203,7 +218,11 @@ if [ $ANSWERS = 1 ]; then
     for name in $SELECTED; do names=$names,$name; done
     if ! answers_reused; then
         fuse
-        for command in "$MIXED_24" "$LINEAR" "$TIES" "$ENSEMBLE" "$FUSED"; do $command; done
+        once mixed_rank_24 $MIXED_24
+        once merge_linear $LINEAR
+        once merge_ties $TIES
+        once ensemble_probabilities $ENSEMBLE
+        once $RUN $FUSED
         judges
         experts_answers=cross_helpfulness,cross_safety,cross_truthfulness
         for task in $answered; do
