@@ -1,0 +1,150 @@
+"""Kept rows: taken over where they were made and scored as they would be now, and said why not where they were not."""
+
+import json
+import shutil
+
+import pytest
+from conftest import run_script
+
+import align_basemodel
+from evaluator import evaluate_likelihood, report, reuse
+from models import merging
+from workspace.files import read_json, write_json
+
+FUSED = "mix_moe_reg_00000_00000_00000_gate_01000"
+SHORT = ["--max_steps", "2", "--batch_size", "4", "--num_samples", "4", "--disable_tqdm", "1", "--dtype", "float32"]
+EXPERT = "align_basemodel.py --task_name safety " + " ".join(SHORT)
+MERGE = "models/merging.py --method iso_c"
+FUSION = "align_basemodel.py --moe_flag 1 --gate_loss_weight 0.1 " + " ".join(SHORT)
+
+
+def call(script, *arguments):
+    script.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory, base_dir, adapter_dirs, fused_dir):
+    """An expert, a merge, a fusion and the raw base, made, scored and kept by the commands; their results are gone."""
+    root = tmp_path_factory.mktemp("reuse")
+    results = root / "results"
+    place, data = ["--results_dir", results], ["--data_source", "sample"]
+    call(align_basemodel, "--task_name", "safety", "--base_model", base_dir, *data, *SHORT, *place)
+    call(merging, "--method", "iso_c", "--experts_dir", adapter_dirs[0].parent, *place)
+    call(align_basemodel, "--moe_flag", 1, "--gate_loss_weight", 0.1, "--moe_dir", fused_dir, *data, *SHORT, *place)
+    runs = f"raw,safety,merge_iso_c,{FUSED}"
+    score = ["--base_model", base_dir, *data, "--num_samples", 3, "--dtype", "float32", *place]
+    call(evaluate_likelihood, "--run", runs, *score)
+    call(report, "--runs", runs, "--save", root / "kept", *place)
+    shutil.rmtree(results)
+    return root / "kept"
+
+
+@pytest.fixture
+def check(kept, base_dir, capsys):
+    """(exit code, what was said) of reuse.py about a run and the command that would make it."""
+
+    def run(name, made_by, *more, saved=kept):
+        command = ["--run", name, "--saved", saved, "--base_model", base_dir, "--data_source", "sample"]
+        command += ["--num_samples", 3, "--dtype", "float32", *(["--made_by", made_by] if made_by else []), *more]
+        capsys.readouterr()
+        try:
+            call(reuse, *command)
+        except SystemExit as end:
+            return end.code, capsys.readouterr().out
+        return 0, capsys.readouterr().out
+
+    run.saved = kept
+    return run
+
+
+WITH_DATA = " --data_source sample"
+ROWS = {"raw": "", "safety": EXPERT + WITH_DATA, "merge_iso_c": MERGE, FUSED: FUSION + WITH_DATA}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_of_the_same_settings_is_taken_over(check, name):
+    assert check(name, ROWS[name]) == (0, f"{name}: taken over from {check.saved}\n")
+
+
+@pytest.mark.parametrize(
+    "name, more, said",
+    [
+        ("safety", " --learning_rate 0.001", "learning_rate=0.0005, asked for is 0.001"),
+        ("safety", " --seed 43", "seed=42, asked for is 43"),
+        ("safety", " --rank 4", "rank=8, asked for is 4"),
+        ("safety", " --task_name helpfulness", "task_name=safety, asked for is helpfulness"),
+        (FUSED, " --helpfulness_weight 0.1", "helpfulness_weight=0.0, asked for is 0.1"),
+        (FUSED, " --expert_topk 3", "expert_topk=2, asked for is 3"),
+        ("merge_iso_c", " --scale 0.5", "scale=1.0, asked for is 0.5"),
+        ("merge_iso_c", " --method tsv_m", "method=iso_c, asked for is tsv_m"),
+    ],
+)
+def test_a_row_that_was_made_otherwise_is_not(check, name, more, said):
+    code, text = check(name, ROWS[name] + more)
+    assert code == reuse.NOT_ALIKE and said in text
+
+
+def test_a_row_that_was_scored_otherwise_or_on_another_base_or_made_by_something_else_is_not(check, kept, tmp_path):
+    code, text = check("safety", ROWS["safety"], "--num_samples", 4)
+    assert code == reuse.NOT_ALIKE and "scored with num_samples=3, asked for is 4" in text
+    for name in ROWS:  # the raw base by its scores' record, the others by their own
+        changed = tmp_path / name
+        shutil.copytree(kept, changed)
+        row = read_json(changed / f"{name}.json")
+        if row["record"]:
+            row["record"]["run"]["arguments"]["base_sha256"] = "0"
+        else:
+            for result in row["metrics"].values():
+                result["settings"]["base_sha256"] = "0"
+        write_json(changed / f"{name}.json", row)
+        code, text = check(name, ROWS[name], saved=changed)
+        assert code == reuse.NOT_ALIKE and "base_sha256=0" in text
+    code, text = check("safety", ROWS["merge_iso_c"])
+    assert code == reuse.NOT_ALIKE and "was not made by models/merging.py" in text
+    code, text = check("nowhere", ROWS["safety"])
+    assert code == reuse.NOT_ALIKE and "it is not there" in text
+
+
+def test_changed_data_is_seen(check, kept, tmp_path):
+    row = read_json(kept / "safety.json")
+    row["record"]["run"]["arguments"]["data_sha256"] = {"safety_train.jsonl": "0"}
+    write_json(tmp_path / "safety.json", row)
+    assert "data_sha256" in check("safety", ROWS["safety"], saved=tmp_path)[1]
+    row = read_json(kept / "safety.json")
+    row["metrics"]["mc1"]["settings"]["data_sha256"] = {}
+    write_json(tmp_path / "safety.json", row)
+    assert "its mc1 was scored with data_sha256" in check("safety", ROWS["safety"], saved=tmp_path)[1]
+
+
+def test_answers_are_asked_after_where_they_are_wanted(check, kept, tmp_path):
+    wanted = ["--num_answered", 5, "--max_new_tokens", 16]
+    assert "it has no flagged" in check("safety", ROWS["safety"], *wanted)[1]
+    row = read_json(kept / "safety.json")
+    answers = {"num_samples": 5, "max_new_tokens": 16, "dtype": "float32"}
+    for name, file in (
+        ("flagged", "safety_test"),
+        ("truth", "truthfulness_test"),
+        ("information", "truthfulness_test"),
+    ):
+        likelihood = row["metrics"]["safety_nll_per_token" if name == "flagged" else "mc1"]["settings"]["data_sha256"]
+        sums = {f"{file}.jsonl": likelihood[f"{file}.jsonl"]}
+        row["metrics"][name] = {**row["metrics"]["mc1"], "settings": {"answers": {**answers, "data_sha256": sums}}}
+    write_json(tmp_path / "safety.json", row)
+    assert check("safety", ROWS["safety"], *wanted, saved=tmp_path)[0] == 0
+    wanted[-1] = 32
+    assert "were made with max_new_tokens=16, asked for is 32" in check("safety", "", *wanted, saved=tmp_path)[1]
+
+
+def test_a_mistake_is_no_difference(check, tmp_path, capsys):
+    write_json(tmp_path / "safety.json", {"run": "other"})
+    assert check("safety", ROWS["safety"], saved=tmp_path)[0] == 2
+    for flags in ("--run raw", "--run raw --saved x --base_model b --data_source sample --num_answered 3"):
+        process = run_script("evaluator/reuse.py", *flags.split())
+        assert process.returncode == 2 and process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+
+
+def test_what_is_kept_names_no_place_and_holds_no_text(kept, base_dir):
+    for path in kept.iterdir():
+        text = path.read_text()
+        assert str(base_dir.parent) not in text and str(kept.parent) not in text
+        json.loads(text)
