@@ -105,6 +105,14 @@ def test_what_each_run_costs(results, table):
     assert expert["trained_parameters"] == 3 * 3 * 8 * 80 and expert["optimiser_steps"] == 4
     assert merged["trained_parameters"] is None and merged["bytes_on_disk"] > expert["bytes_on_disk"]
     assert fused["new_tokens_per_second"] > 0 and row_of(table, "raw")["cost"]["new_tokens_per_second"] is None
+    # the tiny base: 3 layers of 32 wide, 48 in the FFN, 4 heads of 8 and 2 of keys and values, 600 words
+    dense = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48) + 600 * 32
+    low_rank = 3 * 3 * 8 * (32 + 48)  # of one expert of rank 8
+    of_token = {row["run"]: row["cost"]["relative_cost_of_a_token"] for row in table["rows"]}
+    assert of_token["raw"] == of_token["safety"] == of_token["mixed"] == of_token["merge_linear"] == 1
+    assert of_token[FUSED] == pytest.approx((dense + 2 * low_rank + 3 * 32 * 3) / dense)
+    assert of_token["ensemble_probabilities"] == pytest.approx(3 * (dense + low_rank) / dense)
+    assert of_token["consensus"] == 3
 
 
 def test_runs_that_were_scored_on_other_items_are_not_compared(results, capsys, tmp_path):
@@ -130,7 +138,8 @@ def write_verdicts(results, run, judge, version, values):
     folder.mkdir(parents=True)
     judgements = [{"metric": "flagged", "id": f"q{i}", "value": value} for i, value in enumerate(values)]
     (folder / "judgements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judgements))
-    metric = {"value": sum(values) / len(values), "n": len(values), "interval": None}
+    read = [value for value in values if value is not None]
+    metric = {"value": sum(read) / len(read), "n": len(read), "interval": None}
     scores = {"run": run, "judge": {"name": judge, "version": version}, "metrics": {"flagged": metric}}
     (folder / "metrics.json").write_text(json.dumps(scores))
     (folder / "run.json").write_text("{}")
@@ -157,6 +166,39 @@ def test_runs_are_compared_by_one_judge(results, tmp_path, capsys):
             call(report, *command)
         assert said in capsys.readouterr().err
         shutil.rmtree(ours)
+
+
+def test_words_that_are_no_verdict_are_left_out_of_both_runs(results, tmp_path):
+    results = shutil.copytree(results, tmp_path / "results")
+    write_verdicts(results, "safety", "guard", "1", [1, 0, None, 1])
+    write_verdicts(results, FUSED, "guard", "1", [0, None, 1, 1])
+    call(report, "--runs", f"safety,{FUSED}", "--results_dir", results)
+    table = json.loads((results / "report" / "table.json").read_text())
+    paired = row_of(table, "safety")["paired"]["flagged"]
+    assert paired["n"] == 2 and paired["difference"] == pytest.approx((0 + 1 - 1 - 1) / 2)
+    assert row_of(table, "safety")["metrics"]["flagged"]["n"] == 3
+
+
+def test_answers_of_one_seed_stand_in_a_row_of_several(results, tmp_path):
+    """Likelihoods are of every seed; answers may be of one, and are then compared as such."""
+    results = shutil.copytree(results, tmp_path / "results")
+    write_verdicts(results, "mixed", "judge", "1", [1, 1, 0])
+    write_verdicts(results, FUSED, "judge", "1", [0, 1, 0])
+    runs = f"mixed,mixed_seed_43,{FUSED}"
+    call(report, "--runs", runs, "--results_dir", results)
+    row = row_of(json.loads((results / "report" / "table.json").read_text()), "mixed")
+    assert row["metrics"]["flagged"]["value"] == pytest.approx(2 / 3) and "of_seeds" not in row["metrics"]["flagged"]
+    assert len(row["metrics"]["mean_nll_per_token"]["of_seeds"]) == 2
+    for path in (results / "evaluation").glob("*/test/mixed_seed_43/likelihood/metrics.json"):
+        path.unlink()
+    with pytest.raises(SystemExit):
+        call(report, "--runs", runs, "--results_dir", results)
+
+
+def test_what_was_forgotten_is_scored_on_general_text(results, table):
+    raw = row_of(table, "raw")["metrics"]["general_nll_per_token"]
+    assert raw["n"] == 6 and raw["value"] > 0 and not raw["higher_is_better"]
+    assert "general_nll_per_token" in row_of(table, "merge_linear")["paired"]
 
 
 def test_runs_can_be_kept_for_others_and_compared_without_their_folders(results, table, tmp_path):
@@ -195,6 +237,13 @@ def test_the_page_stands_by_itself_and_says_what_the_table_says(results, table):
                 assert f"{row['metrics'][name]['value']:.3f}" in page
     assert f"{FUSED} is better than" in page or "not certainly better" in page
     assert page.count("<svg") == page.count('role="img" aria-label=') >= 4
+    assert "Which expert served which token" in page and page.count('class="token"') > 10
+    gain = page.split("<th>the paper</th>")[1].split("</table>")[0]
+    expert, merged = (min(row["metrics"]["mean_nll_per_token"]["value"] for row in table["rows"] if row["kind"] == kind)
+                      for kind in ("expert", "merge"))  # fmt: skip
+    ours = row_of(table, FUSED)["metrics"]["mean_nll_per_token"]["value"]
+    for theirs, paper in ((expert, 11.37), (merged, 6.18)):
+        assert f"{100 * (theirs - ours) / theirs:+.2f} %" in gain and f"+{paper} %" in gain
     assert "No run has flagged." in page and "Answers side by side" in page
     assert "python models/merging.py" in page and "λ of the gating loss" in page
 

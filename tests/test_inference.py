@@ -1,6 +1,7 @@
 """Answers: batching, stopping, order, seeds, resuming, and the routing picture."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from data.sources import Record
 from inference import InferArguments
 from models.llama_moe import route
 from models.loading import load_run
-from models.routing import routing_usage
+from models.routing import routing_usage, token_routing
 
 TEXTS = ("Hi", "Why do cats purr when they sleep near a warm stove in winter?", "Name a river.", "What is a sonnet?")
 RECORDS = [Record(str(i), "safety", text) for i, text in enumerate(TEXTS)]
@@ -148,7 +149,7 @@ def test_a_run_writes_every_answer_in_its_prompts_order_and_is_repeatable(tmp_pa
     other = tmp_path / "two" / "inference" / "safety" / "test" / "cross_moe" / "outputs.jsonl"
     assert other.read_bytes() == (folder / "outputs.jsonl").read_bytes()
     seen = tmp_path / "one" / "observation" / "safety" / "test" / "cross_moe"
-    assert sorted(p.name for p in seen.iterdir()) == ["routing.json", "routing.png"]
+    assert sorted(p.name for p in seen.iterdir()) == ["routing.json", "routing.png", "tokens.json"]
     assert (seen / "routing.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -222,6 +223,22 @@ def test_routing_is_counted_by_tokens_not_by_calls(fused_dir):
     assert torch.tensor(usage["selected"]).sum(1).tolist() == pytest.approx([2.0] * 3, abs=1e-6)
 
 
+def test_the_tokens_of_an_answer_have_their_own_weights(fused_dir):
+    model, tokenizer = load_run(fused_dir, dtype="float32")
+    record = Record("a", "safety", "May I feed bread to ducks?", "", "Better not: oats suit them.")
+    pieces = token_routing(model, tokenizer, record)
+    assert "".join(text for text, _ in pieces) == record.output
+    prompt, whole = (
+        routing_usage(model, tokenizer, [one], 1, progress=False) for one in (replace(record, output=""), record)
+    )
+    assert len(pieces) == whole["tokens"] - prompt["tokens"]
+    sums = [torch.tensor(usage["weight"]).mean(0) * usage["tokens"] for usage in (prompt, whole)]
+    ours = torch.tensor([weights for _, weights in pieces]).sum(0)
+    assert ours.tolist() == pytest.approx((sums[1] - sums[0]).tolist(), abs=0.001 * len(pieces))
+    strange = replace(record, output="Oats — or 🦆 peas.")  # pieces of one character stand together
+    assert "".join(text for text, _ in token_routing(model, tokenizer, strange)) == strange.output
+
+
 def test_a_pad_token_or_none_gives_the_same_answers_and_routing(fused_dir, tokenizer, padded_tokenizer):
     """Llama-2 has no pad token, SmolLM2's is its EOS."""
     model, _ = load_run(fused_dir, dtype="float32")
@@ -251,7 +268,7 @@ def test_a_routing_picture_that_fails_is_a_warning_and_is_drawn_the_next_time(
     answers = (folder / "outputs.jsonl").read_bytes()
     inference.main(command)
     observed = tmp_path / "observation/safety/test/cross_moe"
-    assert sorted(p.name for p in observed.iterdir()) == ["routing.json", "routing.png"]
+    assert sorted(p.name for p in observed.iterdir()) == ["routing.json", "routing.png", "tokens.json"]
     assert (folder / "outputs.jsonl").read_bytes() == answers
 
 

@@ -14,7 +14,7 @@ from data.encoding import Encoder, prompt_ids
 from data.sources import Comparison, Record
 from evaluator import evaluate_likelihood, report
 from evaluator.evaluate_likelihood import judge_comparison
-from evaluator.scoring import Scored, score_answers
+from evaluator.scoring import Scored, score_answers, score_texts
 from models.loading import load_run
 
 RECORDS = [
@@ -50,6 +50,18 @@ def test_packed_answers_score_as_each_alone(fused_dir, batch_size, max_length):
         assert score.routing_probs_with_answer.tolist() == pytest.approx(probs.mean((0, 1)).tolist(), abs=1e-5)
         of_prompt = probs[:, : first - sample["opening"]].mean((0, 1))  # what a router sees of a question
         assert score.routing_probs.tolist() == pytest.approx(of_prompt.tolist(), abs=1e-5)
+
+
+def test_plain_text_scores_every_token_but_the_first(fused_dir):
+    model, tokenizer = load_run(fused_dir, dtype="float32")
+    texts = ["A river bends where the bank gives way.", "Ice floats.", "Towers lean, and some of them fall in time."]
+    scored = score_texts(model, tokenizer, texts, 12, 2, torch.device("cpu"))
+    for text, (log_prob, count) in zip(texts, scored, strict=True):
+        ids = torch.tensor([tokenizer(text)["input_ids"][:12]])
+        with torch.no_grad():
+            log_probs = model.lm_head(model.model(ids).last_hidden_state)[0].log_softmax(-1)
+        expected = sum(log_probs[i, token].item() for i, token in enumerate(ids[0, 1:]))
+        assert (count, log_prob) == (ids.shape[1] - 1, pytest.approx(expected, abs=1e-4))
 
 
 def test_choices_that_are_compared_follow_the_same_prompt(fused_dir):

@@ -45,6 +45,14 @@ def toy_source(tmp_path_factory):
     return folder
 
 
+def test_two_halves_share_no_question():
+    rows = [Labelled(f"question {i % 7}", f"answer {i}", i % 2) for i in range(30)]
+    first, second = (train_judge.half_of(rows, half) for half in ("first", "second"))
+    assert sorted(map(str, first + second)) == sorted(map(str, rows))
+    assert {row.question for row in first} == {f"question {i}" for i in (0, 2, 4, 6)}
+    assert not {row.question for row in first} & {row.question for row in second}
+
+
 def command(kind, base, source, results_dir, *more):
     return [
         "--kind",

@@ -1,0 +1,43 @@
+"""The distance of output embeddings, against independent arithmetic."""
+
+import json
+
+import pytest
+import torch
+
+from config import TASKS
+from data.encoding import Encoder
+from data.sources import prompt_records, read_rows, spread
+from evaluator import embedding_drift
+from models.loading import load_run
+
+
+def test_the_distance_is_of_mean_final_states(base_dir, fused_dir, tmp_path):
+    command = ["--run", str(fused_dir), "--base_model", str(base_dir), "--data_source", "sample", "--num_samples", "3"]
+    command += ["--dtype", "float32", "--results_dir", str(tmp_path)]
+    embedding_drift.main([*command, "--reference", "raw"])
+    models = [load_run(None, str(base_dir), "float32"), load_run(fused_dir, dtype="float32")]
+    for task in TASKS:
+        folder = tmp_path / "evaluation" / task / "test" / fused_dir.name / "embedding_drift"
+        rows = [json.loads(line) for line in (folder / "judgements.jsonl").read_text().splitlines()]
+        records = spread(prompt_records(task, read_rows(task, "test", "sample"), "sample"), 3)
+        assert [row["id"] for row in rows] == [record.id for record in records]
+        for row, record in zip(rows, records, strict=True):
+            means = []
+            for model, tokenizer in models:
+                encoder = Encoder(tokenizer, 512)
+                ids = encoder.prompt_ids(record)
+                start = encoder.encode(record)["opening"]
+                with torch.no_grad():
+                    means.append(model.model(torch.tensor([ids])).last_hidden_state[0, start:].mean(0))
+            expected = ((means[1] - means[0]).norm() / means[0].norm()).item()
+            assert row["value"] == pytest.approx(expected, rel=1e-3) and row["value"] > 0.01
+    embedding_drift.main([*command, "--reference", "raw"])  # done: nothing is measured again
+
+
+def test_a_run_lies_nowhere_from_itself(fused_dir, tmp_path):
+    name = str(fused_dir)
+    command = ["--run", name, "--reference", name, "--num_samples", "2", "--data_source", "sample"]
+    embedding_drift.main([*command, "--results_dir", str(tmp_path)])
+    for path in tmp_path.glob("evaluation/*/test/*/embedding_drift/metrics.json"):
+        assert json.loads(path.read_text())["metrics"]["embedding_drift"]["value"] == 0
