@@ -1,17 +1,17 @@
 """The comparison as one self-contained page: what evaluator/comparison.py worked out, put into page.html.j2."""
 
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from config import TASKS, XSTEST
+from config import TASKS
 from evaluator import figures
 from evaluator.comparison import KINDS, split_seed
+from evaluator.page_answers import side_by_side, tinted_answers
 from evaluator.results import INTERVALS
-from evaluator.run_scores import EMBEDDING_DRIFT, JUDGED, METRICS, RunScores
-from workspace.files import read_json, read_lines
+from evaluator.run_scores import METRICS, RunScores
+from evaluator.sweeps import Alike, embedding_drift, mean_nll, safe_preferred
 
 TITLE = "H3Fusion, compared"
 QUESTION = (
@@ -28,8 +28,6 @@ COSTS = (  # key, heading, what it is, how a value is written
 )
 SIGNIFICANT = 0.05
 PAPER_GAINS = {"expert": 11.37, "ensemble": 13.77, "merge": 6.18}  # percent, by the paper's own metrics
-# What a fusion's record says of the place and the weights that it was made from, not of how
-OF_A_MACHINE = ("base_model", "data_source", "fused_sha256", "adapters_sha256", "run_name")
 SCRIPT_FOLDERS = {
     "llama_moe.py": "models/",
     "merging.py": "models/",
@@ -284,72 +282,6 @@ def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tupl
     return drawn, [f"{heading}: no runs here to draw it from." for heading, svg, _ in candidates if not svg]
 
 
-@dataclass
-class Alike:
-    """The aligned fusions of a comparison, by what they differ in from the reference (own: it, with its seed)."""
-
-    comparison: dict
-    runs: dict[str, RunScores]
-    own: str
-
-    def by(self, *free: str) -> list[tuple[float, str]]:
-        """(value of the first setting in `free`, run's name), in its order, of fusions that differ in `free` alone."""
-        ours = settings(self.runs[self.own])
-        if ours is None:
-            return []
-        found = []
-        for name, run in self.runs.items():
-            theirs = settings(run)
-            fixed = {*ours, *(theirs or {})} - {*free}
-            if theirs is not None and all(theirs.get(key) == ours.get(key) for key in fixed):
-                found.append((theirs[free[0]], name))
-        return sorted(found)
-
-    def points(self, setting: str, measure) -> list[tuple[float, float, str]]:
-        """(setting, measure, run) of fusions that differ in it alone; measure: of a row's and a run's scores."""
-        row_of = {row["run"]: row for row in self.comparison["rows"]}
-        found = [
-            (value, measure(row_of[split_seed(name)[0]], self.runs[name]), name) for value, name in self.by(setting)
-        ]
-        return [point for point in found if point[1] is not None]
-
-    def gammas(self) -> list[tuple[float, float, str]]:
-        """(γ, mean NLL, run) of fusions that differ in γ alone, alike for all experts."""
-        weights = [f"{task}_weight" for task in TASKS]
-        row_of = {row["run"]: row for row in self.comparison["rows"]}
-        return [
-            (gamma, mean_nll(row_of[split_seed(name)[0]], self.runs[name]), name)
-            for gamma, name in self.by(*weights)
-            if len({settings(self.runs[name])[weight] for weight in weights}) == 1
-        ]
-
-
-def settings(run: RunScores) -> dict | None:
-    """What decided an aligned fusion, and the fusion it began with, without checksums of what differs between two
-    machines; None for any other run."""
-    if run.record is None or run.record["run"]["arguments"].get("moe_flag") != 1:
-        return None
-    own = {key: value for key, value in run.record["run"]["arguments"].items() if key not in OF_A_MACHINE}
-    began = {
-        f"fused {key}": value for key, value in run.record["meta"].get("fused", {}).items() if key not in OF_A_MACHINE
-    }
-    return own | began
-
-
-def mean_nll(row: dict, run: RunScores) -> float | None:
-    return row["metrics"].get("mean_nll_per_token", {}).get("value")
-
-
-def safe_preferred(row: dict, run: RunScores) -> float | None:
-    return row["metrics"].get("safe_preferred", {}).get("value")
-
-
-def embedding_drift(run: RunScores) -> float | None:
-    """The mean over tasks of evaluator/embedding_drift.py's distance."""
-    values = [run.metrics[one.name].score["value"] for one in EMBEDDING_DRIFT if one.name in run.metrics]
-    return sum(values) / len(values) if values else None
-
-
 def confusion(routing: dict[str, list[list[float]]]) -> dict | None:
     """Of each task's questions, how many go most to each expert."""
     rows = []
@@ -359,51 +291,6 @@ def confusion(routing: dict[str, list[list[float]]]) -> dict | None:
             counts[of_question.index(max(of_question))] += 1
         rows.append((task, counts))
     return {"experts": list(TASKS)[: len(rows[0][1])], "rows": rows} if rows else None
-
-
-def side_by_side(results_dir: Path, runs: dict[str, RunScores], split: str, num_questions: int = 12) -> list[dict]:
-    """Answers of the runs to the same prompts: {task, question, answers: [{run, text, verdict}]}."""
-    items = []
-    for task in (*TASKS, XSTEST):
-        answers: dict[str, list[dict]] = {}
-        questions = {}
-        for name, run in runs.items():
-            for directory in (f"cross_{name}", name):
-                path = results_dir / "inference" / task / split / directory / "outputs.jsonl"
-                if not path.exists():
-                    continue
-                for row in read_lines(path):
-                    questions[row["id"]] = row["instruction"]
-                    answer = {"run": name, "text": row["output"], "verdict": verdict_on(run, task, row["id"])}
-                    answers.setdefault(row["id"], []).append(answer)
-        shared = [id for id, given in answers.items() if len(given) > 1][:num_questions]
-        items += [{"task": task, "question": questions[id], "answers": answers[id]} for id in shared]
-    return items
-
-
-def verdict_on(run: RunScores, task: str, id: str) -> str:
-    """What the judges said of one answer: "truth 1, information 0"."""
-    said = []
-    for one in JUDGED:
-        if one.task == task and one.name in run.metrics and id in (ids := run.metrics[one.name].items.ids):
-            value = run.metrics[one.name].items.values[ids.index(id)]
-            said.append(f"{one.heading}: " + ("no verdict" if value is None else f"{value:g}"))
-    return ", ".join(said)
-
-
-def tinted_answers(results_dir: Path, own: str, split: str, num_answers: int = 3) -> list[dict]:
-    """Answers of the reference, token by token: {task, experts, tokens: [{text, expert, weight}]} with the expert that
-    has the most routing weight on the token, over all layers, and that weight."""
-    items = []
-    for task in TASKS:
-        path = results_dir / "observation" / task / split / f"cross_{own}" / "tokens.json"
-        for answer in read_json(path)[:num_answers] if path.exists() else []:
-            tokens = [
-                {"text": text, "expert": weights.index(max(weights)), "weight": max(weights)}
-                for text, weights in answer["tokens"]
-            ]
-            items.append({"task": task, "question": answer["question"], "experts": answer["experts"], "tokens": tokens})
-    return items
 
 
 def relative_gains(comparison: dict) -> list[dict]:

@@ -1,0 +1,76 @@
+"""Fusions that differ in one setting: what the comparison's sweeps are drawn from."""
+
+from dataclasses import dataclass
+
+from config import TASKS
+from evaluator.comparison import split_seed
+from evaluator.run_scores import EMBEDDING_DRIFT, RunScores
+
+# What a fusion's record says of the place and the weights that it was made from, not of how
+OF_A_MACHINE = ("base_model", "data_source", "fused_sha256", "adapters_sha256", "run_name")
+
+
+@dataclass
+class Alike:
+    """The aligned fusions of a comparison, by what they differ in from the reference (own: it, with its seed)."""
+
+    comparison: dict
+    runs: dict[str, RunScores]
+    own: str
+
+    def by(self, *free: str) -> list[tuple[float, str]]:
+        """(value of the first setting in `free`, run's name), in its order, of fusions that differ in `free` alone."""
+        ours = settings(self.runs[self.own])
+        if ours is None:
+            return []
+        found = []
+        for name, run in self.runs.items():
+            theirs = settings(run)
+            fixed = {*ours, *(theirs or {})} - {*free}
+            if theirs is not None and all(theirs.get(key) == ours.get(key) for key in fixed):
+                found.append((theirs[free[0]], name))
+        return sorted(found)
+
+    def points(self, setting: str, measure) -> list[tuple[float, float, str]]:
+        """(setting, measure, run) of fusions that differ in it alone; measure: of a row's and a run's scores."""
+        row_of = {row["run"]: row for row in self.comparison["rows"]}
+        found = [
+            (value, measure(row_of[split_seed(name)[0]], self.runs[name]), name) for value, name in self.by(setting)
+        ]
+        return [point for point in found if point[1] is not None]
+
+    def gammas(self) -> list[tuple[float, float, str]]:
+        """(γ, mean NLL, run) of fusions that differ in γ alone, alike for all experts."""
+        weights = [f"{task}_weight" for task in TASKS]
+        row_of = {row["run"]: row for row in self.comparison["rows"]}
+        return [
+            (gamma, mean_nll(row_of[split_seed(name)[0]], self.runs[name]), name)
+            for gamma, name in self.by(*weights)
+            if len({settings(self.runs[name])[weight] for weight in weights}) == 1
+        ]
+
+
+def settings(run: RunScores) -> dict | None:
+    """What decided an aligned fusion, and the fusion it began with, without checksums of what differs between two
+    machines; None for any other run."""
+    if run.record is None or run.record["run"]["arguments"].get("moe_flag") != 1:
+        return None
+    own = {key: value for key, value in run.record["run"]["arguments"].items() if key not in OF_A_MACHINE}
+    began = {
+        f"fused {key}": value for key, value in run.record["meta"].get("fused", {}).items() if key not in OF_A_MACHINE
+    }
+    return own | began
+
+
+def mean_nll(row: dict, run: RunScores) -> float | None:
+    return row["metrics"].get("mean_nll_per_token", {}).get("value")
+
+
+def safe_preferred(row: dict, run: RunScores) -> float | None:
+    return row["metrics"].get("safe_preferred", {}).get("value")
+
+
+def embedding_drift(run: RunScores) -> float | None:
+    """The mean over tasks of evaluator/embedding_drift.py's distance."""
+    values = [run.metrics[one.name].score["value"] for one in EMBEDDING_DRIFT if one.name in run.metrics]
+    return sum(values) / len(values) if values else None
