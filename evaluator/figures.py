@@ -79,6 +79,28 @@ def quality_against_cost(rows: list[dict], kinds: tuple[str, ...]) -> str | None
         return to_svg(figure, f"Mean NLL per token against trained parameters of {len(points)} runs")
 
 
+def differences(rows: list[dict], reference: str, kinds: tuple[str, ...]) -> str | None:
+    """The reference's mean NLL per token less each row's, paired, with 95 % intervals; None without two such rows."""
+    compared = [row for row in rows if row["paired"].get("mean_nll_per_token", {}).get("interval")]
+    if len(compared) < 2:
+        return None
+    compared.sort(key=lambda row: row["paired"]["mean_nll_per_token"]["difference"], reverse=True)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 0.6 + 0.24 * len(compared)), layout="constrained")
+        for kind in [kind for kind in kinds if kind in {row["kind"] for row in compared}]:
+            of_kind = [(place, row["paired"]["mean_nll_per_token"]) for place, row in enumerate(compared)
+                       if row["kind"] == kind]  # fmt: skip
+            places, values = [place for place, _ in of_kind], [paired["difference"] for _, paired in of_kind]
+            ends = [[abs(p["interval"][end] - p["difference"]) for _, p in of_kind] for end in (0, 1)]
+            colour = COLOURS[kinds.index(kind)]
+            axes.errorbar(values, places, xerr=ends, fmt="o", markersize=4, color=colour, label=kind)
+        axes.axvline(0, color=INK, linewidth=0.8)
+        axes.set_yticks(range(len(compared)), [short(row["run"]) for row in compared], fontsize=8)
+        axes.set_xlabel("mean NLL per token of the fused model less the run's, nats (left of 0: fused is better)")
+        axes.legend(fontsize=8, loc="best")
+        return to_svg(figure, f"Paired differences in mean NLL per token between {reference} and {len(compared)} runs")
+
+
 def training_curves(log: list[dict]) -> str | None:
     """The loss terms, the drift and the routing accuracy of one fusion's alignment over its steps."""
     steps = [entry for entry in log if "sft_loss" in entry]

@@ -231,6 +231,11 @@ def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tupl
     experts = next((u["experts"] for u in usage.values()), list(TASKS))
     candidates = [
         (
+            "What the fused model is better than",
+            figures.differences(rows, reference, KINDS),
+            f"The mean NLL per token of {reference} less each row's, paired by question, with 95 % intervals.",
+        ),
+        (
             "Quality against cost",
             figures.quality_against_cost(rows, KINDS),
             "Each row's mean NLL per token over the parameters that were trained for it.",

@@ -36,6 +36,7 @@ class ReuseArguments:
     dtype: str = flag("auto", "of the base in scoring and answering", choices=list(DTYPES))
     num_answered: int | None = flag(None, "also look for judged answers, to that many prompts per task")
     max_new_tokens: int | None = flag(None, "of such answers")
+    judged: str = flag("flagged,truth,information", "the judged scores that they must have, with commas")
 
     def __post_init__(self):
         if None in (self.saved, self.base_model, self.data_source):
@@ -54,10 +55,8 @@ import shlex
 
 from data.sources import absolute_source, data_sha256, source_files
 from evaluator.evaluate_likelihood import LikelihoodArguments, settings_of
-from evaluator.run_scores import JUDGED, LIKELIHOODS, NLL, RunScores, read_kept
+from evaluator.run_scores import GENERAL_NLL, JUDGED, LIKELIHOODS, NLL, RunScores, read_kept
 from models import base
-
-JUDGED_BY_ALL = ("flagged", "truth", "information")  # what every run with answers has
 
 
 @cli.command
@@ -88,8 +87,10 @@ def what_differs(args: ReuseArguments, name: str) -> str | None:
 
 
 def likelihood_differs(args: ReuseArguments, run: RunScores) -> str | None:
-    """In what a run's likelihoods are not those that would be made; None in nothing."""
-    for one in NLL:
+    """In what a run's likelihoods are not those that would be made; None in nothing. Selected answers have none."""
+    if run.record and run.record["run"]["script"] == "select_answers.py":
+        return None
+    for one in (*NLL, GENERAL_NLL):
         if one.name not in run.metrics:
             return f"it has no {one.name}"
     scoring = LikelihoodArguments(num_samples=args.num_samples, dataset_type=args.dataset_type, dtype=args.dtype)
@@ -109,7 +110,7 @@ def answers_differ(args: ReuseArguments, run: RunScores) -> str | None:
     """In what a run's judged answers are not those that would be made; None in nothing."""
     for one in JUDGED:
         if one.name not in run.metrics:
-            if one.name in JUDGED_BY_ALL:
+            if one.name in args.judged.split(","):
                 return f"it has no {one.name}"
             continue
         asked = {

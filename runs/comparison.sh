@@ -95,7 +95,7 @@ row() {  # NAME NEEDS COMMAND...: make a row, score and keep it; NEEDS (nothing,
     once $name "$@"
     $also --run $name
     unscored=${unscored:+$unscored,}$name
-    if [ -n "$SAVE" ]; then score; fi
+    if [ $QUICK = 0 ] && [ -n "$SAVE" ]; then score; fi  # rows of minutes each are scored and kept one by one
 }
 score() {  # by likelihood, what is not scored yet
     [ -n "$unscored" ] || return 0
@@ -195,10 +195,10 @@ select_from() { # TASK NAME ANSWERS [FLAG...]
 }
 JUDGE="--base_model $BASE_MODEL --data_source $DATA_SOURCE --dtype $DTYPE $R"
 if [ $QUICK = 1 ]; then
-    answered=safety
+    answered=safety judged=flagged
     judges() { python evaluator/train_judge.py --kind safety --num_samples 40 --num_held_out 40 $JUDGE; }
 else
-    answered="$TASKS xstest" SELECTED="$SELECTED more_agents best_of_3"
+    answered="$TASKS xstest" judged=flagged,truth,information SELECTED="$SELECTED more_agents best_of_3"
     judges() {  # of half the labelled rows each: one judge selects, another scores
         for kind in safety truth information; do python evaluator/train_judge.py --kind $kind --half second $JUDGE; done
         for kind in safety truth; do
@@ -210,7 +210,7 @@ all_answered=$(echo $ANSWERED $SELECTED | tr ' ' ',')
 answers_reused() {
     [ -n "$REUSE" ] && [ $of_others = 1 ] || return 1
     local status=0
-    python evaluator/reuse.py --run $all_answered --saved "$REUSE" $SCORE --num_answered $NUM_ANSWERED --max_new_tokens $NEW_TOKENS || status=$?
+    python evaluator/reuse.py --run $all_answered --saved "$REUSE" $SCORE --num_answered $NUM_ANSWERED --max_new_tokens $NEW_TOKENS --judged $judged || status=$?
     [ $status -le 1 ] || exit $status
     return $status
 }

@@ -131,6 +131,14 @@ def test_answers_are_asked_after_where_they_are_wanted(check, kept, tmp_path):
         row["metrics"][name] = {**row["metrics"]["mc1"], "settings": {"answers": {**answers, "data_sha256": sums}}}
     write_json(tmp_path / "safety.json", row)
     assert check("safety", ROWS["safety"], *wanted, saved=tmp_path)[0] == 0
+    row["record"]["run"]["script"] = "select_answers.py"  # selected answers have no likelihoods
+    row["metrics"] = {name: row["metrics"][name] for name in ("flagged", "truth", "information")}
+    write_json(tmp_path / "safety.json", row)
+    assert check("safety", "", *wanted, saved=tmp_path)[0] == 0
+    del row["metrics"]["truth"]
+    write_json(tmp_path / "safety.json", row)
+    assert "it has no truth" in check("safety", "", *wanted, saved=tmp_path)[1]
+    assert check("safety", "", *wanted, "--judged", "flagged", saved=tmp_path)[0] == 0
     wanted[-1] = 32
     assert "were made with max_new_tokens=16, asked for is 32" in check("safety", "", *wanted, saved=tmp_path)[1]
 

@@ -1,0 +1,125 @@
+"""The committed comparison: docs/results/*.json, into the page, README's table and picture and docs/reproduction.md's.
+
+python docs/comparison.py       after runs/comparison.sh --save docs/results
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from evaluator import figures
+from evaluator.comparison import KINDS, compare, split_seed
+from evaluator.page import write_page
+from evaluator.report import DUPLICATES
+from evaluator.run_scores import NLL, RunScores, read_kept
+from evaluator.statistics import interval_text
+from workspace.files import read_json, write_json
+
+RESULTS = ROOT / "docs" / "results"
+REFERENCE = "mix_moe_reg_00000_00000_00000_gate_03000"
+MAIN = (
+    "raw",
+    "raw_chat",
+    "helpfulness",
+    "safety",
+    "truthfulness",
+    "merge_linear",
+    "merge_ties",
+    "ensemble_probabilities",
+    "mixed_rank_24",
+    "mixed_rank_24_twice",
+    "moe",
+    REFERENCE,
+)
+BEGIN, END = "<!-- made by docs/comparison.py: {} -->", "<!-- to here -->"
+
+
+def kept_runs() -> dict[str, RunScores]:
+    """All kept runs: the main ones first, in this order, each with its seeds, then the others by name."""
+    names = [path.stem for path in RESULTS.glob("*.json") if path.name != DUPLICATES]
+
+    def place(name: str) -> tuple:
+        run, seed = split_seed(name)
+        return (MAIN.index(run) if run in MAIN else len(MAIN), run, seed)
+
+    return {name: read_kept(RESULTS / f"{name}.json") for name in sorted(names, key=place)}
+
+
+def difference_text(row: dict) -> str:
+    """fused - run, its interval and p."""
+    paired = row["paired"].get("mean_nll_per_token")
+    if paired is None:
+        return "–"
+    low, high = paired["interval"]
+    return f"{paired['difference']:+.3f} [{low:+.3f}, {high:+.3f}], p = {paired['p_holm']:.2g}".replace("-", "−")
+
+
+def table(comparison: dict, names: tuple[str, ...] | None = None) -> str:
+    """The markdown table of the rows (names: of these, in this order)."""
+    rows = {row["run"]: row for row in comparison["rows"]}
+    chosen = [rows[name] for name in names if name in rows] if names else list(rows.values())
+    lines = [
+        "| run | kind | seeds | mean NLL/token ↓ | fused − run, paired | "
+        + " | ".join(f"{one.task} ↓" for one in NLL)
+        + " | safe preferred ↑ | MC1 ↑ | trained, M | steps |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in chosen:
+        metrics, cost = row["metrics"], row["cost"]
+        scores = [metrics.get(name) for name in (*(one.name for one in NLL), "safe_preferred", "mc1")]
+        cells = [
+            row["run"],
+            row["kind"],
+            str(max(len(row["seeds"]), 1)) if row["seeds"] else "–",
+            interval_text(metrics.get("mean_nll_per_token")),
+            "" if row["run"] == comparison["reference"] else difference_text(row),
+            *(f"{score['value']:.3f}" if score else "–" for score in scores),
+            f"{cost['trained_parameters'] / 1e6:.1f}" if cost["trained_parameters"] else "–",
+            f"{cost['optimiser_steps']:.0f}" if cost["optimiser_steps"] else "–",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def put(path: Path, name: str, text: str) -> str:
+    """A document with `text` between the marks of that name."""
+    document = path.read_text(encoding="utf-8")
+    begin = BEGIN.format(name)
+    before, _, rest = document.partition(begin)
+    _, _, after = rest.partition(END)
+    if not after:
+        raise SystemExit(f"error: {path}: has no {begin} … {END}")
+    return f"{before}{begin}\n\n{text}\n\n{END}{after}"
+
+
+def documents() -> dict[Path, str]:
+    """{file: what it must hold} of all that is made from docs/results but the page."""
+    runs = kept_runs()
+    comparison = compare(runs, REFERENCE)
+    figure = figures.differences(comparison["rows"], REFERENCE, KINDS)
+    figure = figure.replace("<svg", '<svg color="#1b1f24"', 1)  # an image of its own brings its ink and its paper
+    figure = figure.replace('style="', 'style="background: #ffffff; ', 1)
+    return {
+        ROOT / "README.md": put(ROOT / "README.md", "main rows", table(comparison, MAIN)),
+        ROOT / "docs" / "reproduction.md": put(ROOT / "docs" / "reproduction.md", "all rows", table(comparison)),
+        ROOT / "docs" / "figures" / "comparison.svg": figure,
+    }
+
+
+def main() -> None:
+    runs = kept_runs()
+    comparison = compare(runs, REFERENCE)
+    for path, text in documents().items():
+        path.write_text(text, encoding="utf-8")
+        print(path.relative_to(ROOT))
+    page = ROOT / "docs" / "report" / "index.html"
+    duplicates = read_json(RESULTS / DUPLICATES) if (RESULTS / DUPLICATES).exists() else None
+    write_page(page, comparison, runs, RESULTS, "test", False, duplicates)
+    write_json(page.with_name("table.json"), comparison)
+    print(page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
