@@ -164,7 +164,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     meta = {"training": training.recorded()}
     if args.moe_flag:
-        meta["fused"] = run_dir.read_run(Path(args.moe_dir))["run"]["arguments"]  # how what it starts from was made
+        fused = run_dir.read_run(Path(args.moe_dir))  # how what it starts from was made
+        meta["fused"] = fused["run"]["arguments"]
+        meta["experts"] = fused["meta"].get("experts")
     run_dir.finish(folder, SCRIPT, arguments, train, meta)
     print(f"Aligned on {args.task_name} in {train['seconds']:.0f} s: {folder}")
 

@@ -45,6 +45,13 @@ HARMLESS = {
 BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the others (pissa, loftq, ...) change the base
 
 
+def how_made(experts: list) -> dict[str, dict | None]:
+    """{expert: what its run.json says it was made with} for the record of what is made from them; None where there is
+    none, as of an adapter from elsewhere."""
+    records = {expert.name: read_run(expert.folder) for expert in experts}
+    return {name: record and record["run"]["arguments"] for name, record in records.items()}
+
+
 def add_lora(args, targets: list[str], seed: int) -> PeftModel:
     """A base with fp32 LoRA on the `targets`, all else frozen; args: base_model, dtype, rank, alpha, lora_dropout."""
     model = base.load_weights(AnswerLossLlama, args.base_model, base.load_base_config(args.base_model), args.dtype)

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from models import base
+from models.adapters import how_made
 from models.base_identity import base_sha256
 from models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM, LlamaMoeModel, fuse, load_fused
 from workspace import run_dir
@@ -159,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
         expert.attach(base_config)
     model = fuse(experts, base_config, 1, 0, model_class=LlamaEnsembleForCausalLM, average=args.average)
     model.save_pretrained(output)
-    run_dir.finish(output, SCRIPT, arguments, train={}, meta={})
+    run_dir.finish(output, SCRIPT, arguments, train={}, meta={"experts": how_made(experts)})
     print(f"{output}: an ensemble of {', '.join(arguments['experts'])}, by the average of their {args.average}")
 
 

@@ -93,7 +93,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from data.sources import absolute_source, data_sha256, source_files
 from models import base, four_bit
-from models.adapters import Expert, FreshExpert, expert_folders
+from models.adapters import Expert, FreshExpert, expert_folders, how_made
 from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS, LowRankExperts
 from models.llama import AnswerLossLlama
@@ -381,7 +381,8 @@ def main(argv: list[str] | None = None) -> None:
             for parameter in block.experts.parameters():
                 parameter.data = parameter.data.to(getattr(torch, args.save_dtype))
     model.save_pretrained(output)
-    run_dir.finish(output, "llama_moe.py", arguments, train={}, meta={})
+    meta = {} if args.from_pt or args.fresh_rank else {"experts": how_made(experts)}
+    run_dir.finish(output, "llama_moe.py", arguments, train={}, meta=meta)
     report_sizes(output, model)
 
 

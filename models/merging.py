@@ -114,7 +114,7 @@ from data.encoding import Encoder
 from data.held_apart import held_apart_records
 from data.sources import absolute_source, data_sha256, source_files
 from models import base
-from models.adapters import Expert, save_adapter
+from models.adapters import Expert, how_made, save_adapter
 from models.base_identity import base_sha256
 from models.core_space import CoreSpace, iso_c, knots_ties, mean_cosine, tsv_m
 from models.expert_ffn import PROJECTIONS
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
             trained["tried"] = try_all(args, experts, modules, source, work)
             chosen = min(trained["tried"], key=lambda one: one["mean_nll_per_token"])["coefficients"]
         write_merge(args, experts, modules, chosen, output, work)
-        meta = {"source": METHODS[args.method].source}
+        meta = {"source": METHODS[args.method].source, "experts": how_made(experts)}
         run_dir.finish(output, SCRIPT, arguments, {**trained, "coefficients": chosen}, meta)
     print(f"Merged {', '.join(arguments['experts'])} by {args.method} {chosen}: {output}")
 

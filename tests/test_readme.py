@@ -1,12 +1,13 @@
 """The README says what is true: its commands run, on a base like Llama-2's, and its tables are the measured ones."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import shlex
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHARED_DATA
 from fake_server import FakeServer
 from scripts import FLAGS, MAINS, exists, script_of
 
@@ -35,9 +36,50 @@ def test_every_script_and_flag_that_is_shown_exists(path):
 
 def test_the_tables_are_the_committed_measurements():
     table = (ROOT / "docs" / "measurements" / "demo_table.md").read_text()
-    assert table.split("\n\n")[0].strip() in (ROOT / "README.md").read_text()
+    assert table.split("\n\n")[0].strip() in (ROOT / "docs" / "reproduction.md").read_text()
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         assert not re.search(r"@[A-Z]+@", path.read_text()), f"{path}: a figure is still to be filled in"
+
+
+@pytest.fixture(scope="module")
+def committed():
+    """docs/comparison.py."""
+    spec = importlib.util.spec_from_file_location("committed", ROOT / "docs" / "comparison.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_comparison_in_the_documents_is_made_from_the_kept_rows(committed):
+    for path, text in committed.documents().items():
+        written = path.read_text(encoding="utf-8")
+        if path.suffix == ".svg":  # drawn by the same numbers; their last digits are the processor's
+            written, text = (re.sub(r"\d+\.\d+", lambda x: f"{float(x[0]):.0f}", svg) for svg in (written, text))
+        assert written == text, f"{path}: run python docs/comparison.py"
+    runs = committed.kept_runs()
+    comparison = committed.compare(runs, committed.REFERENCE)
+    written = json.loads((ROOT / "docs" / "report" / "table.json").read_text())
+    page = (ROOT / "docs" / "report" / "index.html").read_text()
+    for row, of_page in zip(comparison["rows"], written["rows"], strict=True):
+        assert row["run"] == of_page["run"] and row["seeds"] == of_page["seeds"]
+        for name, metric in row["metrics"].items():
+            assert (
+                metric["value"] == pytest.approx(of_page["metrics"][name]["value"]) and f"{metric['value']:.3f}" in page
+            )
+
+
+def test_nothing_of_the_slices_texts_is_committed():
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no slices of the public data sets in {SHARED_DATA}")
+    committed = "".join(path.read_text() for path in (ROOT / "docs").rglob("*.*") if path.suffix in (".json", ".html"))
+    texts = {
+        text
+        for path in SHARED_DATA.glob("*_t*.jsonl")
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        for text in (row.get(column) for column in ("instruction", "prompt", "question", "output", "response"))
+        if text and len(text) > 40
+    }
+    assert len(texts) > 5000 and not [text for text in texts if text in committed]
 
 
 TRAINING = ["--max_steps", "2", "--batch_size", "4", "--disable_tqdm", "1", "--use_cpu", "1", "--dtype", "float32"]

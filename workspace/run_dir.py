@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -132,7 +134,8 @@ def remove(path: Path) -> None:
 
 def finish(folder: Path, script: str, arguments: dict, train: dict, meta: dict) -> None:
     """Write run.json, last: what was run, what training measured, and what made it."""
-    run = {"run": {"script": script, "arguments": arguments}, "train": train, "meta": {**environment(), **meta}}
+    meta = {"command": command_line(script), **environment(), **meta}
+    run = {"run": {"script": script, "arguments": arguments}, "train": train, "meta": meta}
     write_json(folder / COMPLETE, run)
     (folder / UNFINISHED).unlink(missing_ok=True)
     release(folder)
@@ -192,6 +195,14 @@ def resolve_setting(flag: str, given, recorded, default):
             "stage again in another --results_dir"
         )
     return recorded if recorded is not None else given if given is not None else default
+
+
+def command_line(script: str) -> str | None:
+    """The command that this process was started by, from the repository's root; None if that is another script's."""
+    path = Path(sys.argv[0]).resolve()
+    if path.name != script or not path.is_relative_to(ROOT):
+        return None
+    return shlex.join(["python", str(path.relative_to(ROOT)), *sys.argv[1:]])
 
 
 def environment() -> dict:
