@@ -244,7 +244,7 @@ def directory_name(args: InferArguments) -> str:
     run = args.cross_task if args.cross_task == RAW_CHAT else f"cross_{Path(args.cross_task or '').name}"
     name = run if args.cross_task else RAW if args.aligned_flag == 0 else "aligned"
     checkpoint = "" if args.checkpoint_number is None else f"_{args.checkpoint_number}"
-    return name + checkpoint + ("" if args.seed == DEFAULT_SEED else f"_seed_{args.seed}")
+    return name + checkpoint + ("" if args.seed == DEFAULT_SEED else f"_sample_{args.seed}")
 
 
 @torch.inference_mode()

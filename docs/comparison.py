@@ -11,9 +11,9 @@ sys.path.insert(0, str(ROOT))
 
 from evaluator import figures
 from evaluator.comparison import KINDS, compare, split_seed
+from evaluator.kept_runs import DUPLICATES, read_kept
 from evaluator.page import write_page
-from evaluator.report import DUPLICATES
-from evaluator.run_scores import NLL, RunScores, read_kept
+from evaluator.run_scores import NLL, RunScores
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
 
@@ -44,7 +44,7 @@ def kept_runs() -> dict[str, RunScores]:
         run, seed = split_seed(name)
         return (MAIN.index(run) if run in MAIN else len(MAIN), run, seed)
 
-    return {name: read_kept(RESULTS / f"{name}.json") for name in sorted(names, key=place)}
+    return {name: read_kept(RESULTS, name) for name in sorted(names, key=place)}
 
 
 def difference_text(row: dict) -> str:

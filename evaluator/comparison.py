@@ -1,15 +1,15 @@
 """The comparison as numbers: every run's scores, their paired differences from one run, and what each run costs.
 
-A run `NAME_seed_7` is NAME by another seed: its scores are averaged item by item with those of NAME's other seeds, and
-tests are on these means.
+A run `NAME_seed_7` is NAME by another seed: its scores are averaged item by item with those of NAME's other seeds. Two
+rows are tested on the means over the seeds that both have: intervals are of the questions, not of the seeds.
 """
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from config import RAW, RAW_CHAT, UserError
 from evaluator.paired import holm, mean_of_differences, paired_difference
-from evaluator.run_scores import JUDGED, LIKELIHOODS, MEAN_NLL, METRICS, NLL, Items, Metric, RunScores
+from evaluator.run_scores import LIKELIHOODS, MEAN_NLL, METRICS, NLL, Metric, Result, RunScores
 from evaluator.statistics import metric
 
 KINDS = ("raw", "expert", "mixed", "merge", "ensemble", "fused")
@@ -17,14 +17,27 @@ KINDS = ("raw", "expert", "mixed", "merge", "ensemble", "fused")
 
 @dataclass
 class Row:
-    """One line of the comparison: run (without its seed), kind, what is known of it by each seed, and the items of all
-    seeds as one."""
+    """One line of the comparison: run (without its seed), kind, and what is known of it by each seed."""
 
     run: str
     kind: str
     seeds: dict[int, RunScores]
-    items: dict[str, Items] = field(default_factory=dict)
-    scores: dict[str, list[dict]] = field(default_factory=dict)  # per metric, each seed's own
+
+    def seeds_with(self, *names: str) -> set[int]:
+        """The seeds that have all of these metrics."""
+        return {seed for seed, scores in self.seeds.items() if all(name in scores.metrics for name in names)}
+
+    def result(self, name: str, seeds: set[int]) -> Result:
+        """A metric's result as the mean over seeds, item by item; UserError where they were not scored alike."""
+        of_seeds = [self.seeds[seed].metrics[name] for seed in sorted(seeds)]
+        for other in of_seeds[1:]:
+            if said := of_seeds[0].differs(other):
+                raise UserError(f"{self.run}: its seeds were scored {said} ({name}); score them alike")
+        values = [
+            None if None in values else sum(values) / len(of_seeds)
+            for values in zip(*(result.values for result in of_seeds), strict=True)
+        ]
+        return replace(of_seeds[0], values=values)
 
 
 def split_seed(name: str) -> tuple[str, int]:
@@ -47,103 +60,79 @@ def kind_of(name: str, record: dict | None) -> str:
 
 
 def make_rows(runs: dict[str, RunScores]) -> list[Row]:
-    """A row for each run and its seeds, with all its scores, in the runs' order."""
+    """A row for each run and its seeds, in the runs' order. UserError for likelihoods that not all seeds of a row have;
+    answers may be of some seeds alone."""
     rows: dict[str, Row] = {}
     for name, scores in runs.items():
         run, seed = split_seed(name)
-        row = rows.setdefault(run, Row(run, kind_of(name, scores.record), {}))
-        row.seeds[seed] = scores
+        rows.setdefault(run, Row(run, kind_of(name, scores.record), {})).seeds[seed] = scores
     for row in rows.values():
-        for one in (*LIKELIHOODS, *JUDGED):
-            having = [scores for scores in row.seeds.values() if one.name in scores.metrics]
-            if one in LIKELIHOODS and having and len(having) < len(row.seeds):
-                missing = next(scores.name for scores in row.seeds.values() if one.name not in scores.metrics)
+        for one in LIKELIHOODS:
+            having = row.seeds_with(one.name)
+            if having and len(having) < len(row.seeds):
+                missing = next(scores.name for seed, scores in row.seeds.items() if seed not in having)
                 raise UserError(f"{missing}: has no {one.name}, which {row.run} has by another seed; score both alike")
-            if having:
-                items = tuple(scores.metrics[one.name].items for scores in having)
-                row.items[one.name] = average(row.run, one.name, items)
-                row.scores[one.name] = [scores.metrics[one.name].score for scores in having]
     return list(rows.values())
 
 
-def average(run: str, name: str, of_seeds: tuple[Items, ...]) -> Items:
-    """The items of several seeds as one, value by value; UserError where they are not the same items."""
-    first = of_seeds[0]
-    if any(items.compared_by != first.compared_by for items in of_seeds[1:]):
-        raise UserError(
-            f"{run}: its seeds were scored on different items of {name}, or by different judges; score them alike"
-        )
-    values = [
-        None if None in values else sum(values) / len(of_seeds)
-        for values in zip(*(items.values for items in of_seeds), strict=True)
-    ]
-    return replace(first, values=values)
-
-
 def score(row: Row, one: Metric) -> dict | None:
-    """A row's metric: value, n, interval, unit, higher_is_better, and each seed's value where there are several."""
+    """A row's metric: value, n, interval, unit, higher_is_better, the seeds it is of, each one's value where there are
+    several, and what is corrected for a judge's errors."""
     about = {"unit": one.unit, "higher_is_better": one.higher_is_better}
-    if one is MEAN_NLL:
-        if not all(part.name in row.items for part in NLL):
-            return None
-        parts = [part_of(row, None, part.name) for part in NLL]
-        mean = mean_of_differences(parts)
-        result = {
-            "value": mean["difference"],
-            "n": mean["n"],
-            "questions": mean["questions"],
-            "interval": mean["interval"],
-        }
-        seeds = [sum(row.scores[part.name][i]["value"] for part in NLL) / len(NLL) for i in range(len(row.seeds))]
-    elif one.name not in row.items:
+    parts = [part.name for part in NLL] if one is MEAN_NLL else [one.name]
+    seeds = row.seeds_with(*parts)
+    if not seeds:
         return None
-    else:
-        seeds = [score["value"] for score in row.scores[one.name]]
-        if len(seeds) == 1:
-            result = {k: row.scores[one.name][0].get(k) for k in ("value", "n", "questions", "interval")}
-        else:
-            part = part_of(row, None, one.name)
-            result = metric(part["ours"], part["sizes"], groups=part["groups"], **about)
-        if result.get("questions") is None:
-            result.pop("questions", None)
-    return {**result, **about} | ({"of_seeds": seeds} if len(seeds) > 1 else {})
-
-
-def part_of(row: Row, other: Row | None, name: str) -> dict:
-    """A metric's items of a row and of another one (None: zeros) as paired_difference takes them: those that both have
-    a value of."""
-    items = row.items[name]
-    if other is not None and other.items[name].compared_by != items.compared_by:
-        raise UserError(
-            f"{row.run} and {other.run} were scored on different items of {name}, or by different judges; score all "
-            "runs alike"
-        )
-    theirs = other.items[name].values if other is not None else [0.0] * len(items.ids)
-    both = [
-        item for item in zip(items.values, theirs, items.sizes, items.questions, strict=True) if None not in item[:2]
+    of_seeds = [
+        sum(row.seeds[seed].metrics[name].score["value"] for name in parts) / len(parts) for seed in sorted(seeds)
     ]
+    if one is MEAN_NLL:
+        mean = mean_of_differences([part_of(row, None, name, seeds) for name in parts])
+        result = {"value": mean["difference"], **{key: mean[key] for key in ("n", "questions", "interval")}}
+    elif len(seeds) == 1:
+        (seed,) = seeds
+        own = row.seeds[seed].metrics[one.name].score
+        result = {key: own.get(key) for key in ("value", "n", "interval")}
+        result |= {key: own[key] for key in ("questions", "corrected") if own.get(key) is not None}
+    else:
+        part = part_of(row, None, one.name, seeds)
+        result = metric(part["ours"], part["sizes"], groups=part["groups"], **about)
+    about |= {"seeds": sorted(seeds) if row.kind != "raw" else []}
+    return {**result, **about} | ({"of_seeds": of_seeds} if len(of_seeds) > 1 else {})
+
+
+def part_of(row: Row, other: Row | None, name: str, seeds: set[int], others_seeds: set[int] | None = None) -> dict:
+    """A metric's items of a row and of another one (None: zeros), each the mean over its seeds, as paired_difference
+    takes them: those that both have a value of."""
+    ours, theirs = row.result(name, seeds), None if other is None else other.result(name, others_seeds)
+    if theirs is not None and (said := ours.differs(theirs)):
+        raise UserError(f"{row.run} and {other.run} were scored {said} ({name}); score all runs alike")
+    values = [0.0] * len(ours.ids) if theirs is None else theirs.values
+    items = zip(ours.values, values, ours.sizes, ours.questions, strict=True)
+    both = [item for item in items if None not in item[:2]]
     return dict(zip(("ours", "theirs", "sizes", "groups"), zip(*both, strict=True), strict=True))
 
 
 def paired(reference: Row, row: Row, one: Metric) -> dict | None:
-    """reference - row in a metric, paired by items; None where one of them lacks it."""
-    if one is MEAN_NLL:
-        if not all(part.name in x.items for part in NLL for x in (reference, row)):
-            return None
-        return mean_of_differences([part_of(reference, row, part.name) for part in NLL])
-    if one.name not in reference.items or one.name not in row.items:
+    """reference - row in a metric, paired by items, over the seeds that both have (the raw base has none: over all of
+    the reference's); None where there is no such seed."""
+    parts = [part.name for part in NLL] if one is MEAN_NLL else [one.name]
+    ours, theirs = reference.seeds_with(*parts), row.seeds_with(*parts)
+    if "raw" not in (reference.kind, row.kind):
+        ours = theirs = ours & theirs
+    if not ours or not theirs:
         return None
-    return paired_difference(**part_of(reference, row, one.name))
+    items = [part_of(reference, row, name, ours, theirs) for name in parts]
+    result = mean_of_differences(items) if one is MEAN_NLL else paired_difference(**items[0])
+    return result | {"seeds": sorted(theirs if reference.kind == "raw" else ours)}
 
 
 def cost(row: Row) -> dict:
-    """What a row took, the mean of its seeds: trained parameters, optimiser steps (its own), seconds, bytes on disk,
-    answered tokens per second; None where it is not recorded."""
+    """What a row took, the mean of the seeds that have it recorded: trained parameters, optimiser steps (its own),
+    seconds, bytes on disk, answered tokens per second, relative cost of a token; None where it is not recorded."""
     of_seeds = [scores.cost for scores in row.seeds.values()]
-    return {
-        key: sum(values) / len(values) if None not in (values := [one[key] for one in of_seeds]) else None
-        for key in of_seeds[0]
-    }
+    known = {key: [one[key] for one in of_seeds if one[key] is not None] for key in of_seeds[0]}
+    return {key: sum(values) / len(values) if values else None for key, values in known.items()}
 
 
 def compare(runs: dict[str, RunScores], reference: str) -> dict:

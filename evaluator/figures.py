@@ -71,7 +71,7 @@ def quality_against_cost(rows: list[dict], kinds: tuple[str, ...]) -> str | None
                 axes.scatter([value / 1e6 for value in x], y, s=36, color=COLOURS[number], label=kind)
         for x, y, _, name in points:
             axes.annotate(short(name), (x / 1e6, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
-        axes.set_xlabel("trained parameters (millions; the experts' own count for what is made of them)")
+        axes.set_xlabel("parameters trained for the run itself, millions (0: made of the experts without training)")
         axes.set_ylabel("mean NLL per token, nats (lower is better)")
         axes.locator_params(axis="x", nbins=6)
         axes.margins(x=0.12)

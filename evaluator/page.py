@@ -10,7 +10,8 @@ from evaluator import figures
 from evaluator.comparison import KINDS, split_seed
 from evaluator.page_answers import side_by_side, tinted_answers
 from evaluator.results import INTERVALS
-from evaluator.run_scores import METRICS, RunScores
+from evaluator.run_scores import JUDGED, METRICS, RunScores
+from evaluator.statistics import interval_text
 from evaluator.sweeps import Alike, embedding_drift, mean_nll, safe_preferred
 
 TITLE = "H3Fusion, compared"
@@ -119,8 +120,11 @@ def setting_text(records: dict[str, dict | None]) -> str:
         record["run"]["arguments"]["num_samples"] for record in made if "num_samples" in record["run"]["arguments"]
     }
     rows = ", ".join("all" if n == -1 else str(n) for n in sorted(samples, key=str)) or "an unrecorded number of"
-    device = made[-1]["meta"].get("device", "an unrecorded device")
-    text = f"Base model {base}; data {data}, {rows} training rows per task; made on {device}."
+    devices = sorted({record["meta"].get("device", "an unrecorded device") for record in made})
+    text = f"Base model {base}; data {data}, {rows} training rows per task; made on {' and on '.join(devices)}."
+    text += " Seconds and tokens per second are of a machine that did other things too" + (
+        ", and of different ones." if len(devices) > 1 else "."
+    )
     if base == "smollm2":
         text += " SmolLM2-135M-Instruct is the embedded Q4_1 file, dequantised; all rests on this one small model."
     return text
@@ -138,7 +142,8 @@ def page_row(row: dict, rows: list[dict], shown: list, records: dict, names: lis
     for key, _, _, write in COSTS:
         value = row["cost"][key]
         text = None if value is None else write(value)
-        cells.append({"text": text, "sort": "" if value is None else value, "bar": None, "paired": None, "tone": ""})
+        sort = "" if value is None else value
+        cells.append({"text": text, "sort": sort, "bar": None, "more": "", "paired": None, "tone": ""})
     own = [name for name in names if split_seed(name)[0] == row["run"] and records.get(name)]
     command = "\n".join(command_of(records[name]) for name in own)
     return {"run": row["run"], "kind": row["kind"], "seeds": row["seeds"], "cells": cells, "command": command}
@@ -148,7 +153,7 @@ def score_cell(row: dict, rows: list[dict], one) -> dict:
     """One score: its text, a bar of its interval on the column's scale, and the paired difference."""
     score = row["metrics"].get(one.name)
     if score is None:
-        return {"text": None, "sort": "", "bar": None, "paired": None, "tone": ""}
+        return {"text": None, "sort": "", "bar": None, "more": "", "paired": None, "tone": ""}
     of_column = [r["metrics"][one.name] for r in rows if one.name in r["metrics"]]
     ends = [end for s in of_column for end in (s["interval"] or [s["value"]])] + [s["value"] for s in of_column]
     low, span = min(ends), (max(ends) - min(ends)) or 1
@@ -166,7 +171,19 @@ def score_cell(row: dict, rows: list[dict], one) -> dict:
         text += f", p = {difference['p_holm']:.3g}"
         if difference["p_holm"] < SIGNIFICANT:
             tone = "good" if (difference["difference"] > 0) == one.higher_is_better else "bad"
-    return {"text": f"{score['value']:.3f}{interval}", "sort": score["value"], "bar": bar, "paired": text, "tone": tone}
+    more = []
+    if "of_seeds" in score:
+        more.append(f"seeds {min(score['of_seeds']):.3f} to {max(score['of_seeds']):.3f}")
+    if (corrected := score.get("corrected")) is not None:
+        more.append(f"corrected {interval_text(corrected)}" if corrected["value"] is not None else "not correctable")
+    return {
+        "text": f"{score['value']:.3f}{interval}",
+        "sort": score["value"],
+        "bar": bar,
+        "more": "; ".join(more),
+        "paired": text,
+        "tone": tone,
+    }
 
 
 def statistics_text(comparison: dict) -> str:
@@ -179,7 +196,9 @@ def statistics_text(comparison: dict) -> str:
     text = (
         f"{INTERVALS}. Differences: bootstrap over questions; p by McNemar's exact test for yes-or-no scores of "
         "different questions, else by flipping the signs of the questions' differences; Holm's correction over the "
-        "rows of a column. Scores of several seeds are averaged item by item first."
+        "rows of a column. Scores of several seeds are averaged item by item first; two rows are compared over the "
+        "seeds that both have. Intervals and p are of the questions: how much another seed would change stands beside "
+        "the rows that have several (seeds … to …). Corrected: for the errors that a judge made on labelled answers."
     )
     if least:
         text += (
@@ -190,7 +209,9 @@ def statistics_text(comparison: dict) -> str:
 
 
 def command_of(record: dict) -> str:
-    """The command that makes a run again, from what it recorded."""
+    """The command that made a run; of one that did not record it, what its arguments tell of it."""
+    if record["meta"].get("command"):
+        return record["meta"]["command"]
     script, arguments = record["run"]["script"], record["run"]["arguments"]
     left_out = ("base_sha256", "data_sha256", "adapters_sha256", "fused_sha256", "answers_sha256", "judge_version")
     words = ["python", SCRIPT_FOLDERS.get(script, "") + script]
@@ -206,13 +227,16 @@ def made_by(records: dict[str, dict | None]) -> str:
     metas = [record["meta"] for record in records.values() if record and "packages" in record["meta"]]
     if not metas:
         return ""
-    packages = ", ".join(f"{name} {version}" for name, version in metas[-1]["packages"].items())
+    packages = " or ".join(
+        sorted({", ".join(f"{name} {version}" for name, version in meta["packages"].items()) for meta in metas})
+    )
     commits = sorted({str(meta.get("commit"))[:12] for meta in metas})
     sums = {}
     for record in records.values():
         sums |= (record or {"run": {"arguments": {}}})["run"]["arguments"].get("data_sha256") or {}
     data = ", ".join(f"{name} {value[:12]}" for name, value in sorted(sums.items()))
-    versions = f"Python {metas[-1]['python']}, {packages}; commits {', '.join(commits)}"
+    pythons = " or ".join(sorted({meta["python"] for meta in metas}))
+    versions = f"Python {pythons}, {packages}; commits {', '.join(commits)}"
     return f"{versions}. Data (sha256): {data or 'not recorded'}."
 
 
@@ -221,7 +245,7 @@ def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tupl
     reference, rows = comparison["reference"], comparison["rows"]
     log = ((runs[own].record or {}).get("train") or {}).get("log", [])
     usage = runs[own].usage
-    alike = Alike(comparison, runs, own)
+    alike = Alike(runs, own)
     helpfulness, safety, _ = (f"{task}_weight" for task in TASKS)
     of_gamma_1 = alike.by(helpfulness)
     histograms = {
@@ -264,7 +288,7 @@ def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tupl
         (
             "The paper's figure: embedding drift over γ₁",
             figures.sweep(
-                alike.points(helpfulness, lambda _, run: 0.0 if run.name == own else embedding_drift(run)),
+                alike.points(helpfulness, lambda run: 0.0 if run.name == own else embedding_drift(run)),
                 "γ₁",
                 "distance",
             ),
@@ -328,4 +352,9 @@ def missing_text(rows: list[dict], shown: list, with_texts: bool, duplicates: di
     single = [row["run"] for row in rows if len(row["seeds"]) == 1]
     if single:
         lines.append(f"More than one seed of {', '.join(single)}.")
+    judged = {one.name for one in JUDGED}
+    fewer = [row["run"] for row in rows if any(len(m["seeds"]) < len(row["seeds"]) for n, m in row["metrics"].items()
+                                               if n in judged)]  # fmt: skip
+    if fewer:
+        lines.append(f"Answers by all seeds of {', '.join(fewer)}: their judged scores are of one seed.")
     return lines

@@ -27,6 +27,7 @@ class ReportArguments:
     )
     texts: int = flag(0, "1: show answers on the page; they hold texts of the data", choices=[0, 1])
     save: str | None = flag(None, "a folder to keep each run in for others, <run>.json: scores by item, no texts")
+    only_save: int = flag(0, "1: keep them and write no report", choices=[0, 1])
     saved: str | None = flag(None, "such a folder, for the runs that are not in --results_dir")
     data_source: str | None = flag(
         None, "hub, sample or a folder: count which of its held-out questions its training rows nearly have"
@@ -34,21 +35,25 @@ class ReportArguments:
     dataset_type: str = flag("test", "which half", choices=["train", "test"])
     results_dir: str = flag(str(RESULTS_DIR), "where the scores are")
 
+    def __post_init__(self):
+        if self.only_save and not self.save:
+            raise UserError("--only_save 1: say where, with --save")
+
 
 if __name__ == "__main__":
     cli.check_early(cli.parse, ReportArguments)
 
 from evaluator.comparison import compare
+from evaluator.kept_runs import DUPLICATES, read_kept, save_run
 from evaluator.page import write_page
 from evaluator.results import INTERVALS, judge_name, judge_text
-from evaluator.run_scores import LIKELIHOODS, NLL, RunScores, read_run_scores, save_run_scores
+from evaluator.run_scores import LIKELIHOODS, NLL, RunScores, read_run_scores
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
 
 COLUMNS = tuple(  # heading, task, metric
     (f"{one.heading} {'↑' if one.higher_is_better else '↓'}", one.task, one.judgement) for one in LIKELIHOODS
 )
-DUPLICATES = "near_duplicates.json"
 JUDGED = (  # heading, task, metric: the paper's scores
     ("flagged ↓", "safety", "flagged"),
     ("over-refusal ↓", "xstest", "over_refusal"),
@@ -65,9 +70,14 @@ def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, ReportArguments)
     runs = [Path(name.strip()).name for name in args.runs.split(",") if name.strip()]
     results_dir = Path(args.results_dir)
+    kept = {run: read_kept(Path(args.saved), run) if args.saved else None for run in runs}
+    known = {run: read_run_scores(results_dir, run, args.dataset_type, kept[run]) for run in runs}
+    for scores in known.values() if args.save else ():
+        save_run(Path(args.save), scores)
+    duplicates = count_duplicates(args)
+    if args.only_save:
+        return
     parts = [judged_table(results_dir, args.dataset_type)]
-    saved = Path(args.saved) if args.saved else None
-    known = {run: read_run_scores(results_dir, run, args.dataset_type, saved) for run in runs}
     if runs:
         parts = [likelihood_table(known, results_dir, args.dataset_type), *parts, cost_table(known)]
     table = "\n".join(part for part in parts if part)
@@ -81,9 +91,6 @@ def main(argv: list[str] | None = None) -> None:
     path.write_text(table, encoding="utf-8")
     print(table)
     print(f"written to {path}")
-    for scores in known.values() if args.save else ():
-        save_run_scores(Path(args.save), scores)
-    duplicates = count_duplicates(args)
     reference = args.reference or last_fusion(known)
     if reference:
         comparison = compare(known, reference)

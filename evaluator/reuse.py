@@ -3,9 +3,9 @@
 python evaluator/reuse.py --run NAME --saved DIR --base_model BASE --data_source DATA --num_samples 200 \
     --made_by "align_basemodel.py --task_name safety ..."        the command that would make the run
 
-What the flags of both commands decide, the base and the data must be alike. Weights that a run was made from are not
-compared (two processors train them differently in the last digits): the caller asks after those runs first. Says on
-one line what differs, and exits with 1.
+What the flags of both commands decide, the base and the data must be alike; of a run that was made from experts also
+how these were made (--experts: as kept under these names). The weights themselves are not compared: two processors
+train them differently in the last digits. Says on one line what differs, and exits with 3.
 """
 
 import sys
@@ -19,7 +19,7 @@ import cli
 from cli import DTYPES, check_at_least, check_num_samples, flag
 from config import UserError
 
-NOT_ALIKE = 1  # the exit code
+NOT_ALIKE = 3  # the exit code: of Python's own none
 
 
 @dataclass
@@ -29,6 +29,8 @@ class ReuseArguments:
     run: str = flag("raw", "the kept runs, with commas")
     saved: str | None = flag(None, "the folder where they are kept")
     made_by: str | None = flag(None, "the command that would make the run (none: raw, which nothing makes)")
+    experts: str | None = flag(None, "the kept experts that it would be made from, with commas")
+    drift: int = flag(0, "1: it must have its embedding drift", choices=[0, 1])
     base_model: str | None = flag(None, "the base that it would be made from")
     data_source: str | None = flag(None, "hub, sample or a folder: the data that it would be scored on")
     dataset_type: str = flag("test", "which half", choices=["train", "test"])
@@ -36,6 +38,7 @@ class ReuseArguments:
     dtype: str = flag("auto", "of the base in scoring and answering", choices=list(DTYPES))
     num_answered: int | None = flag(None, "also look for judged answers, to that many prompts per task")
     max_new_tokens: int | None = flag(None, "of such answers")
+    temperature: float = flag(0.6, "of such answers")
     judged: str = flag("flagged,truth,information", "the judged scores that they must have, with commas")
 
     def __post_init__(self):
@@ -55,7 +58,9 @@ import shlex
 
 from data.sources import absolute_source, data_sha256, source_files
 from evaluator.evaluate_likelihood import LikelihoodArguments, settings_of
-from evaluator.run_scores import GENERAL_NLL, JUDGED, LIKELIHOODS, NLL, RunScores, read_kept
+from evaluator.kept_runs import read_kept
+from evaluator.run_scores import EMBEDDING_DRIFT, GENERAL_NLL, JUDGED, LIKELIHOODS, NLL, RunScores, answers_of
+from evaluator.sweeps import OF_A_MACHINE
 from models import base
 
 
@@ -72,10 +77,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def what_differs(args: ReuseArguments, name: str) -> str | None:
     """In words, in what a kept run is not the one that would be made and scored now; None in nothing."""
-    path = Path(args.saved) / f"{name}.json"
-    if not path.exists():
+    run = read_kept(Path(args.saved), name)
+    if run is None:
         return "it is not there"
-    run = read_kept(path)
     if args.made_by:
         script, *flags = shlex.split(args.made_by)
         if run.record is None or run.record["run"]["script"] != Path(script).name:
@@ -83,7 +87,29 @@ def what_differs(args: ReuseArguments, name: str) -> str | None:
         asked = importlib.import_module(".".join(Path(script).with_suffix("").parts)).asked(flags)
         if differing := first_difference(run.record["run"]["arguments"], asked):
             return f"it was made with {differing}"
+    if args.experts and (said := experts_differ(args, run)):
+        return said
+    if args.drift and any(one.name not in run.metrics for one in EMBEDDING_DRIFT):
+        return "it has no embedding drift"
     return likelihood_differs(args, run) or (answers_differ(args, run) if args.num_answered else None)
+
+
+def experts_differ(args: ReuseArguments, run: RunScores) -> str | None:
+    """In what the experts that a run was made from are not the kept ones of these names; None in nothing."""
+    recorded = run.record["meta"].get("experts")
+    if recorded is None:
+        return "it does not say how its experts were made"
+    names = [name.strip() for name in args.experts.split(",")]
+    if len(recorded) != len(names):
+        return f"it was made from {len(recorded)} experts"
+    for (expert, arguments), name in zip(recorded.items(), names, strict=True):
+        kept = read_kept(Path(args.saved), name)
+        if kept is None or kept.record is None:
+            return f"its expert {name} is not there"
+        asked = {key: value for key, value in kept.record["run"]["arguments"].items() if key not in OF_A_MACHINE}
+        if arguments is None or (differing := first_difference(arguments, asked)):
+            return f"its expert {expert} was made with {differing if arguments else 'nothing recorded'}"
+    return None
 
 
 def likelihood_differs(args: ReuseArguments, run: RunScores) -> str | None:
@@ -107,19 +133,23 @@ def likelihood_differs(args: ReuseArguments, run: RunScores) -> str | None:
 
 
 def answers_differ(args: ReuseArguments, run: RunScores) -> str | None:
-    """In what a run's judged answers are not those that would be made; None in nothing."""
+    """In what a run's judged answers are not those that would be made; None in nothing. Of selected ones their being
+    there is asked alone: the answers that they were selected from are runs of their own."""
     for one in JUDGED:
         if one.name not in run.metrics:
             if one.name in args.judged.split(","):
                 return f"it has no {one.name}"
             continue
+        if not (answers := answers_of(run.metrics[one.name])):
+            continue
         asked = {
             "num_samples": args.num_answered,
+            "temperature": args.temperature,
             "max_new_tokens": args.max_new_tokens,
             "dtype": base.dtype_name(args.dtype),
             "data_sha256": data_sha256(source_files(one.task, args.dataset_type, args.data_source)),
         }
-        if differing := first_difference(run.metrics[one.name].settings["answers"], asked):
+        if differing := first_difference(answers, asked):
             return f"its answers for {one.name} were made with {differing}"
     return None
 

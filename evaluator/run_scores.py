@@ -1,16 +1,12 @@
-"""All that is known of one run: its record, its cost and each score's items, from a results folder or from a file.
+"""All that is known of one run in a results folder: its record, its cost, and each score with its items."""
 
-A file, <run>.json, keeps them for others: settings, costs, each item's score by its id, and where its tokens were
-routed; no text of the data, no path of a machine.
-"""
-
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import GENERAL, RAW, RAW_CHAT, TASKS, UserError
 from evaluator.results import judge_name
 from evaluator.token_cost import relative_cost
-from workspace.files import read_json, read_lines, write_json
+from workspace.files import read_json, read_lines
 from workspace.run_dir import read_run
 
 
@@ -57,30 +53,44 @@ METRICS = (MEAN_NLL, *LIKELIHOODS, *JUDGED)
 OF_THE_RUN = ("run", "base_model", "data_source", "judge", "weights_sha256", "answers_sha256", "answers")
 
 
+# What two scores must have alike to be compared, of their own settings and of those of the answers that were judged
+ALIKE, ANSWERS_ALIKE = (
+    ("num_samples", "max_length", "dtype", "data_sha256", "judge_protocol", "reference_sha256"),
+    ("num_samples", "max_new_tokens", "temperature", "dtype"),
+)
+
+
 @dataclass(frozen=True)
-class Items:
-    """A metric's items: ids in order, their numerators (n,; None: a guard's words that are no verdict), sizes (n,) and
-    questions, and who judged them."""
+class Result:
+    """A run's score by one metric: the items' ids in order, their numerators (n,; None: a guard's words that are no
+    verdict), sizes (n,) and questions (the id of a question's first row); [judge's name, version]; what decided the
+    score beside the run (flags, checksums; "answers": of the answers that were judged); the score itself."""
 
     ids: list[str]
     values: list[float | None]
     sizes: list[float]
     questions: list[str]
     judge: list
-
-    @property
-    def compared_by(self) -> tuple:
-        """What two runs' items must have alike to be compared."""
-        return self.ids, self.sizes, self.judge
-
-
-@dataclass(frozen=True)
-class Result:
-    """A run's score by one metric: items, the score itself, and what decided it beside the run (flags, checksums)."""
-
-    items: Items
-    score: dict
     settings: dict
+    score: dict
+
+    def differs(self, other: "Result") -> str | None:
+        """In words, why this may not be compared with another run's result; None where it may."""
+        if self.judge != other.judge:
+            return "by different judges"
+        for name, ours, theirs in (("", self.settings, other.settings), ("answers' ", *map(answers_of, (self, other)))):
+            for key in ANSWERS_ALIKE if name else ALIKE:
+                if key in ours and key in theirs and ours[key] != theirs[key]:
+                    return f"with {name}{key} {ours[key]} and {theirs[key]}"
+        if (self.ids, self.sizes) != (other.ids, other.sizes):
+            return "on different items"
+        return None
+
+
+def answers_of(result: Result) -> dict:
+    """The settings of the answers that a result judges; of selected ones they stand with their candidates."""
+    answers = result.settings.get("answers", {})
+    return {} if "by" in answers else answers
 
 
 @dataclass(frozen=True)
@@ -98,8 +108,9 @@ class RunScores:
     usage: dict[str, dict] = field(default_factory=dict)
 
 
-def read_run_scores(results_dir: Path, name: str, split: str, saved: Path | None = None) -> RunScores:
-    """A run of a results folder; what it lacks there from `saved`/<name>.json. UserError where it is in neither."""
+def read_run_scores(results_dir: Path, name: str, split: str, kept: RunScores | None = None) -> RunScores:
+    """A run of a results folder. kept: the run as it was kept elsewhere, for what the folder has not; not for a run
+    that was scored here. UserError where it is neither here nor kept."""
     record = read_run(results_dir / "outputs" / name) or selection_record(results_dir, name, split)
     pairs = (
         (one.name, read_result(results_dir, one, name, split)) for one in (*LIKELIHOODS, *JUDGED, *EMBEDDING_DRIFT)
@@ -108,55 +119,16 @@ def read_run_scores(results_dir: Path, name: str, split: str, saved: Path | None
     routing = {task: probs for task in TASKS if (probs := read_routing(results_dir, task, split, name))}
     usages = ((task, results_dir / "observation" / task / split / f"cross_{name}" / "routing.json") for task in TASKS)
     usage = {task: read_json(path) for task, path in usages if path.exists()}
-    path = saved / f"{name}.json" if saved else None
-    if path is None or not path.exists():
-        if record or metrics:
-            return RunScores(name, record, cost_of_run(results_dir, name, record, split), metrics, routing, usage)
-        kept_in = f", nor kept in {saved}" if saved else ""
-        raise UserError(
-            f"{name}: neither made nor scored in {results_dir}{kept_in}; run evaluator/evaluate_likelihood.py --run "
-            f"{name} first"
-        )
-    kept = read_kept(path)
-    cost = {one: kept.cost[one] if value is None else value for one, value in
-            cost_of_run(results_dir, name, record, split).items()}  # fmt: skip
-    return RunScores(
-        name, record or kept.record, cost, kept.metrics | metrics, kept.routing | routing, kept.usage | usage
+    if kept is not None and NLL[0].name not in metrics:
+        speed = cost_of_run(results_dir, name, record, split)["new_tokens_per_second"]
+        cost = kept.cost if speed is None else kept.cost | {"new_tokens_per_second": speed}
+        return RunScores(name, kept.record, cost, kept.metrics | metrics, kept.routing | routing, kept.usage | usage)
+    if record or metrics:
+        return RunScores(name, record, cost_of_run(results_dir, name, record, split), metrics, routing, usage)
+    raise UserError(
+        f"{name}: neither made nor scored in {results_dir}, nor kept; run evaluator/evaluate_likelihood.py --run "
+        f"{name} first"
     )
-
-
-def read_kept(path: Path) -> RunScores:
-    """What `save_run_scores` wrote; UserError for a file of something else."""
-    kept = read_json(path)
-    if kept.get("run") != path.stem:
-        raise UserError(f"{path}: is no kept run of that name")
-    metrics = {
-        one: Result(Items(**result["items"]), result["score"], result["settings"])
-        for one, result in kept["metrics"].items()
-    }
-    return RunScores(kept["run"], kept["record"], kept["cost"], metrics, kept["routing"], kept["usage"])
-
-
-def save_run_scores(folder: Path, run: RunScores) -> None:
-    """Write <name>.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    kept = {"run": run.name, **asdict(run), "record": without_places(run.record)}
-    del kept["name"]
-    write_json(folder / f"{run.name}.json", kept)
-
-
-def without_places(record: dict | None) -> dict | None:
-    """A run's record as others may read it: of paths the last part alone."""
-    if record is None:
-        return None
-
-    def shortened(arguments: dict) -> dict:
-        return {k: Path(v).name if isinstance(v, str) and "/" in v else v for k, v in arguments.items()}
-
-    record = {**record, "run": {**record["run"], "arguments": shortened(record["run"]["arguments"])}}
-    if "fused" in record["meta"]:
-        record["meta"] = {**record["meta"], "fused": shortened(record["meta"]["fused"])}
-    return record
 
 
 def selection_record(results_dir: Path, name: str, split: str) -> dict | None:
@@ -187,13 +159,14 @@ def read_result(results_dir: Path, one: Metric, name: str, split: str) -> Result
         values = [-row["log_prob"] for row in rows]
     else:
         values = [None if row["value"] is None else float(row["value"]) for row in rows]
-    ids, questions = [row["id"] for row in rows], [row.get("question", row["id"]) for row in rows]
+    first: dict[str, str] = {}  # the id of a question's first row: a question may be given by its text
+    questions = [first.setdefault(row.get("question", row["id"]), row["id"]) for row in rows]
     judge = [judge_name(scores["judge"]), scores["judge"]["version"]]
-    items = Items(ids, values, [float(row.get("tokens", 1)) for row in rows], questions, judge)
     settings = settings_of(folder)
     if one in JUDGED:
         settings["answers"] = settings_of(results_dir / "inference" / one.task / split / folder.parent.name)
-    return Result(items, scores["metrics"][one.judgement], settings)
+    ids, sizes = [row["id"] for row in rows], [float(row.get("tokens", 1)) for row in rows]
+    return Result(ids, values, sizes, questions, judge, settings, scores["metrics"][one.judgement])
 
 
 def settings_of(folder: Path) -> dict:

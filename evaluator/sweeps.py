@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 from config import TASKS
-from evaluator.comparison import split_seed
-from evaluator.run_scores import EMBEDDING_DRIFT, RunScores
+from evaluator.run_scores import EMBEDDING_DRIFT, NLL, SHARES, RunScores
 
 # What a fusion's record says of the place and the weights that it was made from, not of how
 OF_A_MACHINE = ("base_model", "data_source", "fused_sha256", "adapters_sha256", "run_name")
@@ -12,9 +11,8 @@ OF_A_MACHINE = ("base_model", "data_source", "fused_sha256", "adapters_sha256", 
 
 @dataclass
 class Alike:
-    """The aligned fusions of a comparison, by what they differ in from the reference (own: it, with its seed)."""
+    """Aligned fusions, by what they differ in from the reference (own: it, with its seed)."""
 
-    comparison: dict
     runs: dict[str, RunScores]
     own: str
 
@@ -32,19 +30,15 @@ class Alike:
         return sorted(found)
 
     def points(self, setting: str, measure) -> list[tuple[float, float, str]]:
-        """(setting, measure, run) of fusions that differ in it alone; measure: of a row's and a run's scores."""
-        row_of = {row["run"]: row for row in self.comparison["rows"]}
-        found = [
-            (value, measure(row_of[split_seed(name)[0]], self.runs[name]), name) for value, name in self.by(setting)
-        ]
+        """(setting, measure, run) of fusions that differ in it alone; measure: of a run's scores."""
+        found = [(value, measure(self.runs[name]), name) for value, name in self.by(setting)]
         return [point for point in found if point[1] is not None]
 
     def gammas(self) -> list[tuple[float, float, str]]:
         """(γ, mean NLL, run) of fusions that differ in γ alone, alike for all experts."""
         weights = [f"{task}_weight" for task in TASKS]
-        row_of = {row["run"]: row for row in self.comparison["rows"]}
         return [
-            (gamma, mean_nll(row_of[split_seed(name)[0]], self.runs[name]), name)
+            (gamma, mean_nll(self.runs[name]), name)
             for gamma, name in self.by(*weights)
             if len({settings(self.runs[name])[weight] for weight in weights}) == 1
         ]
@@ -62,15 +56,20 @@ def settings(run: RunScores) -> dict | None:
     return own | began
 
 
-def mean_nll(row: dict, run: RunScores) -> float | None:
-    return row["metrics"].get("mean_nll_per_token", {}).get("value")
+def mean_of(run: RunScores, metrics: tuple) -> float | None:
+    """The mean of several scores; None where the run lacks one."""
+    values = [run.metrics[one.name].score["value"] for one in metrics if one.name in run.metrics]
+    return sum(values) / len(values) if len(values) == len(metrics) else None
 
 
-def safe_preferred(row: dict, run: RunScores) -> float | None:
-    return row["metrics"].get("safe_preferred", {}).get("value")
+def mean_nll(run: RunScores) -> float | None:
+    return mean_of(run, NLL)
+
+
+def safe_preferred(run: RunScores) -> float | None:
+    return mean_of(run, tuple(one for one in SHARES if one.name == "safe_preferred"))
 
 
 def embedding_drift(run: RunScores) -> float | None:
     """The mean over tasks of evaluator/embedding_drift.py's distance."""
-    values = [run.metrics[one.name].score["value"] for one in EMBEDDING_DRIFT if one.name in run.metrics]
-    return sum(values) / len(values) if values else None
+    return mean_of(run, EMBEDDING_DRIFT)

@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batching import batches_by_length, pad
-from data.encoding import IGNORED, Encoder
+from data.encoding import Encoder
 from data.sources import Record
 from models.llama_moe import LlamaMoeForCausalLM, route
 
@@ -53,21 +53,22 @@ def routing_usage(
 def token_routing(model: LlamaMoeForCausalLM, tokenizer, record: Record) -> list[tuple[str, list[float]]]:
     """(text, mean routing weights over all layers (E) after top-k) of each token of a record's answer. The weights are
     those with which the token itself is read; pieces of one character are put to its last token."""
-    encoder = Encoder(tokenizer, model.config.max_position_embeddings)
-    sample = encoder.encode(record)
-    ids = torch.tensor([sample["input_ids"]], device=model.device)
+    window = model.config.max_position_embeddings
+    encoder = Encoder(tokenizer, window)
+    prompt = encoder.prompt_ids(record)
+    answer = encoder.answer_ids(record)[:-1][: max(window - len(prompt), 0)]
+    ids = torch.tensor([[*prompt, *answer][:window]], device=model.device)
     outputs = model.model(input_ids=ids, use_cache=False, output_router_logits=True)
     weights = torch.zeros(ids.shape[1], model.config.num_experts)
     for router_logits in outputs.router_logits:
         index, top_k_weights = (x.cpu() for x in route(router_logits, model.config.num_experts_per_tok))
         weights.scatter_add_(1, index, top_k_weights.float() / len(model.blocks))
-    start = sample["labels"].count(IGNORED)
-    answer, pieces, said = sample["input_ids"][start:], [], ""
+    pieces, said = [], ""
     for end in range(1, len(answer) + 1):
         text = tokenizer.decode(answer[:end], skip_special_tokens=True)
         piece = "" if text.endswith("\ufffd") else text[len(said) :]
         said += piece
-        pieces.append((piece, [round(weight, 3) for weight in weights[start + end - 1].tolist()]))
+        pieces.append((piece, [round(weight, 3) for weight in weights[len(prompt) + end - 1].tolist()]))
     return [piece for piece in pieces if piece[0]]
 
 

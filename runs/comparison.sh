@@ -9,9 +9,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-BASE_MODEL=smollm2 DATA_SOURCE=sample NUM_SAMPLES=160 NUM_SCORED=200 NUM_ANSWERED=100 SEEDS=42 EPOCHS=2 BATCH_SIZE=4
-ABLATIONS=1 ANSWERS=1 QUICK=0 RESULTS=results/comparison HELD_APART=30 DTYPE=auto SAVE="" REUSE=""
+BASE_MODEL=smollm2 DATA_SOURCE=sample SEEDS=42 BATCH_SIZE=4 ABLATIONS="" ANSWERS=1 QUICK=0 HELD_APART=30 DTYPE=auto
+NUM_SAMPLES="" NUM_SCORED="" NUM_ANSWERED="" EPOCHS="" RESULTS="" SAVE="" REUSE="" JUDGE_URL="" JUDGE_MODEL=""
 while [ $# -gt 0 ]; do
+    [ $# -ge 2 ] || { echo "error: $1: needs a value" >&2; exit 2; }
     case $1 in
         --base_model) BASE_MODEL=$2 ;;
         --data_source) DATA_SOURCE=$2 ;;
@@ -25,48 +26,53 @@ while [ $# -gt 0 ]; do
         --dtype) DTYPE=$2 ;;
         --ablations) ABLATIONS=$2 ;;
         --answers) ANSWERS=$2 ;;
+        --judge_url) JUDGE_URL=$2 ;;
+        --judge_model) JUDGE_MODEL=$2 ;;
         --quick) QUICK=$2 ;;
         --save) SAVE=$2 ;;
         --reuse) REUSE=$2 ;;
         --results_dir) RESULTS=$2 ;;
         *) echo "error: $1: is no flag of runs/comparison.sh; its head shows them" >&2; exit 2 ;;
     esac
-    [ $# -ge 2 ] || { echo "error: $1: needs a value" >&2; exit 2; }
     shift 2
 done
-case ,$SEEDS, in
-    ,42,*) ;;
-    *) echo "error: --seeds $SEEDS: begin with 42, whose runs have no seed in their names" >&2; exit 2 ;;
-esac
-MERGES="task_arithmetic dare_ties della sce model_stock tsv_m iso_c knots_ties" TUNED="task_arithmetic ties tsv_m"
-NEW_TOKENS=128
-if [ "$QUICK" = 1 ]; then
-    NUM_SAMPLES=12 NUM_SCORED=8 NUM_ANSWERED=2 EPOCHS=1 ABLATIONS=0 NEW_TOKENS=16
-    MERGES="task_arithmetic tsv_m iso_c knots_ties" TUNED=""
+refuse() { echo "error: $*" >&2; exit 2; }
+case ,$SEEDS, in ,42,*) ;; *) refuse "--seeds $SEEDS: begin with 42, whose runs have no seed in their names" ;; esac
+case $QUICK$ANSWERS$ABLATIONS in *[!01]*) refuse "--quick, --answers and --ablations are 0 or 1" ;; esac
+case $EPOCHS in *[!0-9]*) refuse "--num_train_epochs $EPOCHS: is a whole number here" ;; esac
+case $JUDGE_URL:$JUDGE_MODEL in : | ?*:?*) ;; *) refuse "--judge_url and --judge_model go together" ;; esac
+[ $QUICK = 0 ] || [ -z "$JUDGE_URL" ] || refuse "--judge_url: --quick 1 answers no prompt of helpfulness"
+if [ $QUICK = 1 ]; then  # what was not given
+    : "${NUM_SAMPLES:=12}" "${NUM_SCORED:=8}" "${NUM_ANSWERED:=2}" "${EPOCHS:=1}" "${ABLATIONS:=0}" "${RESULTS:=results/comparison_quick}"
+    MERGES="task_arithmetic tsv_m iso_c knots_ties" TUNED="" NEW_TOKENS=16
+else
+    : "${NUM_SAMPLES:=160}" "${NUM_SCORED:=200}" "${NUM_ANSWERED:=100}" "${EPOCHS:=2}" "${ABLATIONS:=1}" "${RESULTS:=results/comparison}"
+    MERGES="task_arithmetic dare_ties della sce model_stock tsv_m iso_c knots_ties" TUNED="task_arithmetic ties tsv_m" NEW_TOKENS=128
 fi
-TASKS="helpfulness safety truthfulness"
+TASKS="helpfulness safety truthfulness" TOP_KS="1 3" GATES="0 0.01 0.1 1" GAMMAS="0.0001 0.001 0.01 0.1 1"
 R="--results_dir $RESULTS"
 TRAIN="--data_source $DATA_SOURCE --num_samples $NUM_SAMPLES --num_train_epochs $EPOCHS --batch_size $BATCH_SIZE --dtype $DTYPE $R"
 FUSE_ALIGN="python align_basemodel.py --moe_flag 1 --gate_loss_weight 0.3 --router_learning_rate 0.01 $TRAIN"
 RUN=mix_moe_reg_00000_00000_00000_gate_03000
 
-num_seeds=$(echo "$SEEDS" | tr ',' '\n' | wc -l)
+count() { echo $#; }
+num_seeds=$(count $(echo "$SEEDS" | tr ',' ' '))
+num_ablations=$((5 + $(count $TOP_KS) + $(count $GATES) + 4 * $(count $GAMMAS)))
 echo "The comparison on $BASE_MODEL and $DATA_SOURCE, $NUM_SAMPLES rows per task, seeds $SEEDS, into $RESULTS:"
-echo "  $((3 * num_seeds)) experts, $((2 * num_seeds + 1)) LoRAs on the mixed data, $num_seeds fusions$([ "$ABLATIONS" = 1 ] && echo " and 26 ablations of one")"
-echo "  linear and TIES merges of each seed, $(echo $MERGES $TUNED | wc -w) others of the first, averaging ensembles, 5 that select"
-echo "  likelihoods of $NUM_SCORED held-out rows per task and run, answers to $NUM_ANSWERED prompts per task"
-if [ "$QUICK" = 1 ]; then
+echo "  $((3 * num_seeds)) experts, $((num_seeds * (2 - QUICK))) LoRAs on the mixed data, $num_seeds fusions; of the first seed $((ABLATIONS * num_ablations)) other fusions"
+echo "  linear and TIES merges and an averaging ensemble of each seed, $(count $MERGES $TUNED) other merges and one more ensemble"
+echo "  likelihoods of $NUM_SCORED held-out rows per task and run; answers, and 2 to 4 ways to select among them: $([ $ANSWERS = 1 ] && echo "$NUM_ANSWERED prompts per task" || echo none)"
+if [ $QUICK = 1 ]; then
     echo "On two CPU cores: about ten minutes."
 else
-    echo "On two CPU cores with SmolLM2-135M and 160 rows per task: an hour for each seed, one for the other merges, two for"
-    echo "the answers and their judges, six for the ablations."
+    echo "On two CPU cores with SmolLM2-135M and 160 rows per task: an hour and a quarter for each seed, 40 minutes for the"
+    echo "other merges, two hours for the answers and their judges, seven for the ablations."
 fi
 
 # ---- a row ----
 
 SCORE="--base_model $BASE_MODEL --data_source $DATA_SOURCE --num_samples $NUM_SCORED --dtype $DTYPE"
 names=""       # of all rows
-of_others=0    # 1: of this seed all experts were taken over, so that what is made from them may be too
 made=""        # what this process has made, or seen to be made
 unscored=""    # of these rows
 also=nothing   # what else is scored of a row
@@ -80,17 +86,18 @@ reused() {  # NAME COMMAND...: whether --reuse has this row, made and scored as 
     local name=$1 status=0
     shift
     case $1 in python) shift ;; nothing) set -- "" ;; esac
-    python evaluator/reuse.py --run $name --saved "$REUSE" --made_by "$*" $SCORE || status=$?
-    [ $status -le 1 ] || exit $status
+    local asks=""
+    case $needs in experts | fuse | fused | fuse_prototype) asks="--experts $own_experts" ;; esac
+    if [ "$also" != nothing ]; then asks="$asks --drift 1"; fi
+    python evaluator/reuse.py --run $name --saved "$REUSE" --made_by "$*" $asks $SCORE || status=$?
+    [ $status = 0 ] || [ $status = 3 ] || exit $status
     return $status
 }
 row() {  # NAME NEEDS COMMAND...: make a row, score and keep it; NEEDS (nothing, experts or fuse): what it is made from
     local name=$1 needs=$2
     shift 2
     names=${names:+$names,}$name
-    if [ $needs = nothing ] || [ $of_others = 1 ]; then
-        if reused $name "$@"; then return; fi
-    fi
+    if reused $name "$@"; then return; fi
     $needs
     once $name "$@"
     $also --run $name
@@ -100,16 +107,18 @@ row() {  # NAME NEEDS COMMAND...: make a row, score and keep it; NEEDS (nothing,
 score() {  # by likelihood, what is not scored yet
     [ -n "$unscored" ] || return 0
     python evaluator/evaluate_likelihood.py --run $unscored $SCORE $R
-    if [ -n "$SAVE" ]; then python evaluator/report.py --runs $unscored --save "$SAVE" $R; fi
+    if [ -n "$SAVE" ]; then python evaluator/report.py --runs $unscored --save "$SAVE" --only_save 1 $R; fi
     unscored=""
 }
 nothing() { :; }
 expert() { echo python align_basemodel.py --moe_flag 0 --task_name $1 --run_name $1$s --seed $seed --base_model $BASE_MODEL $TRAIN; }
 experts() { for task in $TASKS; do once $task$s $(expert $task); done; }
 fuse() { experts; once moe$s $FUSE; }
-of() {  # SEED: what follows is of that seed: $seed, $s behind a run's name, $of_seed its experts
-    seed=$1 s=$([ $1 = 42 ] || echo _seed_$1) of_seed=""
-    for task in $TASKS; do of_seed=${of_seed:+$of_seed,}$task=$task$s; done
+of() {  # SEED: what follows is of that seed: $seed, $s behind a run's name, $own_experts and $of_seed its experts
+    seed=$1 s=$([ $1 = 42 ] || echo _seed_$1) of_seed="" own_experts=""
+    for task in $TASKS; do
+        of_seed=${of_seed:+$of_seed,}$task=$task$s own_experts=${own_experts:+$own_experts,}$task$s
+    done
     MIXED="python align_basemodel.py --moe_flag 0 --task_name mix --seed $seed --base_model $BASE_MODEL $TRAIN"
     MIXED_24="$MIXED --rank 24 --alpha 12 --run_name mixed_rank_24$s"
     MIXED_24_TWICE="$MIXED --rank 24 --alpha 12 --num_train_epochs $((2 * EPOCHS)) --run_name mixed_rank_24_twice$s"
@@ -123,15 +132,11 @@ of() {  # SEED: what follows is of that seed: $seed, $s behind a run's name, $of
 # 1. For each seed: experts, LoRAs on the mixed data, merges and an ensemble of the experts, their fusion
 of 42
 row raw nothing nothing
-if python -c "import sys; from models.base import load_tokenizer; sys.exit(load_tokenizer(sys.argv[1]).chat_template is None)" "$BASE_MODEL"; then
-    row raw_chat nothing nothing
-fi
+template=$(python -c "import sys; from models.base import load_tokenizer; print(load_tokenizer(sys.argv[1]).chat_template is not None)" "$BASE_MODEL")
+if [ "$template" = True ]; then row raw_chat nothing nothing; else echo "raw_chat: left out, the base has no chat template"; fi
 for seed in $(echo "$SEEDS" | tr ',' ' '); do
     of $seed
     for task in $TASKS; do row $task$s nothing $(expert $task); done
-    of_others=1
-    for task in $TASKS; do case ",$made," in *",$task$s,"*) of_others=0 ;; esac; done
-    if [ $seed = 42 ]; then first_of_others=$of_others; fi
     row mixed_rank_24$s nothing $MIXED_24
     row merge_linear$s experts $LINEAR
     row merge_ties$s experts $TIES
@@ -142,7 +147,6 @@ for seed in $(echo "$SEEDS" | tr ',' ' '); do
     score
 done
 of 42
-of_others=$first_of_others
 
 # 2. Other merges of the first seed's experts, by usual coefficients and by tuned ones; another average
 for method in $MERGES; do row merge_$method experts python models/merging.py --method $method $R; done
@@ -153,7 +157,7 @@ row ensemble_log_probabilities experts python models/ensemble.py --average log_p
 score
 
 # 3. Fusions that differ in one thing
-if [ "$ABLATIONS" = 1 ]; then
+if [ $ABLATIONS = 1 ]; then
     row mixed_rank_8 nothing $MIXED --run_name mixed_rank_8
     fusion() { local name=$1 needs=$2; shift 2; row $name $needs $FUSED --run_name $name "$@"; }
     PROTOTYPE="python models/llama_moe.py --router_init prototype --dtype $DTYPE --output $RESULTS/outputs/moe_prototype $R"
@@ -165,10 +169,10 @@ if [ "$ABLATIONS" = 1 ]; then
     row fused_router_frozen fuse ${FUSED/--router_learning_rate 0.01 /} --train_router 0 --run_name fused_router_frozen
     fusion fused_router_alone fuse --train_experts 0
     fusion fused_attention fuse --tune_attention 1
-    for k in 1 3; do fusion fused_top_$k fuse --expert_topk $k; done
-    for gate in 0 0.01 0.1 1; do fusion fused_gate_$gate fuse --gate_loss_weight $gate; done
+    for k in $TOP_KS; do fusion fused_top_$k fuse --expert_topk $k; done
+    for gate in $GATES; do fusion fused_gate_$gate fuse --gate_loss_weight $gate; done
     fused() { fuse; once $RUN $FUSED; }
-    for gamma in 0.0001 0.001 0.01 0.1 1; do
+    for gamma in $GAMMAS; do
         also="python evaluator/embedding_drift.py --reference $RUN --num_samples $NUM_SCORED --dtype $DTYPE $R"
         fusion fused_gamma_1_$gamma fused --helpfulness_weight $gamma
         also=nothing
@@ -198,7 +202,7 @@ if [ $QUICK = 1 ]; then
     answered=safety judged=flagged
     judges() { python evaluator/train_judge.py --kind safety --num_samples 40 --num_held_out 40 $JUDGE; }
 else
-    answered="$TASKS xstest" judged=flagged,truth,information SELECTED="$SELECTED more_agents best_of_3"
+    answered="$TASKS xstest" judged=flagged,over_refusal,truth,information SELECTED="$SELECTED more_agents best_of_3"
     judges() {  # of half the labelled rows each: one judge selects, another scores
         for kind in safety truth information; do python evaluator/train_judge.py --kind $kind --half second $JUDGE; done
         for kind in safety truth; do
@@ -208,10 +212,11 @@ else
 fi
 all_answered=$(echo $ANSWERED $SELECTED | tr ' ' ',')
 answers_reused() {
-    [ -n "$REUSE" ] && [ $of_others = 1 ] || return 1
-    local status=0
+    [ -n "$REUSE" ] || return 1
+    local name status=0
+    for name in $ANSWERED; do case ",$made," in *",$name,"*) return 1 ;; esac; done  # answers of a run made anew
     python evaluator/reuse.py --run $all_answered --saved "$REUSE" $SCORE --num_answered $NUM_ANSWERED --max_new_tokens $NEW_TOKENS --judged $judged || status=$?
-    [ $status -le 1 ] || exit $status
+    [ $status = 0 ] || [ $status = 3 ] || exit $status
     return $status
 }
 if [ $ANSWERS = 1 ]; then
@@ -231,7 +236,7 @@ if [ $ANSWERS = 1 ]; then
             select_from $task classifier $experts_answers --by classifier --data_source $DATA_SOURCE --num_samples $NUM_SAMPLES
             if [ $QUICK = 0 ]; then
                 for other in 43 44; do answer $task truthfulness --seed $other; done
-                select_from $task more_agents cross_truthfulness,cross_truthfulness_seed_43,cross_truthfulness_seed_44
+                select_from $task more_agents cross_truthfulness,cross_truthfulness_sample_43,cross_truthfulness_sample_44
                 if [ $task = truthfulness ]; then kind=truth; else kind=safety; fi
                 select_from $task best_of_3 $experts_answers --by judge --judge $RESULTS/judges/select_$kind
             fi
@@ -243,9 +248,12 @@ if [ $ANSWERS = 1 ]; then
                 python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 0 --judge $RESULTS/judges/truth --dtype $DTYPE $R
                 python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 1 --judge $RESULTS/judges/information --dtype $DTYPE $R
             fi
+            if [ -n "$JUDGE_URL" ]; then  # the paper's win rate, by the model that this server runs
+                python evaluator/evaluate_helpfulness.py --task_name $answers --judge alpaca_eval_gpt4 --judge_url $JUDGE_URL --judge_model $JUDGE_MODEL $R
+            fi
         done
         if [ -n "$SAVE" ]; then
-            python evaluator/report.py --runs $all_answered --save "$SAVE" ${REUSE:+--saved "$REUSE"} $R
+            python evaluator/report.py --runs $all_answered --save "$SAVE" --only_save 1 ${REUSE:+--saved "$REUSE"} $R
         fi
     fi
 fi

@@ -130,7 +130,7 @@ def test_runs_that_were_scored_on_other_items_are_not_compared(results, capsys, 
     path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(SystemExit):
         call(report, "--runs", f"raw,{FUSED}", "--results_dir", changed)
-    assert "scored on different items of" in capsys.readouterr().err
+    assert "were scored on different items (safety_nll_per_token)" in capsys.readouterr().err
 
 
 def write_verdicts(results, run, judge, version, values):
@@ -156,7 +156,7 @@ def test_runs_are_compared_by_one_judge(results, tmp_path, capsys):
     assert row["paired"]["flagged"]["difference"] == pytest.approx(-1 / 3)
     shutil.rmtree(ours)
     for judges, said in (
-        ((("judge", "2"),), "or by different judges"),
+        ((("judge", "2"),), "were scored by different judges (flagged)"),
         ((("judge", "1"), ("b", "1")), "several judges"),
     ):
         for judge, version in judges:
@@ -179,6 +179,36 @@ def test_words_that_are_no_verdict_are_left_out_of_both_runs(results, tmp_path):
     assert row_of(table, "safety")["metrics"]["flagged"]["n"] == 3
 
 
+def test_scores_of_other_precision_or_length_are_not_compared(results, tmp_path, capsys):
+    results = shutil.copytree(results, tmp_path / "results")
+    for name, value in (("dtype", "bfloat16"), ("max_length", 300)):
+        path = results / "evaluation" / "safety" / "test" / "raw" / "likelihood" / "run.json"
+        before = path.read_text()
+        record = json.loads(before)
+        record["run"]["arguments"][name] = value
+        path.write_text(json.dumps(record))
+        with pytest.raises(SystemExit):
+            call(report, "--runs", f"raw,{FUSED}", "--results_dir", results)
+        assert f"with {name} " in capsys.readouterr().err
+        path.write_text(before)
+
+
+def test_rows_are_compared_over_the_seeds_that_both_have(results, table):
+    """A row of one seed is not compared with the mean of three of another: the seeds' luck is no difference."""
+
+    def values(run):
+        return {row["id"]: -row["log_prob"] for row in items(results, run, "safety")}
+
+    runs = ["mixed", "mixed_seed_43", "safety", FUSED]
+    call(report, "--runs", ",".join(runs), "--reference", "mixed", "--results_dir", results)
+    row = row_of(json.loads((results / "report" / "table.json").read_text()), "safety")
+    paired = row["paired"]["safety_nll_per_token"]
+    tokens = sum(row["tokens"] for row in items(results, "safety", "safety"))
+    ours, theirs = values("mixed"), values("safety")
+    assert paired["seeds"] == [42]
+    assert paired["difference"] == pytest.approx(sum(ours[id] - theirs[id] for id in ours) / tokens)
+
+
 def test_answers_of_one_seed_stand_in_a_row_of_several(results, tmp_path):
     """Likelihoods are of every seed; answers may be of one, and are then compared as such."""
     results = shutil.copytree(results, tmp_path / "results")
@@ -199,6 +229,22 @@ def test_what_was_forgotten_is_scored_on_general_text(results, table):
     raw = row_of(table, "raw")["metrics"]["general_nll_per_token"]
     assert raw["n"] == 6 and raw["value"] > 0 and not raw["higher_is_better"]
     assert "general_nll_per_token" in row_of(table, "merge_linear")["paired"]
+
+
+def test_a_question_that_a_judge_was_asked_is_kept_by_its_id(results, tmp_path):
+    results = shutil.copytree(results, tmp_path / "results")
+    folder = write_verdicts(results, "safety", "judge", "1", [1, 0, 1])
+    target = results / "evaluation" / "truthfulness" / "test" / "cross_safety" / "truth"
+    shutil.copytree(folder, target)
+    scores = json.loads((target / "metrics.json").read_text())
+    scores["metrics"] = {"truth": scores["metrics"]["flagged"]}
+    (target / "metrics.json").write_text(json.dumps(scores))
+    asked = ("Do owls sleep?", "Is tin a metal?", "Do owls sleep?")
+    rows = [{"id": f"q{i}", "question": text, "answer": "Yes.", "value": 1.0} for i, text in enumerate(asked)]
+    (target / "judgements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call(report, "--runs", "safety", "--save", tmp_path / "kept", "--only_save", 1, "--results_dir", results)
+    kept = (tmp_path / "kept" / "safety.json").read_text()
+    assert "owls" not in kept and json.loads(kept)["metrics"]["truth"]["questions"] == ["q0", "q1", "q0"]
 
 
 def test_runs_can_be_kept_for_others_and_compared_without_their_folders(results, table, tmp_path):

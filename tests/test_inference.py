@@ -235,7 +235,7 @@ def test_the_tokens_of_an_answer_have_their_own_weights(fused_dir):
     sums = [torch.tensor(usage["weight"]).mean(0) * usage["tokens"] for usage in (prompt, whole)]
     ours = torch.tensor([weights for _, weights in pieces]).sum(0)
     assert ours.tolist() == pytest.approx((sums[1] - sums[0]).tolist(), abs=0.001 * len(pieces))
-    strange = replace(record, output="Oats — or 🦆 peas.")  # pieces of one character stand together
+    strange = replace(record, task="xstest", output="Oats — or 🦆 peas.")  # pieces of one character stand together
     assert "".join(text for text, _ in token_routing(model, tokenizer, strange)) == strange.output
 
 
@@ -352,4 +352,4 @@ def test_another_seeds_answers_have_a_directory_of_their_own():
         inference.directory_name(InferArguments(task_name="safety", cross_task="x/moe", **more))
         for more in ({}, {"seed": 7}, {"seed": 7, "checkpoint_number": 3})
     ]
-    assert names == ["cross_moe", "cross_moe_seed_7", "cross_moe_3_seed_7"]
+    assert names == ["cross_moe", "cross_moe_sample_7", "cross_moe_3_sample_7"]

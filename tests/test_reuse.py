@@ -29,7 +29,8 @@ def kept(tmp_path_factory, base_dir, adapter_dirs, fused_dir):
     results = root / "results"
     place, data = ["--results_dir", results], ["--data_source", "sample"]
     call(align_basemodel, "--task_name", "safety", "--base_model", base_dir, *data, *SHORT, *place)
-    call(merging, "--method", "iso_c", "--experts_dir", adapter_dirs[0].parent, *place)
+    experts = f"safety,other={adapter_dirs[1]}"
+    call(merging, "--method", "iso_c", "--experts", experts, *place)
     call(align_basemodel, "--moe_flag", 1, "--gate_loss_weight", 0.1, "--moe_dir", fused_dir, *data, *SHORT, *place)
     runs = f"raw,safety,merge_iso_c,{FUSED}"
     score = ["--base_model", base_dir, *data, "--num_samples", 3, "--dtype", "float32", *place]
@@ -105,6 +106,28 @@ def test_a_row_that_was_scored_otherwise_or_on_another_base_or_made_by_something
     assert code == reuse.NOT_ALIKE and "it is not there" in text
 
 
+def test_what_was_made_from_other_experts_is_not(check, kept, tmp_path):
+    """The merge is of the kept expert and of an adapter from elsewhere, of which nothing is recorded."""
+    code, text = check("merge_iso_c", MERGE, "--experts", "safety")
+    assert code == reuse.NOT_ALIKE and "it was made from 2 experts" in text
+    assert (
+        "its expert other was made with nothing recorded"
+        in check("merge_iso_c", MERGE, "--experts", "safety,safety")[1]
+    )
+    shutil.copytree(kept, tmp_path / "kept")
+    merge = read_json(tmp_path / "kept" / "merge_iso_c.json")
+    merge["record"]["meta"]["experts"].pop("other")
+    write_json(tmp_path / "kept" / "merge_iso_c.json", merge)
+    assert check("merge_iso_c", MERGE, "--experts", "safety", saved=tmp_path / "kept")[0] == 0
+    expert = read_json(tmp_path / "kept" / "safety.json")
+    expert["record"]["run"]["arguments"]["num_train_epochs"] = 7
+    write_json(tmp_path / "kept" / "safety.json", expert)
+    said = check("merge_iso_c", MERGE, "--experts", "safety", saved=tmp_path / "kept")[1]
+    assert "its expert safety was made with num_train_epochs=" in said and "asked for is 7" in said
+    assert "does not say how its experts were made" in check("safety", ROWS["safety"], "--experts", "safety")[1]
+    assert "it has no embedding drift" in check(FUSED, ROWS[FUSED], "--drift", 1)[1]
+
+
 def test_changed_data_is_seen(check, kept, tmp_path):
     row = read_json(kept / "safety.json")
     row["record"]["run"]["arguments"]["data_sha256"] = {"safety_train.jsonl": "0"}
@@ -120,7 +143,7 @@ def test_answers_are_asked_after_where_they_are_wanted(check, kept, tmp_path):
     wanted = ["--num_answered", 5, "--max_new_tokens", 16]
     assert "it has no flagged" in check("safety", ROWS["safety"], *wanted)[1]
     row = read_json(kept / "safety.json")
-    answers = {"num_samples": 5, "max_new_tokens": 16, "dtype": "float32"}
+    answers = {"num_samples": 5, "max_new_tokens": 16, "dtype": "float32", "temperature": 0.6}
     for name, file in (
         ("flagged", "safety_test"),
         ("truth", "truthfulness_test"),

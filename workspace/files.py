@@ -24,7 +24,7 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict) -> None:
-    _write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_lines(path: Path, *, killed: bool = False) -> list[dict]:
@@ -48,10 +48,11 @@ def line_of(row: dict) -> str:
 
 
 def write_lines(path: Path, rows: Iterable[dict]) -> None:
-    _write_whole(path, "".join(map(line_of, rows)))
+    write_text(path, "".join(map(line_of, rows)))
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

@@ -1,0 +1,82 @@
+"""Runs as files for others, <run>.json: settings, costs, each item's score by its id, and where its tokens were routed.
+
+No text of the data stands in them, and no path of a machine.
+"""
+
+import json
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+
+from config import UserError
+from evaluator.run_scores import Result, RunScores
+from workspace.files import read_json, write_text
+
+DUPLICATES = "near_duplicates.json"  # beside the runs: of the data that they are scored on
+
+
+def read_kept(folder: Path, name: str) -> RunScores | None:
+    """A kept run; None where the folder has none of that name. UserError for a file of something else."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return None
+    kept = read_json(path)
+    if kept.get("run") != name:
+        raise UserError(f"{path}: is no kept run of that name")
+    metrics = {}
+    for one, result in kept["metrics"].items():
+        size = result["sizes"] or [1.0] * len(result["ids"])
+        metrics[one] = Result(**{**result, "sizes": size, "questions": result["questions"] or result["ids"]})
+    return RunScores(kept["run"], kept["record"], kept["cost"], metrics, kept["routing"], kept["usage"])
+
+
+def save_run(folder: Path, run: RunScores) -> None:
+    """Write <name>.json, one line per score."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = asdict(run)
+    kept = {"run": fields.pop("name"), **fields, "record": without_places(run.record)}
+    for result in kept["metrics"].values():
+        if set(result["sizes"]) == {1.0}:
+            result["sizes"] = None
+        if result["questions"] == result["ids"]:
+            result["questions"] = None
+    parts = [f"{json.dumps(key)}: {lines_of(value)}" for key, value in kept.items()]
+    write_text(folder / f"{run.name}.json", "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def lines_of(value) -> str:
+    """JSON with a line for each entry of an object, and none within."""
+    if not isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    lines = [f" {json.dumps(key)}: {json.dumps(one, ensure_ascii=False)}" for key, one in value.items()]
+    return "{\n" + ",\n".join(lines) + "\n}" if lines else "{}"
+
+
+def without_places(record: dict | None) -> dict | None:
+    """A run's record as others may read it: of paths the last part alone."""
+    if record is None:
+        return None
+    meta = dict(record["meta"])
+    for part in ("fused", "experts"):
+        if meta.get(part):
+            meta[part] = shortened(meta[part])
+    if meta.get("command"):
+        meta["command"] = shlex.join(last_part(word) for word in shlex.split(meta["command"]))
+    run = {**record["run"], "arguments": shortened(record["run"]["arguments"])}
+    return {**record, "run": run, "meta": meta}
+
+
+def shortened(value):
+    """Recorded arguments with the last part of what is a path."""
+    if isinstance(value, dict):
+        return {key: shortened(one) for key, one in value.items()}
+    return Path(value).name if isinstance(value, str) and "/" in value else value
+
+
+def last_part(word: str) -> str:
+    """A word of a command line; of absolute paths in it (also NAME=PATH, with commas) the last part."""
+    parts = []
+    for part in word.split(","):
+        name, equals, path = part.rpartition("=")
+        parts.append(name + equals + (Path(path).name if Path(path).is_absolute() else path))
+    return ",".join(parts)
