@@ -8,11 +8,13 @@ import align_basemodel
 import inference
 from benchmarks import bench_moe
 from evaluator import (
+    embedding_drift,
     evaluate_helpfulness,
     evaluate_likelihood,
     evaluate_safety,
     evaluate_truth_and_info,
     report,
+    reuse,
     select_answers,
     train_judge,
 )  # fmt: skip
@@ -30,6 +32,8 @@ FLAGS = {
     "evaluator/evaluate_helpfulness.py": (evaluate_helpfulness.HelpfulnessArguments,),
     "evaluator/evaluate_safety.py": (evaluate_safety.SafetyArguments,),
     "evaluator/evaluate_truth_and_info.py": (evaluate_truth_and_info.TruthArguments,),
+    "evaluator/embedding_drift.py": (embedding_drift.DriftArguments,),
+    "evaluator/reuse.py": (reuse.ReuseArguments,),
     "evaluator/select_answers.py": (select_answers.SelectArguments,),
     "evaluator/train_judge.py": (train_judge.JudgeArguments, train_judge.JudgeTrainArguments),
     "evaluator/report.py": (report.ReportArguments,),
@@ -46,6 +50,8 @@ MAINS = {
     "evaluator/evaluate_helpfulness.py": evaluate_helpfulness.main,
     "evaluator/evaluate_safety.py": evaluate_safety.main,
     "evaluator/evaluate_truth_and_info.py": evaluate_truth_and_info.main,
+    "evaluator/embedding_drift.py": embedding_drift.main,
+    "evaluator/reuse.py": reuse.main,
     "evaluator/select_answers.py": select_answers.main,
     "evaluator/train_judge.py": train_judge.main,
     "evaluator/report.py": report.main,

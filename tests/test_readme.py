@@ -87,6 +87,7 @@ SHORT = {
     "align_basemodel.py": TRAINING,
     "inference.py": ["--num_samples", "4", "--max_new_tokens", "5", "--dtype", "float32"],
     "evaluator/evaluate_likelihood.py": ["--num_samples", "4", "--dtype", "float32"],
+    "evaluator/embedding_drift.py": ["--num_samples", "4", "--dtype", "float32"],
     "evaluator/train_judge.py": [*TRAINING, "--num_samples", "12", "--num_held_out", "12"],
 }
 
@@ -135,6 +136,15 @@ def test_the_whole_chain_of_commands_runs_on_a_base_without_a_pad_token(
             argv = with_flags(argv, num_held_apart=4)
         if "--output" in argv:
             argv = with_flags(argv, output=tmp_path / f"output-{number}")
+        for flag in ("save", "saved"):
+            if f"--{flag}" in argv:
+                argv = with_flags(argv, **{flag: tmp_path / "kept"})
+        if script == "evaluator/reuse.py":  # of other numbers of rows than were scored here: says so
+            argv = with_flags(argv, base_model=base_dir, data_source="sample")
+            with pytest.raises(SystemExit) as end:
+                MAINS[script](argv)
+            assert end.value.code == 3
+            continue
         if "--fresh_rank" in argv:
             argv = with_flags(argv, base_model=base_dir)
         if "--experts" in argv:
