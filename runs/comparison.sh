@@ -73,6 +73,7 @@ fi
 
 SCORE="--base_model $BASE_MODEL --data_source $DATA_SOURCE --num_samples $NUM_SCORED --dtype $DTYPE"
 names=""       # of all rows
+anew=""        # of those that were not taken over
 made=""        # what this process has made, or seen to be made
 unscored=""    # of these rows
 also=nothing   # what else is scored of a row
@@ -98,6 +99,7 @@ row() {  # NAME NEEDS COMMAND...: make a row, score and keep it; NEEDS (nothing,
     shift 2
     names=${names:+$names,}$name
     if reused $name "$@"; then return; fi
+    anew=$anew,$name
     $needs
     once $name "$@"
     $also --run $name
@@ -214,7 +216,7 @@ all_answered=$(echo $ANSWERED $SELECTED | tr ' ' ',')
 answers_reused() {
     [ -n "$REUSE" ] || return 1
     local name status=0
-    for name in $ANSWERED; do case ",$made," in *",$name,"*) return 1 ;; esac; done  # answers of a run made anew
+    for name in $ANSWERED; do case "$anew," in *",$name,"*) return 1 ;; esac; done  # of other runs
     python evaluator/reuse.py --run $all_answered --saved "$REUSE" $SCORE --num_answered $NUM_ANSWERED --max_new_tokens $NEW_TOKENS --judged $judged || status=$?
     [ $status = 0 ] || [ $status = 3 ] || exit $status
     return $status
