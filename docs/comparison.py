@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 from evaluator import figures
 from evaluator.comparison import KINDS, compare, split_seed
 from evaluator.kept_runs import DUPLICATES, read_kept
-from evaluator.page import write_page
+from evaluator.page import SIGNIFICANT, verdict, write_page
 from evaluator.run_scores import NLL, RunScores
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
@@ -54,6 +54,36 @@ def difference_text(row: dict) -> str:
         return "–"
     low, high = paired["interval"]
     return f"{paired['difference']:+.3f} [{low:+.3f}, {high:+.3f}], p = {paired['p_holm']:.2g}".replace("-", "−")
+
+
+def sentences(comparison: dict) -> str:
+    """What the paired tests say, of all rows and, task by task, of one LoRA on the mixed data."""
+    rows = {row["run"]: row for row in comparison["rows"]}
+    seeds = {name: len(row["seeds"]) for name, row in rows.items() if name in MAIN and row["kind"] != "raw"}
+    text = [
+        "SmolLM2-135M-Instruct, 160 questions per task of Alpaca, BeaverTails / PKU-SafeRLHF and TruthfulQA, two epochs; up "
+        "to 200 held-out rows per task (docs/reproduction.md). " + verdict(comparison)
+    ]
+    parts = []
+    for one in NLL:
+        paired = rows["mixed_rank_24"]["paired"][one.name]
+        certain = paired["p_holm"] < SIGNIFICANT
+        word = "not certainly different" if not certain else "better" if paired["difference"] < 0 else "worse"
+        parts.append(f"{word} on {one.task} ({minus(paired['difference'])})")
+    text.append(
+        "Against one LoRA of as many parameters, on the same rows for as many steps (`mixed_rank_24`): "
+        + ", ".join(parts)
+        + "."
+    )
+    if (fewest := min(seeds.values())) < 3:
+        text.append(
+            f"So far of {fewest} seed{'s' if fewest > 1 else ''}: {', '.join(n for n, k in seeds.items() if k < 3)}."
+        )
+    return " ".join(text)
+
+
+def minus(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def table(comparison: dict, names: tuple[str, ...] | None = None) -> str:
@@ -102,7 +132,9 @@ def documents() -> dict[Path, str]:
     figure = figure.replace("<svg", '<svg color="#1b1f24"', 1)  # an image of its own brings its ink and its paper
     figure = figure.replace('style="', 'style="background: #ffffff; ', 1)
     return {
-        ROOT / "README.md": put(ROOT / "README.md", "main rows", table(comparison, MAIN)),
+        ROOT / "README.md": put(
+            ROOT / "README.md", "main rows", f"{sentences(comparison)}\n\n{table(comparison, MAIN)}"
+        ),
         ROOT / "docs" / "reproduction.md": put(ROOT / "docs" / "reproduction.md", "all rows", table(comparison)),
         ROOT / "docs" / "figures" / "comparison.svg": figure,
     }

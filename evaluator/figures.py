@@ -96,7 +96,7 @@ def differences(rows: list[dict], reference: str, kinds: tuple[str, ...]) -> str
             axes.errorbar(values, places, xerr=ends, fmt="o", markersize=4, color=colour, label=kind)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(compared)), [short(row["run"]) for row in compared], fontsize=8)
-        axes.set_xlabel("mean NLL per token of the fused model less the run's, nats (left of 0: fused is better)")
+        axes.set_xlabel("fused − run, mean NLL per token in nats (left of 0: fused is better)", fontsize=9)
         axes.legend(fontsize=8, loc="best")
         return to_svg(figure, f"Paired differences in mean NLL per token between {reference} and {len(compared)} runs")
 

@@ -99,7 +99,8 @@ def verdict(comparison: dict) -> str:
     if not beaten + not_beaten + lost:
         return "This page has no likelihoods of all three tasks to tell by."
     parts = [
-        f"By the likelihood of held-out answers {comparison['reference']} is better than {len(beaten)} of the others"
+        f"By the likelihood of held-out answers the fused model ({comparison['reference']}) is better than "
+        f"{len(beaten)} of the others"
     ]
     if not_beaten:
         parts.append(f"not certainly better or worse than {', '.join(not_beaten)}")

@@ -281,7 +281,7 @@ def test_the_page_stands_by_itself_and_says_what_the_table_says(results, table):
         for name in ("mean_nll_per_token", "mc1"):
             if name in row["metrics"]:
                 assert f"{row['metrics'][name]['value']:.3f}" in page
-    assert f"{FUSED} is better than" in page or "not certainly better" in page
+    assert f"({FUSED}) is better than" in page or "not certainly better" in page
     assert page.count("<svg") == page.count('role="img" aria-label=') >= 4
     assert "Which expert served which token" in page and page.count('class="token"') > 10
     gain = page.split("<th>the paper</th>")[1].split("</table>")[0]
