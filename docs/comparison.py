@@ -61,8 +61,8 @@ def sentences(comparison: dict) -> str:
     rows = {row["run"]: row for row in comparison["rows"]}
     seeds = {name: len(row["seeds"]) for name, row in rows.items() if name in MAIN and row["kind"] != "raw"}
     text = [
-        "SmolLM2-135M-Instruct, 160 questions per task of Alpaca, BeaverTails / PKU-SafeRLHF and TruthfulQA, two epochs; "
-        "up to 200 held-out rows per task (docs/reproduction.md). " + verdict(comparison)
+        "SmolLM2-135M-Instruct, 160 questions per task of Alpaca, BeaverTails / PKU-SafeRLHF and TruthfulQA, two "
+        "epochs; up to 200 held-out rows per task (docs/reproduction.md). " + verdict(comparison)
     ]
     parts = []
     for one in NLL:
