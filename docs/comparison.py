@@ -18,6 +18,7 @@ from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
 
 RESULTS = ROOT / "docs" / "results"
+TABLE = ROOT / "docs" / "report" / "table.json"  # the comparison in numbers, beside the page
 REFERENCE = "mix_moe_reg_00000_00000_00000_gate_03000"
 MAIN = (
     "raw",
@@ -124,17 +125,14 @@ def put(path: Path, name: str, text: str) -> str:
     return f"{before}{begin}\n\n{text}\n\n{END}{after}"
 
 
-def documents() -> dict[Path, str]:
-    """{file: what it must hold} of all that is made from docs/results but the page."""
-    runs = kept_runs()
-    comparison = compare(runs, REFERENCE)
+def documents(comparison: dict) -> dict[Path, str]:
+    """{file: what it must hold} of all that is made from a comparison but the page."""
     figure = figures.differences(comparison["rows"], REFERENCE, KINDS)
     figure = figure.replace("<svg", '<svg color="#1b1f24"', 1)  # an image of its own brings its ink and its paper
     figure = figure.replace('style="', 'style="background: #ffffff; ', 1)
+    main_rows = f"{sentences(comparison)}\n\n{table(comparison, MAIN)}"
     return {
-        ROOT / "README.md": put(
-            ROOT / "README.md", "main rows", f"{sentences(comparison)}\n\n{table(comparison, MAIN)}"
-        ),
+        ROOT / "README.md": put(ROOT / "README.md", "main rows", main_rows),
         ROOT / "docs" / "reproduction.md": put(ROOT / "docs" / "reproduction.md", "all rows", table(comparison)),
         ROOT / "docs" / "figures" / "comparison.svg": figure,
     }
@@ -143,13 +141,13 @@ def documents() -> dict[Path, str]:
 def main() -> None:
     runs = kept_runs()
     comparison = compare(runs, REFERENCE)
-    for path, text in documents().items():
+    write_json(TABLE, comparison)
+    for path, text in documents(comparison).items():
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(ROOT))
-    page = ROOT / "docs" / "report" / "index.html"
+    page = TABLE.with_name("index.html")
     duplicates = read_json(RESULTS / DUPLICATES) if (RESULTS / DUPLICATES).exists() else None
     write_page(page, comparison, runs, RESULTS, "test", False, duplicates)
-    write_json(page.with_name("table.json"), comparison)
     print(page.relative_to(ROOT))
 
 

@@ -1,18 +1,16 @@
 """The comparison as one self-contained page: what evaluator/comparison.py worked out, put into page.html.j2."""
 
-import shlex
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from config import TASKS
 from evaluator import figures
 from evaluator.comparison import KINDS, split_seed
 from evaluator.page_answers import side_by_side, tinted_answers
+from evaluator.page_figures import confusion, draw_figures
 from evaluator.results import INTERVALS
 from evaluator.run_scores import JUDGED, METRICS, RunScores
 from evaluator.statistics import interval_text
-from evaluator.sweeps import Alike, embedding_drift, mean_nll, safe_preferred
 
 TITLE = "H3Fusion, compared"
 QUESTION = (
@@ -29,12 +27,6 @@ COSTS = (  # key, heading, what it is, how a value is written
 )
 SIGNIFICANT = 0.05
 PAPER_GAINS = {"expert": 11.37, "ensemble": 13.77, "merge": 6.18}  # percent, by the paper's own metrics
-SCRIPT_FOLDERS = {
-    "llama_moe.py": "models/",
-    "merging.py": "models/",
-    "ensemble.py": "models/",
-    "select_answers.py": "evaluator/",
-}
 
 
 def write_page(
@@ -123,9 +115,8 @@ def setting_text(records: dict[str, dict | None]) -> str:
     rows = ", ".join("all" if n == -1 else str(n) for n in sorted(samples, key=str)) or "an unrecorded number of"
     devices = sorted({record["meta"].get("device", "an unrecorded device") for record in made})
     text = f"Base model {base}; data {data}, {rows} training rows per task; made on {' and on '.join(devices)}."
-    text += " Seconds and tokens per second are of a machine that did other things too" + (
-        ", and of different ones." if len(devices) > 1 else "."
-    )
+    if len(devices) > 1:
+        text += " Seconds and tokens per second are of different devices."
     if base == "smollm2":
         text += " SmolLM2-135M-Instruct is the embedded Q4_1 file, dequantised; all rests on this one small model."
     return text
@@ -210,17 +201,12 @@ def statistics_text(comparison: dict) -> str:
 
 
 def command_of(record: dict) -> str:
-    """The command that made a run; of one that did not record it, what its arguments tell of it."""
+    """The command that made a run; of one from before it was recorded, its settings."""
     if record["meta"].get("command"):
         return record["meta"]["command"]
-    script, arguments = record["run"]["script"], record["run"]["arguments"]
-    left_out = ("base_sha256", "data_sha256", "adapters_sha256", "fused_sha256", "answers_sha256", "judge_version")
-    words = ["python", SCRIPT_FOLDERS.get(script, "") + script]
-    for name, value in arguments.items():
-        if value is not None and name not in left_out and not isinstance(value, dict):
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            words += [f"--{name}", Path(text).name if name in ("base_model", "data_source") else text]
-    return shlex.join(words)
+    arguments = record["run"]["arguments"]
+    settings = (f"{key}={value}" for key, value in arguments.items() if value is not None and "sha256" not in key)
+    return f"{record['run']['script']}, its command not recorded, with {', '.join(settings)}"
 
 
 def made_by(records: dict[str, dict | None]) -> str:
@@ -239,88 +225,6 @@ def made_by(records: dict[str, dict | None]) -> str:
     pythons = " or ".join(sorted({meta["python"] for meta in metas}))
     versions = f"Python {pythons}, {packages}; commits {', '.join(commits)}"
     return f"{versions}. Data (sha256): {data or 'not recorded'}."
-
-
-def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tuple[list[dict], list[str]]:
-    """(figures for the page, sentences on those that could not be drawn); own: the reference with its seed."""
-    reference, rows = comparison["reference"], comparison["rows"]
-    log = ((runs[own].record or {}).get("train") or {}).get("log", [])
-    usage = runs[own].usage
-    alike = Alike(runs, own)
-    helpfulness, safety, _ = (f"{task}_weight" for task in TASKS)
-    of_gamma_1 = alike.by(helpfulness)
-    histograms = {
-        f"γ₁ = {gamma:g}": [probs for task in TASKS for probs in runs[name].routing.get(task, [])]
-        for gamma, name in (of_gamma_1 if len(of_gamma_1) > 1 else [])
-    }
-    experts = next((u["experts"] for u in usage.values()), list(TASKS))
-    candidates = [
-        (
-            "What the fused model is better than",
-            figures.differences(rows, reference, KINDS),
-            f"The mean NLL per token of {reference} less each row's, paired by question, with 95 % intervals.",
-        ),
-        (
-            "Quality against cost",
-            figures.quality_against_cost(rows, KINDS),
-            "Each row's mean NLL per token over the parameters that were trained for it.",
-        ),
-        ("The fusion's training", figures.training_curves(log), f"The alignment of {reference}, as logged."),
-        (
-            "Sweep over λ",
-            figures.sweep(alike.points("gate_loss_weight", mean_nll), "λ of the gating loss", "mean NLL per token"),
-            "Fusions that differ in λ alone.",
-        ),
-        (
-            "Sweep over γ",
-            figures.sweep(alike.gammas(), "γ of all experts", "mean NLL per token"),
-            "Fusions that differ in γ alone, alike for all experts.",
-        ),
-        (
-            "Sweep over k",
-            figures.sweep(alike.points("expert_topk", mean_nll), "experts per token", "mean NLL per token"),
-            "Fusions that differ in the experts per token alone.",
-        ),
-        (
-            "The paper's figure: routing weights for each γ₁",
-            figures.weight_histograms({name: probs for name, probs in histograms.items() if probs}, experts),
-            "Each expert's mean routing weight on a prompt, over the prompts of all tasks.",
-        ),
-        (
-            "The paper's figure: embedding drift over γ₁",
-            figures.sweep(
-                alike.points(helpfulness, lambda run: 0.0 if run.name == own else embedding_drift(run)),
-                "γ₁",
-                "distance",
-            ),
-            "Distance of the mean final hidden state of a prompt from that of the smallest γ₁'s model, over that one's "
-            "length; mean over the prompts of all tasks.",
-        ),
-        (
-            "Safety against γ₂",
-            figures.sweep(alike.points(safety, safe_preferred), "γ₂ of the safety expert", "safe preferred"),
-            "The share of prompts whose safe answer is likelier than the unsafe one. A reader reports of the paper's "
-            "section 5.1 that more regularisation of the safety expert makes the model less safe.",
-        ),
-        (
-            "Where tokens go",
-            figures.routing_heat(usage),
-            f"Mean routing weight of each expert of {reference} over the tokens of prompts and answers.",
-        ),
-    ]
-    drawn = [{"heading": h, "svg": svg, "caption": caption} for h, svg, caption in candidates if svg]
-    return drawn, [f"{heading}: no runs here to draw it from." for heading, svg, _ in candidates if not svg]
-
-
-def confusion(routing: dict[str, list[list[float]]]) -> dict | None:
-    """Of each task's questions, how many go most to each expert."""
-    rows = []
-    for task, probs in routing.items():
-        counts = [0] * len(probs[0])
-        for of_question in probs:
-            counts[of_question.index(max(of_question))] += 1
-        rows.append((task, counts))
-    return {"experts": list(TASKS)[: len(rows[0][1])], "rows": rows} if rows else None
 
 
 def relative_gains(comparison: dict) -> list[dict]:
@@ -357,5 +261,5 @@ def missing_text(rows: list[dict], shown: list, with_texts: bool, duplicates: di
     fewer = [row["run"] for row in rows if any(len(m["seeds"]) < len(row["seeds"]) for n, m in row["metrics"].items()
                                                if n in judged)]  # fmt: skip
     if fewer:
-        lines.append(f"Answers by all seeds of {', '.join(fewer)}: their judged scores are of one seed.")
+        lines.append(f"Answers by all seeds of {', '.join(fewer)}: their judged scores are of fewer.")
     return lines

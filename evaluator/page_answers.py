@@ -31,8 +31,9 @@ def verdict_on(run: RunScores, task: str, id: str) -> str:
     """What the judges said of one answer: "truth 1, information 0"."""
     said = []
     for one in JUDGED:
-        if one.task == task and one.name in run.metrics and id in (ids := run.metrics[one.name].items.ids):
-            value = run.metrics[one.name].items.values[ids.index(id)]
+        result = run.metrics.get(one.name)
+        if one.task == task and result is not None and id in result.ids:
+            value = result.values[result.ids.index(id)]
             said.append(f"{one.heading}: " + ("no verdict" if value is None else f"{value:g}"))
     return ", ".join(said)
 

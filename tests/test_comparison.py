@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+from conftest import run_script
 
 import align_basemodel
 import inference
@@ -33,8 +34,8 @@ def results(tmp_path_factory, base_dir):
         call(align_basemodel, "--task_name", task, *base)
     for seed, name in ((42, "mixed"), (43, "mixed_seed_43")):
         call(align_basemodel, "--task_name", "mix", "--rank", 24, "--run_name", name, "--seed", seed, *base)
-    for method in ("linear", "iso_c"):
-        call(merging, "--method", method, *place)
+    call(merging, "--method", "linear", *place)
+    assert run_script("models/merging.py", "--method", "iso_c", *place).returncode == 0  # whose command is recorded
     call(ensemble, *place)
     call(llama_moe, *place)
     for gate in (0.1, 0.5):
@@ -291,7 +292,8 @@ def test_the_page_stands_by_itself_and_says_what_the_table_says(results, table):
     for theirs, paper in ((expert, 11.37), (merged, 6.18)):
         assert f"{100 * (theirs - ours) / theirs:+.2f} %" in gain and f"+{paper} %" in gain
     assert "No run has flagged." in page and "Answers side by side" in page
-    assert "python models/merging.py" in page and "λ of the gating loss" in page
+    assert f"<pre>python models/merging.py --method iso_c --results_dir {results}</pre>" in page
+    assert "ensemble.py, its command not recorded, with" in page and "λ of the gating loss" in page
 
 
 def test_what_a_model_wrote_is_escaped_on_the_page(results, table):
@@ -303,6 +305,19 @@ def test_what_a_model_wrote_is_escaped_on_the_page(results, table):
     call(report, "--runs", runs, "--texts", 1, "--results_dir", results)
     page = (results / "report" / "index.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+
+def test_judgements_stand_beside_the_answers(results, table, tmp_path):
+    results = shutil.copytree(results, tmp_path / "results")
+    write_verdicts(results, "safety", "judge", "1", [1, None, 0])
+    answered = results / "inference" / "safety" / "test" / "cross_safety" / "outputs.jsonl"
+    judged = results / "evaluation" / "safety" / "test" / "cross_safety" / "judge" / "judgements.jsonl"
+    ids = [json.loads(line)["id"] for line in answered.read_text().splitlines()]
+    rows = [json.loads(line) | {"id": id} for line, id in zip(judged.read_text().splitlines(), ids, strict=True)]
+    judged.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call(report, "--runs", ",".join(["raw", *TASKS, FUSED]), "--texts", 1, "--results_dir", results)
+    page = (results / "report" / "index.html").read_text()
+    assert re.findall(r"<h4>safety · flagged: ([^<]*)</h4>", page) == ["1", "no verdict", "0"]
 
 
 def test_without_texts_no_text_of_the_data_stands_on_the_page(results, table):
