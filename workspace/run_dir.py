@@ -206,15 +206,16 @@ def command_line(script: str) -> str | None:
 
 
 def environment() -> dict:
-    """What made a run: commit, package versions, device."""
+    """What made a run: commit, package versions, device (of a CPU: how many of its cores compute)."""
     import torch  # here, so that a script's flags are parsed without it
 
-    cuda = torch.cuda.is_available()
+    threads, cores = torch.get_num_threads(), os.cpu_count()
+    cpu = f"{cpu_name()}, {cores} cores" if threads == cores else f"{cpu_name()}, {threads} of {cores} cores"
     return {
         "commit": commit(),
         "packages": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
     }
 
 
