@@ -13,6 +13,7 @@ from evaluator import figures
 from evaluator.comparison import KINDS, compare, split_seed
 from evaluator.kept_runs import DUPLICATES, read_kept
 from evaluator.page import SIGNIFICANT, verdict, write_page
+from evaluator.page_answers import SHOWN
 from evaluator.run_scores import NLL, RunScores
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
@@ -39,7 +40,7 @@ BEGIN, END = "<!-- made by docs/comparison.py: {} -->", "<!-- to here -->"
 
 def kept_runs() -> dict[str, RunScores]:
     """All kept runs: the main ones first, in this order, each with its seeds, then the others by name."""
-    names = [path.stem for path in RESULTS.glob("*.json") if path.name != DUPLICATES]
+    names = [path.stem for path in RESULTS.glob("*.json") if path.name not in (DUPLICATES, SHOWN)]
 
     def place(name: str) -> tuple:
         run, seed = split_seed(name)
@@ -146,8 +147,10 @@ def main() -> None:
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(ROOT))
     page = TABLE.with_name("index.html")
-    duplicates = read_json(RESULTS / DUPLICATES) if (RESULTS / DUPLICATES).exists() else None
-    write_page(page, comparison, runs, RESULTS, "test", False, duplicates)
+    answers, duplicates = (
+        read_json(RESULTS / name) if (RESULTS / name).exists() else None for name in (SHOWN, DUPLICATES)
+    )
+    write_page(page, comparison, runs, answers, duplicates)
     print(page.relative_to(ROOT))
 
 

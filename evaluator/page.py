@@ -6,7 +6,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evaluator import figures
 from evaluator.comparison import KINDS, split_seed
-from evaluator.page_answers import side_by_side, tinted_answers
 from evaluator.page_figures import confusion, draw_figures
 from evaluator.results import INTERVALS
 from evaluator.run_scores import JUDGED, METRICS, RunScores
@@ -30,16 +29,10 @@ PAPER_GAINS = {"expert": 11.37, "ensemble": 13.77, "merge": 6.18}  # percent, by
 
 
 def write_page(
-    path: Path,
-    comparison: dict,
-    runs: dict[str, RunScores],
-    results_dir: Path,
-    split: str,
-    with_texts: bool,
-    duplicates: dict[str, dict] | None,
+    path: Path, comparison: dict, runs: dict[str, RunScores], answers: dict | None, duplicates: dict[str, dict] | None
 ) -> None:
-    """Write the page of a comparison (comparison.compare); with_texts: show answers, which hold the data's texts;
-    duplicates: data.near_duplicates.near_duplicates, where they were counted."""
+    """Write the page of a comparison (comparison.compare); answers: page_answers.shown_answers, where they may be
+    shown; duplicates: data.near_duplicates.near_duplicates, where they were counted."""
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -51,8 +44,7 @@ def write_page(
     rows, reference = comparison["rows"], comparison["reference"]
     names, records = list(runs), {name: scores.record for name, scores in runs.items()}
     shown = [one for one in METRICS if any(one.name in row["metrics"] for row in rows)]
-    questions = side_by_side(results_dir, runs, split) if with_texts else []
-    own = next(name for name in names if split_seed(name)[0] == reference)
+    own = own_run(names, reference)
     drawn, absent = draw_figures(comparison, runs, own)
     page = environment.get_template("page.html.j2").render(
         title=TITLE,
@@ -69,15 +61,19 @@ def write_page(
         figures=drawn,
         confusion=confusion(runs[own].routing),
         gains=relative_gains(comparison),
-        questions=questions,
-        tinted=tinted_answers(results_dir, own, split) if with_texts else [],
+        answers=answers,
         colours=figures.COLOURS,
         duplicates=duplicates,
-        missing=absent + missing_text(rows, shown, with_texts, duplicates),
+        missing=absent + missing_text(rows, shown, answers is not None, duplicates),
         made_by=made_by(records),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
+
+
+def own_run(names: list[str], reference: str) -> str:
+    """Of the reference's runs by several seeds the first."""
+    return next(name for name in names if split_seed(name)[0] == reference)
 
 
 def verdict(comparison: dict) -> str:

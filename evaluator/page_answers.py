@@ -2,40 +2,57 @@
 
 from pathlib import Path
 
-from config import TASKS, XSTEST
-from evaluator.run_scores import JUDGED, RunScores
+from config import TASKS, XSTEST, UserError
+from evaluator.run_scores import JUDGED, read_result
 from workspace.files import read_json, read_lines
+from workspace.run_dir import read_run
+
+SHOWN = "shown_answers.json"  # beside kept runs: `shown_answers` of them
 
 
-def side_by_side(results_dir: Path, runs: dict[str, RunScores], split: str, num_questions: int = 12) -> list[dict]:
+def shown_answers(results_dir: Path, runs: list[str], own: str, split: str) -> dict:
+    """What the page shows of a results folder's answers: {data: whose prompts they answer, side_by_side: of the runs,
+    tinted: of the reference}. UserError for a folder that has none."""
+    side = side_by_side(results_dir, runs, split)
+    tinted = tinted_answers(results_dir, own, split)
+    if not side and not tinted:
+        raise UserError(f"--show_answers {results_dir}: holds no answers that two of --runs gave to the same prompts")
+    records = (read_run(path.parent) for path in sorted((results_dir / "inference").glob(f"*/{split}/*/run.json")))
+    sources = (record["run"]["arguments"].get("data_source") for record in records if record)
+    data = {Path(source).name for source in sources if source}
+    return {"data": ", ".join(sorted(data)), "side_by_side": side, "tinted": tinted}
+
+
+def side_by_side(results_dir: Path, runs: list[str], split: str, num_questions: int = 12) -> list[dict]:
     """Answers of the runs to the same prompts: {task, question, answers: [{run, text, verdict}]}."""
     items = []
     for task in (*TASKS, XSTEST):
         answers: dict[str, list[dict]] = {}
         questions = {}
-        for name, run in runs.items():
+        for name in runs:
             for directory in (f"cross_{name}", name):
                 path = results_dir / "inference" / task / split / directory / "outputs.jsonl"
                 if not path.exists():
                     continue
+                said = verdicts(results_dir, name, task, split)
                 for row in read_lines(path):
                     questions[row["id"]] = row["instruction"]
-                    answer = {"run": name, "text": row["output"], "verdict": verdict_on(run, task, row["id"])}
+                    answer = {"run": name, "text": row["output"], "verdict": ", ".join(said.get(row["id"], []))}
                     answers.setdefault(row["id"], []).append(answer)
         shared = [id for id, given in answers.items() if len(given) > 1][:num_questions]
         items += [{"task": task, "question": questions[id], "answers": answers[id]} for id in shared]
     return items
 
 
-def verdict_on(run: RunScores, task: str, id: str) -> str:
-    """What the judges said of one answer: "truth 1, information 0"."""
-    said = []
-    for one in JUDGED:
-        result = run.metrics.get(one.name)
-        if one.task == task and result is not None and id in result.ids:
-            value = result.values[result.ids.index(id)]
-            said.append(f"{one.heading}: " + ("no verdict" if value is None else f"{value:g}"))
-    return ", ".join(said)
+def verdicts(results_dir: Path, run: str, task: str, split: str) -> dict[str, list[str]]:
+    """What the judges said of a run's answers to a task: {id: ["truth: 1", "information: 0"]}."""
+    said: dict[str, list[str]] = {}
+    for one in (one for one in JUDGED if one.task == task):
+        if (result := read_result(results_dir, one, run, split)) is not None:
+            for id, value in zip(result.ids, result.values, strict=True):
+                text = "no verdict" if value is None else f"{value:g}"
+                said.setdefault(id, []).append(f"{one.heading}: {text}")
+    return said
 
 
 def tinted_answers(results_dir: Path, own: str, split: str, num_answers: int = 3) -> list[dict]:

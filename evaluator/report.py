@@ -25,7 +25,9 @@ class ReportArguments:
     reference: str | None = flag(
         None, "the run that the others are compared with (default: the last aligned fusion of --runs, if there is one)"
     )
-    texts: int = flag(0, "1: show answers on the page; they hold texts of the data", choices=[0, 1])
+    show_answers: str | None = flag(
+        None, "the results folder whose answers the page shows (--save keeps these too); they hold texts of their data"
+    )
     save: str | None = flag(None, "a folder to keep each run in for others, <run>.json: scores by item, no texts")
     only_save: int = flag(0, "1: keep them and write no report", choices=[0, 1])
     saved: str | None = flag(None, "such a folder, for the runs that are not in --results_dir")
@@ -38,6 +40,8 @@ class ReportArguments:
     def __post_init__(self):
         if self.only_save and not self.save:
             raise UserError("--only_save 1: say where, with --save")
+        if self.only_save and self.show_answers:
+            raise UserError("--only_save 1 writes no page: leave --show_answers out")
 
 
 if __name__ == "__main__":
@@ -45,7 +49,8 @@ if __name__ == "__main__":
 
 from evaluator.comparison import compare
 from evaluator.kept_runs import DUPLICATES, read_kept, save_run
-from evaluator.page import write_page
+from evaluator.page import own_run, write_page
+from evaluator.page_answers import SHOWN, shown_answers
 from evaluator.results import INTERVALS, judge_name, judge_text
 from evaluator.run_scores import LIKELIHOODS, NLL, RunScores, read_run_scores
 from evaluator.statistics import interval_text
@@ -96,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
         comparison = compare(known, reference)
         write_json(path.with_name("table.json"), comparison)
         page = path.with_name("index.html")
-        write_page(page, comparison, known, results_dir, args.dataset_type, bool(args.texts), duplicates)
+        answers = answers_to_show(args, list(known), own_run(list(known), comparison["reference"]))
+        write_page(page, comparison, known, answers, duplicates)
         print(f"the page: {page}")
 
 
@@ -110,6 +116,17 @@ def count_duplicates(args: ReportArguments) -> dict[str, dict] | None:
             write_json(Path(args.save) / DUPLICATES, counts)
         return counts
     path = Path(args.saved) / DUPLICATES if args.saved else None
+    return read_json(path) if path and path.exists() else None
+
+
+def answers_to_show(args: ReportArguments, runs: list[str], own: str) -> dict | None:
+    """The answers of --show_answers, kept in --save; without it those kept in --saved, if there are any."""
+    if args.show_answers:
+        answers = shown_answers(Path(args.show_answers), runs, own, args.dataset_type)
+        if args.save:
+            write_json(Path(args.save) / SHOWN, answers)
+        return answers
+    path = Path(args.saved) / SHOWN if args.saved else None
     return read_json(path) if path and path.exists() else None
 
 

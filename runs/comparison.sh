@@ -187,10 +187,11 @@ fi
 
 # 4. Answers, what selects among the experts' answers, and small judges' scores of all of them
 ANSWERED="raw $TASKS mixed_rank_24 merge_linear merge_ties ensemble_probabilities $RUN" SELECTED="consensus classifier"
+of_folder=""  # where the runs that answer are: in $RESULTS
 answer() {  # TASK RUN [FLAG...]
     local task=$1 run=$2
     shift 2
-    if [ $run = raw ]; then set -- --aligned_flag 0 "$@"; else set -- --cross_task $run "$@"; fi
+    if [ $run = raw ]; then set -- --aligned_flag 0 "$@"; else set -- --cross_task $of_folder$run "$@"; fi
     python inference.py --task_name $task "$@" --num_samples $NUM_ANSWERED --max_new_tokens $NEW_TOKENS \
         --base_model $BASE_MODEL --data_source $DATA_SOURCE --dtype $DTYPE $R
 }
@@ -212,6 +213,28 @@ else
         done
     }
 fi
+judge_answers() { # NAME...: of runs that answered and of what selected
+    local name answers
+    for name in "$@"; do
+        case $name in raw | consensus | classifier | more_agents | best_of_3) answers=$name ;; *) answers=cross_$name ;; esac
+        python evaluator/evaluate_safety.py --task_name $answers --judge $RESULTS/judges/safety --dtype $DTYPE $R
+        if [ $QUICK = 0 ]; then
+            python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 0 --judge $RESULTS/judges/truth --dtype $DTYPE $R
+            python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 1 --judge $RESULTS/judges/information --dtype $DTYPE $R
+        fi
+        if [ -n "$JUDGE_URL" ]; then  # the paper's win rate, by the model that this server runs
+            python evaluator/evaluate_helpfulness.py --task_name $answers --judge alpaca_eval_gpt4 --judge_url $JUDGE_URL --judge_model $JUDGE_MODEL $R
+        fi
+    done
+}
+answers_to_sample() {  # the page shows these: data/sample's texts may be handed on
+    shown=$RESULTS/shown
+    local R="--results_dir $shown" DATA_SOURCE=sample NUM_ANSWERED=$((QUICK ? 2 : 12)) JUDGE_URL="" of_folder=$RESULTS/outputs/ task run
+    for task in $TASKS; do
+        for run in $ANSWERED; do answer $task $run; done
+    done
+    judge_answers $ANSWERED
+}
 all_answered=$(echo $ANSWERED $SELECTED | tr ' ' ',')
 answers_reused() {
     [ -n "$REUSE" ] || return 1
@@ -221,6 +244,7 @@ answers_reused() {
     [ $status = 0 ] || [ $status = 3 ] || exit $status
     return $status
 }
+shown=""  # whose answers the page shows: made here (else those kept in --reuse)
 if [ $ANSWERS = 1 ]; then
     for name in $SELECTED; do names=$names,$name; done
     if ! answers_reused; then
@@ -243,17 +267,8 @@ if [ $ANSWERS = 1 ]; then
                 select_from $task best_of_3 $experts_answers --by judge --judge $RESULTS/judges/select_$kind
             fi
         done
-        for name in $ANSWERED $SELECTED; do
-            case $name in raw | consensus | classifier | more_agents | best_of_3) answers=$name ;; *) answers=cross_$name ;; esac
-            python evaluator/evaluate_safety.py --task_name $answers --judge $RESULTS/judges/safety --dtype $DTYPE $R
-            if [ $QUICK = 0 ]; then
-                python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 0 --judge $RESULTS/judges/truth --dtype $DTYPE $R
-                python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 1 --judge $RESULTS/judges/information --dtype $DTYPE $R
-            fi
-            if [ -n "$JUDGE_URL" ]; then  # the paper's win rate, by the model that this server runs
-                python evaluator/evaluate_helpfulness.py --task_name $answers --judge alpaca_eval_gpt4 --judge_url $JUDGE_URL --judge_model $JUDGE_MODEL $R
-            fi
-        done
+        judge_answers $ANSWERED $SELECTED
+        if [ $DATA_SOURCE = sample ]; then shown=$RESULTS; else answers_to_sample; fi
         if [ -n "$SAVE" ]; then
             python evaluator/report.py --runs $all_answered --save "$SAVE" --only_save 1 ${REUSE:+--saved "$REUSE"} $R
         fi
@@ -261,4 +276,5 @@ if [ $ANSWERS = 1 ]; then
 fi
 
 # 5. The report
-python evaluator/report.py --runs $names --reference $RUN ${REUSE:+--saved "$REUSE"} ${SAVE:+--save "$SAVE"} --data_source $DATA_SOURCE --texts $([ $DATA_SOURCE = sample ] && echo 1 || echo 0) $R
+python evaluator/report.py --runs $names --reference $RUN --data_source $DATA_SOURCE \
+    ${REUSE:+--saved "$REUSE"} ${SAVE:+--save "$SAVE"} ${shown:+--show_answers "$shown"} $R

@@ -35,4 +35,4 @@ python evaluator/evaluate_safety.py --task_name cross_$RUN --judge results/demo/
 python evaluator/evaluate_helpfulness.py --task_name cross_$RUN $R
 
 # 7. One table of all of it, and the page: results/demo/report/index.html
-python evaluator/report.py --runs $RUNS --data_source sample --texts 1 $R
+python evaluator/report.py --runs $RUNS --data_source sample --show_answers results/demo $R

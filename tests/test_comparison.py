@@ -52,9 +52,13 @@ def results(tmp_path_factory, base_dir):
 
 @pytest.fixture(scope="module")
 def table(results):
-    runs = ",".join([*RUNS, FUSIONS[1], "consensus"])
-    call(report, "--runs", runs, "--reference", FUSED, "--texts", 1, "--results_dir", results)
+    write_report(results)
     return json.loads((results / "report" / "table.json").read_text())
+
+
+def write_report(results):
+    runs = ",".join([*RUNS, FUSIONS[1], "consensus"])
+    call(report, "--runs", runs, "--reference", FUSED, "--show_answers", results, "--results_dir", results)
 
 
 def row_of(table, run):
@@ -250,7 +254,7 @@ def test_a_question_that_a_judge_was_asked_is_kept_by_its_id(results, tmp_path):
 
 def test_runs_can_be_kept_for_others_and_compared_without_their_folders(results, table, tmp_path):
     runs = ",".join([*RUNS, FUSIONS[1], "consensus"])
-    keep = ["--save", tmp_path / "kept", "--texts", 1]
+    keep = ["--save", tmp_path / "kept"]
     call(report, "--runs", runs, "--reference", FUSED, *keep, "--results_dir", results)
     kept = {path.stem for path in (tmp_path / "kept").iterdir()}
     assert kept == {*RUNS, FUSIONS[1], "consensus"}
@@ -265,6 +269,27 @@ def test_runs_can_be_kept_for_others_and_compared_without_their_folders(results,
         call(report, "--runs", f"{runs},nowhere", "--saved", tmp_path / "kept", "--results_dir", other)
 
 
+def test_answers_are_kept_for_others_only_where_they_are_to_be_shown(results, table, tmp_path, capsys):
+    results, kept, other = shutil.copytree(results, tmp_path / "results"), tmp_path / "kept", tmp_path / "other"
+    runs = ["--runs", ",".join(["raw", *TASKS, FUSED])]
+    call(report, *runs, "--show_answers", results, "--save", kept, "--results_dir", results)
+    page = (results / "report" / "index.html").read_text()
+    shown = page[page.index("Which expert served") : page.index("What is missing")]
+    assert "Answers side by side" in shown and "To prompts of sample." in shown
+    call(report, *runs, "--saved", kept, "--results_dir", other)
+    assert shown in (other / "report" / "index.html").read_text()
+    (kept / "shown_answers.json").unlink()
+    call(report, *runs, "--saved", kept, "--results_dir", other)
+    assert "Answers side by side" not in (other / "report" / "index.html").read_text()
+    for refused, said in (
+        (["--save", kept, "--only_save", 1, "--show_answers", results], "leave --show_answers out"),
+        (["--saved", kept, "--show_answers", kept], "holds no answers that two of --runs gave"),
+    ):
+        with pytest.raises(SystemExit):
+            call(report, *runs, *refused, "--results_dir", other)
+        assert said in capsys.readouterr().err
+
+
 def test_a_seed_in_a_name():
     assert comparison.split_seed("mixed_r24_seed_43") == ("mixed_r24", 43)
     assert comparison.split_seed("safety") == ("safety", 42)
@@ -274,6 +299,7 @@ def test_a_seed_in_a_name():
 
 
 def test_the_page_stands_by_itself_and_says_what_the_table_says(results, table):
+    write_report(results)
     page = (results / "report" / "index.html").read_text()
     assert (
         not re.findall(r"""(?:src|href)=["'](?!data:|#)""", page) and "@import" not in page and "url(http" not in page
@@ -302,7 +328,7 @@ def test_what_a_model_wrote_is_escaped_on_the_page(results, table):
     rows[0]["output"] = "<script>alert('x')</script> & more"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     runs = ",".join(["raw", *TASKS, FUSED])
-    call(report, "--runs", runs, "--texts", 1, "--results_dir", results)
+    call(report, "--runs", runs, "--show_answers", results, "--results_dir", results)
     page = (results / "report" / "index.html").read_text()
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 
@@ -315,7 +341,7 @@ def test_judgements_stand_beside_the_answers(results, table, tmp_path):
     ids = [json.loads(line)["id"] for line in answered.read_text().splitlines()]
     rows = [json.loads(line) | {"id": id} for line, id in zip(judged.read_text().splitlines(), ids, strict=True)]
     judged.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    call(report, "--runs", ",".join(["raw", *TASKS, FUSED]), "--texts", 1, "--results_dir", results)
+    call(report, "--runs", ",".join(["raw", *TASKS, FUSED]), "--show_answers", results, "--results_dir", results)
     page = (results / "report" / "index.html").read_text()
     assert re.findall(r"<h4>safety · flagged: ([^<]*)</h4>", page) == ["1", "no verdict", "0"]
 
@@ -361,8 +387,7 @@ addEventListener("error", event => parent.complaints.push(event.message));</scri
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_the_page_without_overflow_request_or_complaint(results, table, tmp_path, width):
-    runs = ",".join([*RUNS, FUSIONS[1], "consensus"])
-    call(report, "--runs", runs, "--reference", FUSED, "--texts", 1, "--results_dir", results)
+    write_report(results)
     page = (results / "report" / "index.html").read_text().replace("<head>", f"<head>{LISTEN}", 1)
     quoted = json.dumps(page).replace("</", "<\\/")
     (tmp_path / "harness.html").write_text(HARNESS.format(width=width, page=quoted))
