@@ -128,9 +128,11 @@ def paired(reference: Row, row: Row, one: Metric) -> dict | None:
 
 
 def cost(row: Row) -> dict:
-    """What a row took, the mean of the seeds that have it recorded: trained parameters, optimiser steps (its own),
-    seconds, bytes on disk, answered tokens per second, relative cost of a token; None where it is not recorded."""
-    of_seeds = [scores.cost for scores in row.seeds.values()]
+    """What a row took, the mean of the seeds that have it recorded and were made on the first seed's device: trained
+    parameters, optimiser steps (its own), seconds, bytes on disk, answered tokens per second, relative cost of a token;
+    None where it is not recorded."""
+    devices = [(scores.record or {"meta": {}})["meta"].get("device") for scores in row.seeds.values()]
+    of_seeds = [scores.cost for scores, it in zip(row.seeds.values(), devices, strict=True) if it == devices[0]]
     known = {key: [one[key] for one in of_seeds if one[key] is not None] for key in of_seeds[0]}
     return {key: sum(values) / len(values) if values else None for key, values in known.items()}
 

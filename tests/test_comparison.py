@@ -12,6 +12,7 @@ import align_basemodel
 import inference
 from config import TASKS
 from evaluator import comparison, evaluate_likelihood, report, select_answers
+from evaluator.run_scores import RunScores
 from models import ensemble, llama_moe, merging
 
 SHORT = ["--max_steps", "4", "--batch_size", "4", "--num_samples", "8", "--disable_tqdm", "1", "--dtype", "float32"]
@@ -118,6 +119,18 @@ def test_what_each_run_costs(results, table):
     assert of_token[FUSED] == pytest.approx((dense + 2 * low_rank + 3 * 32 * 3) / dense)
     assert of_token["ensemble_probabilities"] == pytest.approx(3 * (dense + low_rank) / dense)
     assert of_token["consensus"] == 3
+
+
+def test_seconds_are_of_the_seeds_that_the_first_seeds_device_made():
+    costs = {42: ("one", 10.0), 43: ("two", 90.0), 44: ("one", 20.0)}
+    seeds = {
+        seed: RunScores(
+            "mixed", {"meta": {"device": device}}, {"training_seconds": seconds, "optimiser_steps": None}, {}
+        )
+        for seed, (device, seconds) in costs.items()
+    }
+    row = comparison.Row("mixed", "mixed", seeds)
+    assert comparison.cost(row) == {"training_seconds": 15.0, "optimiser_steps": None}
 
 
 def test_runs_that_were_scored_on_other_items_are_not_compared(results, capsys, tmp_path):
