@@ -127,7 +127,7 @@ def test_seconds_are_of_the_seeds_that_the_first_seeds_device_made():
         seed: RunScores(
             "mixed", {"meta": {"device": device}}, {"training_seconds": seconds, "optimiser_steps": None}, {}
         )
-        for seed, (device, seconds) in costs.items()
+        for seed, (device, took) in costs.items()
     }
     row = comparison.Row("mixed", "mixed", seeds)
     assert comparison.cost(row) == {"training_seconds": 15.0, "optimiser_steps": None}
