@@ -124,9 +124,7 @@ def test_what_each_run_costs(results, table):
 def test_seconds_are_of_the_seeds_that_the_first_seeds_device_made():
     costs = {42: ("one", 10.0), 43: ("two", 90.0), 44: ("one", 20.0)}
     seeds = {
-        seed: RunScores(
-            "mixed", {"meta": {"device": device}}, {"training_seconds": seconds, "optimiser_steps": None}, {}
-        )
+        seed: RunScores("mixed", {"meta": {"device": device}}, {"training_seconds": took, "optimiser_steps": None}, {})
         for seed, (device, took) in costs.items()
     }
     row = comparison.Row("mixed", "mixed", seeds)
