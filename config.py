@@ -14,6 +14,7 @@ PAPER_BASE_MODEL = "meta-llama/Llama-2-7b-hf"
 EMBEDDED_MODEL = "smollm2"
 RAW, RAW_CHAT = "raw", "raw_chat"  # the base itself, asked by our prompt or by its own chat template
 FUSED = "moe"  # the name of the fused model before its alignment
+BIAS = "_bias_"  # between a fused run's name and --expert_bias, in the names of its answers and scores
 
 # A Hugging Face token for gated models. Assign it here or set HF_TOKEN; it is never written to disk.
 hf_token = os.environ.get("HF_TOKEN")

@@ -34,6 +34,11 @@ class InferArguments(SourceArguments):
         None, "without --cross_task: 1 (default) the task's own aligned expert, 0 the raw base model", choices=[0, 1]
     )
     checkpoint_number: int | None = flag(None, "answer with the run's checkpoint-N instead of its end")
+    expert_bias: str | None = flag(
+        None,
+        "of a fused model: what the routers' logits get, EXPERT=VALUE with commas; off takes an expert out, only takes "
+        "out all others",
+    )
     prompt: str | None = flag(None, "answer this instruction in the terminal instead")
     batch_size: int = flag(16, "prompts per batch")
     temperature: float = flag(0.6, "sampling temperature; 0: greedy")
@@ -56,6 +61,8 @@ class InferArguments(SourceArguments):
         if (self.server_url is None) != (self.server_model is None):
             raise UserError("--server_url and --server_model go together: the server, and the model's name on it")
         check_at_least(1, concurrency=self.concurrency)
+        if self.server_url and self.expert_bias:
+            raise UserError(f"--expert_bias {self.expert_bias}: is not known to a server; leave --server_url out")
         if self.server_url and self.cross_task == RAW_CHAT:
             raise UserError(f"--cross_task {RAW_CHAT}: is asked on this machine; leave --server_url out")
         if self.task_name is None and (self.prompt is None or not (self.cross_task or self.aligned_flag == 0)):
@@ -97,6 +104,7 @@ from data.prompts import STOP_STRING, render_prompt
 from data.sources import Record
 from models import base
 from models.base_identity import base_sha256
+from models.expert_bias import ExpertBias, read_bias
 from models.loading import device, is_fused, load_run, run_sources, weights_sha256
 from models.routing import draw_heat_map, routing_usage, token_routing, usage_line
 from workspace import client, run_dir
@@ -115,20 +123,21 @@ def main(argv: list[str] | None = None) -> None:
     elsewhere = args.server_url and not (outputs / args.run).is_dir()
     path = None if elsewhere else run_dir.find_run(args.run, outputs, args.checkpoint_number)
     base_model, data_source = run_sources(path, args.base_model, args.data_source, args.results_dir)
+    bias = read_bias(args.expert_bias, path)
     if args.prompt is not None:
-        answer_one(args, path, base_model)
+        answer_one(args, path, base_model, bias)
     else:
-        answer_task(args, path, base_model, data_source)
+        answer_task(args, path, base_model, data_source, bias)
 
 
-def answer_one(args: InferArguments, path: Path | None, base_model: str) -> None:
+def answer_one(args: InferArguments, path: Path | None, base_model: str, bias: ExpertBias | None) -> None:
     """Answer --prompt in the terminal; of a fused model that runs here, say how much each expert was used."""
     record = Record("prompt", "", args.prompt)
     if args.server_url:
         (answer,) = answers_of_server(args, [record])
         print(answer["output"])
         return
-    model, tokenizer = load_run(path, base_model, args.dtype)
+    model, tokenizer = load_run(path, base_model, args.dtype, bias)
     model.to(device())
     (answer,) = generate(model, tokenizer, [record], args, args.seed)
     print(answer["output"])
@@ -136,9 +145,11 @@ def answer_one(args: InferArguments, path: Path | None, base_model: str) -> None
         print(usage_line(routing_usage(model, tokenizer, [answered_record(answer)], 1, progress=False)))
 
 
-def answer_task(args: InferArguments, path: Path | None, base_model: str, data_source: str) -> None:
+def answer_task(
+    args: InferArguments, path: Path | None, base_model: str, data_source: str, bias: ExpertBias | None
+) -> None:
     """Answer a task's prompts into results/inference/<task>/<split>/<name>/outputs.jsonl, resuming what was begun."""
-    name = directory_name(args)
+    name = directory_name(args, bias)
     folder = Path(args.results_dir) / "inference" / args.task_name / args.dataset_type / name
     arguments = {
         "base_model": base_model,
@@ -146,6 +157,7 @@ def answer_task(args: InferArguments, path: Path | None, base_model: str, data_s
         "data_sha256": sources.data_sha256(sources.source_files(args.task_name, args.dataset_type, data_source)),
         "run": Path(args.run).name,
         "checkpoint_number": args.checkpoint_number,
+        "expert_bias": bias.text if bias else None,
         "num_samples": args.num_samples,
         "temperature": args.temperature,
         "max_new_tokens": args.max_new_tokens,
@@ -161,13 +173,13 @@ def answer_task(args: InferArguments, path: Path | None, base_model: str, data_s
     if state == "complete":
         print(f"{folder} is complete: nothing to do")
         if observe and not (observation / "routing.json").exists():  # stopped, or failed, after the answers
-            model, tokenizer = load_run(path, base_model, args.dtype)
+            model, tokenizer = load_run(path, base_model, args.dtype, bias)
             observe_routing(model.to(device()), tokenizer, read_lines(outputs), args, observation)
         return
     if args.server_url:
         batches = [[record] for record in records]
     else:
-        model, tokenizer = load_run(path, base_model, args.dtype)
+        model, tokenizer = load_run(path, base_model, args.dtype, bias)
         model.to(device())
         chat = args.run == RAW_CHAT
         batches = batches_by_length(records, lambda record: len(prompt_ids(tokenizer, record, chat)), args.batch_size)
@@ -239,12 +251,13 @@ def server_arguments(args: InferArguments) -> dict:
     return {"server_model": args.server_model}
 
 
-def directory_name(args: InferArguments) -> str:
-    """raw, aligned or cross_<run>, and the checkpoint and the seed where they are given."""
+def directory_name(args: InferArguments, bias: ExpertBias | None) -> str:
+    """raw, aligned or cross_<run>, and checkpoint, bias and seed where they are given."""
     run = args.cross_task if args.cross_task == RAW_CHAT else f"cross_{Path(args.cross_task or '').name}"
     name = run if args.cross_task else RAW if args.aligned_flag == 0 else "aligned"
     checkpoint = "" if args.checkpoint_number is None else f"_{args.checkpoint_number}"
-    return name + checkpoint + ("" if args.seed == DEFAULT_SEED else f"_sample_{args.seed}")
+    dialled = bias.suffix if bias else ""
+    return name + checkpoint + dialled + ("" if args.seed == DEFAULT_SEED else f"_sample_{args.seed}")
 
 
 @torch.inference_mode()

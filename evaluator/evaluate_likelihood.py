@@ -29,6 +29,9 @@ class LikelihoodArguments(SourceArguments):
         "raw", "what to score, with commas: raw, raw_chat (by the chat template), names under results/outputs, folders"
     )
     checkpoint_number: int | None = flag(None, "score the run's checkpoint-N instead of its end")
+    expert_bias: str | None = flag(
+        None, "of fused models: what the routers' logits get, EXPERT=VALUE with commas, or off, or only"
+    )
     task_name: str = flag("all", "which task's held-out rows", choices=[*TASKS, GENERAL, "all"])
     dataset_type: str = flag("test", "which half", choices=["train", "test"])
     num_samples: int = flag(-1, "rows per score, evenly spaced over the half; -1: all")
@@ -64,6 +67,7 @@ from evaluator.scoring import Scored, score_answers, score_texts
 from evaluator.statistics import metric, share
 from models import base
 from models.base_identity import base_sha256
+from models.expert_bias import read_bias
 from models.loading import device, is_fused, load_run, run_sources, weights_sha256
 from models.losses import routing_hits
 from workspace import run_dir
@@ -86,8 +90,10 @@ def main(argv: list[str] | None = None) -> None:
 def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
     """Score one run on every asked task and write results/evaluation/<task>/<split>/<run>/likelihood/."""
     base_model, data_source = run_sources(path, args.base_model, args.data_source, args.results_dir)
-    label = run_label(name, args.checkpoint_number)
+    bias = read_bias(args.expert_bias, path)
+    label = run_label(name, args.checkpoint_number) + (bias.suffix if bias else "")
     of_run = {"base_model": base_model, "data_source": data_source, "weights_sha256": weights_sha256(path)}
+    of_run["expert_bias"] = bias.text if bias else None
     folders = {t: evaluation_folder(args.results_dir, t, args.dataset_type, label, JUDGE) for t in args.tasks}
     arguments = {task: {**of_run, **settings_of(args, task, base_model, data_source)} for task in folders}
     states = {task: run_dir.begin(folder, SCRIPT, arguments[task], REMEDY) for task, folder in folders.items()}
@@ -96,7 +102,7 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
         print(f"{label}: scored already")
         return
     items = {task: task_items(task, args, data_source) for task in todo if task != GENERAL}
-    model, tokenizer = load_run(path, base_model, args.dtype)
+    model, tokenizer = load_run(path, base_model, args.dtype, bias)
     model.to(device())
     window = model.config.max_position_embeddings
     check("max_length", args.max_length, (args.max_length or 0) <= window, f"at most {window}, the model's window")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import GENERAL, RAW, RAW_CHAT, TASKS, UserError
+from config import BIAS, GENERAL, RAW, RAW_CHAT, TASKS, UserError
 from evaluator.results import judge_name
 from evaluator.token_cost import relative_cost
 from workspace.files import read_json, read_lines
@@ -111,7 +111,7 @@ class RunScores:
 def read_run_scores(results_dir: Path, name: str, split: str, kept: RunScores | None = None) -> RunScores:
     """A run of a results folder. kept: the run as it was kept elsewhere, for what the folder has not; not for a run
     that was scored here. UserError where it is neither here nor kept."""
-    record = read_run(results_dir / "outputs" / name) or selection_record(results_dir, name, split)
+    record = read_run(made_in(results_dir, name)) or selection_record(results_dir, name, split)
     pairs = (
         (one.name, read_result(results_dir, one, name, split)) for one in (*LIKELIHOODS, *JUDGED, *EMBEDDING_DRIFT)
     )
@@ -129,6 +129,12 @@ def read_run_scores(results_dir: Path, name: str, split: str, kept: RunScores | 
         f"{name}: neither made nor scored in {results_dir}, nor kept; run evaluator/evaluate_likelihood.py --run "
         f"{name} first"
     )
+
+
+def made_in(results_dir: Path, name: str) -> Path:
+    """The folder of a run; of one that is scored with an expert bias, the folder of the run without it."""
+    outputs = results_dir / "outputs"
+    return outputs / name if (outputs / name).exists() else outputs / name.partition(BIAS)[0]
 
 
 def selection_record(results_dir: Path, name: str, split: str) -> dict | None:
@@ -185,7 +191,7 @@ def read_routing(results_dir: Path, task: str, split: str, name: str) -> list[li
 def cost_of_run(results_dir: Path, name: str, record: dict | None, split: str) -> dict:
     """`cost` of one seed's run."""
     train = (record or {}).get("train", {})
-    folder = results_dir / "outputs" / name
+    folder = made_in(results_dir, name)
     weights = [path for path in folder.glob("*.safetensors")] if folder.is_dir() else []
     speeds = []
     directory = name if name in (RAW, RAW_CHAT) else f"cross_{name}"

@@ -136,7 +136,7 @@ def route(router_logits: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.
 
 
 class LlamaMoeRouter(nn.Module):
-    """Linear router without bias. Its logits and softmax are fp32 whatever the model's dtype.
+    """Linear router, without a bias of its own. Its logits and softmax are fp32 whatever the model's dtype.
 
     The logits it returns are for the gating loss: with `gate_gradient` "all" that loss trains the routers and the
     experts below them, as the paper's sum of losses does; with "router" the routers' own weights and nothing else.
@@ -148,12 +148,16 @@ class LlamaMoeRouter(nn.Module):
         self.gate_gradient = "all"
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         nn.init.normal_(self.weight, std=config.initializer_range)
+        for name in ("bias", "off"):  # (E,), (E,) bool: models/expert_bias.py's, which no checkpoint has
+            self.register_buffer(name, None, persistent=False)
 
     def forward(self, x):
         """x (N, D) -> router_logits (N, E), top_k_index (N, K), top_k_weights (N, K)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             router_logits = F.linear(x.to(dtype), self.weight.to(dtype))  # (N, E)
+            if self.bias is not None:
+                router_logits = (router_logits + self.bias).masked_fill(self.off, torch.finfo(dtype).min)
             top_k_index, top_k_weights = route(router_logits, self.top_k)
             if self.gate_gradient == "router" and x.requires_grad:
                 router_logits = F.linear(x.detach().to(dtype), self.weight.to(dtype))

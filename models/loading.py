@@ -14,6 +14,7 @@ from data.sources import absolute_source
 from models import base, ensemble, llama_moe
 from models.adapters import Expert, expert_folders, open_adapters
 from models.base_identity import base_sha256
+from models.expert_bias import ExpertBias, set_expert_bias
 from models.llama import AnswerLossLlama
 from workspace.files import read_json, sha256
 from workspace.run_dir import read_run
@@ -125,14 +126,16 @@ def open_experts(args) -> tuple[list[Expert], str, str | None]:
     return experts, one_base(experts, args.base_model), sources.pop() if len(sources) == 1 else None
 
 
-def load_run(path: Path | str | None, base_model: str | None = None, dtype: str = "auto"):
+def load_run(
+    path: Path | str | None, base_model: str | None = None, dtype: str = "auto", bias: ExpertBias | None = None
+):
     """(model, tokenizer) of a run's folder, in evaluation mode on the CPU.
 
     path: an aligned expert (a PEFT adapter), a fused model, one of their checkpoint-N folders, an ensemble, a causal
     language model's own folder (an export, a merge, a base), or None for the raw `base_model`. base_model: the base's
     place, if it is not where the run names it. dtype: of the base, as --dtype has it; fused experts get the one that
-    the base computes in, adapters and routers are fp32. UserError for a folder that holds none of these, or for another
-    base.
+    the base computes in, adapters and routers are fp32. bias: of a fused model's routers (expert_bias.read_bias).
+    UserError for a folder that holds none of these, or for another base.
     """
     path = Path(path) if path is not None else None
     kind = run_kind(path)
@@ -140,6 +143,8 @@ def load_run(path: Path | str | None, base_model: str | None = None, dtype: str 
     if kind in ("fused", "ensemble"):
         load = llama_moe.load_fused if kind == "fused" else ensemble.load_ensemble
         model = load(path, base_model, dtype)
+        if bias is not None:
+            set_expert_bias(model, bias)
         if (compute_dtype := base.pick_dtype(dtype)) != torch.float32:
             for block in model.blocks:
                 block.experts.fold_scaling(compute_dtype)

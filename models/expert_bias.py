@@ -1,0 +1,88 @@
+"""A dial for a fused model: numbers added to its routers' logits when it answers and is scored, without any training.
+
+`safety=1.0,helpfulness=-0.5` asks the safety expert more and the helpfulness expert less; `safety=off` takes an expert
+out, `safety=only` leaves it alone. The paper's own dial, one training per drift weight, is align_basemodel.py's.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from config import BIAS, UserError
+from models.llama_moe import LlamaMoeForCausalLM
+from workspace.files import read_json
+
+OFF, ONLY = "off", "only"
+
+
+@dataclass(frozen=True)
+class ExpertBias:
+    """experts: their names, in the model's order; added: what each one's logits get; off: which are taken out."""
+
+    experts: tuple[str, ...]
+    added: tuple[float, ...]
+    off: tuple[bool, ...]
+
+    @property
+    def text(self) -> str:
+        """The shortest `--expert_bias` that says the same; "" where nothing is changed."""
+        values = [OFF if off else number_text(added) for added, off in zip(self.added, self.off, strict=True)]
+        return ",".join(f"{name}={value}" for name, value in zip(self.experts, values, strict=True) if value != "0")
+
+    @property
+    def suffix(self) -> str:
+        """What the names of answers and scores get: `_bias_safety_1_helpfulness_-0.5`."""
+        return BIAS + self.text.replace("=", "_").replace(",", "_") if self.text else ""
+
+
+def number_text(value: float) -> str:
+    """A number as briefly as it can be read back."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
+def read_bias(text: str | None, folder: Path | None) -> ExpertBias | None:
+    """`--expert_bias` for the fused model of a folder; None without the flag. UserError for a run that has no router,
+    an expert that it does not have, what is no finite number, off or only, and for all experts taken out."""
+    if text is None:
+        return None
+    settings = read_json(folder / "config.json") if folder and (folder / "config.json").exists() else {}
+    if settings.get("model_type") != "llama_moe":
+        raise UserError(f"--expert_bias {text}: only a fused model has a router; leave it out")
+    experts = tuple(expert["name"] for expert in settings["experts"])
+    values: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if name not in experts or not equals or name in values:
+            said = "is given twice" if name in values else f"write EXPERT=VALUE with one of {', '.join(experts)}"
+            raise UserError(f"--expert_bias {text}: {part.strip() or 'an empty part'}: {said}")
+        values[name] = value
+    if ONLY in values.values():
+        if len(values) > 1:
+            raise UserError(f"--expert_bias {text}: only takes all the others out; name that expert alone")
+        values = {name: OFF for name in experts if name not in values}
+    off = tuple(values.get(name) == OFF for name in experts)
+    if all(off):
+        raise UserError(f"--expert_bias {text}: takes all experts out; leave one")
+    added = tuple(0.0 if out else number(values.get(name, "0"), text) for name, out in zip(experts, off, strict=True))
+    return ExpertBias(experts, added, off)
+
+
+def number(value: str, text: str) -> float:
+    """A finite number; UserError for anything else."""
+    try:
+        read = float(value)
+    except ValueError:
+        read = math.nan
+    if not math.isfinite(read):
+        raise UserError(f"--expert_bias {text}: {value or 'nothing'}: is no finite number, off or only")
+    return read
+
+
+def set_expert_bias(model: LlamaMoeForCausalLM, bias: ExpertBias) -> None:
+    """Let a fused model's routers add the bias from now on; with fewer experts left than its top-k, all are used."""
+    added, off = torch.tensor(bias.added), torch.tensor(bias.off)
+    model.set_top_k(min(model.config.num_experts_per_tok, sum(not out for out in bias.off)))
+    for block in model.blocks:
+        block.router.bias, block.router.off = added.to(block.router.weight.device), off.to(block.router.weight.device)
