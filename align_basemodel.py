@@ -22,7 +22,11 @@ from config import RAW, RAW_CHAT, TASKS, UserError
 
 OF_EXPERT, OF_MIXTURE = {"moe_flag": 0}, {"moe_flag": 1}
 OF_TRAINED_ROUTER = OF_MIXTURE | {"train_router": 1}
+OF_TRAINED_EXPERTS = OF_MIXTURE | {"train_experts": 1}
 OF_ATTENTION = OF_MIXTURE | {"tune_attention": 1}
+
+# Flags that earlier versions did not have: at these defaults they are not recorded, so that their runs stay the same
+LATER_FLAGS = {"train_experts": 1, "expert_dropout": 0.0, "gate_schedule": "constant", "answer_topk": None}
 
 
 @dataclass
@@ -45,7 +49,16 @@ class AlignArguments(SourceArguments):
         None, "the fused model that --moe_flag 1 starts from (default: outputs/moe in --results_dir)"
     )
     expert_topk: int | None = flag_with(OF_MIXTURE, None, "experts per token, 1 to their number (default: as fused)")
+    answer_topk: int | None = flag_with(
+        OF_MIXTURE, None, "experts per token of the aligned model, where it is to have other than it is trained with"
+    )
     gate_loss_weight: float | None = flag_with(OF_MIXTURE, 0.0, "lambda of the gating loss")
+    gate_schedule: str | None = flag_with(
+        OF_MIXTURE,
+        "constant",
+        "lambda over the training: constant, or falling to 0 (linear)",
+        choices=["constant", "linear"],
+    )
     helpfulness_weight: float | None = flag_with(OF_MIXTURE, 0.0, "gamma_1: weight of the helpfulness expert's drift")
     safety_weight: float | None = flag_with(OF_MIXTURE, 0.0, "gamma_2: weight of the safety expert's drift")
     truthfulness_weight: float | None = flag_with(OF_MIXTURE, 0.0, "gamma_3: weight of the truthfulness expert's drift")
@@ -70,6 +83,7 @@ class AlignArguments(SourceArguments):
     train_router: int | None = flag_with(OF_MIXTURE, 1, "0: freeze the router (ablation)", choices=[0, 1])
     router_learning_rate: float | None = flag_with(OF_TRAINED_ROUTER, 0.1, "learning rate of the router")
     train_experts: int | None = flag_with(OF_MIXTURE, 1, "0: freeze the experts (ablation)", choices=[0, 1])
+    expert_dropout: float | None = flag_with(OF_TRAINED_EXPERTS, 0.0, "dropout on the experts' low-rank states")
     tune_attention: int | None = flag_with(
         OF_MIXTURE, 0, "1: add LoRA on q, k, v, o, as the released code does", choices=[0, 1]
     )
@@ -83,11 +97,11 @@ class AlignArguments(SourceArguments):
                 raise UserError(f"--moe_flag 0 aligns one expert: name it with --task_name {{{','.join(TASKS)},mix}}")
             self.task_name = "mix"
         check_at_least(1, rank=self.rank, attention_rank=self.attention_rank, expert_topk=self.expert_topk)
-        check_at_least(1, batch_size=self.batch_size)
+        check_at_least(1, batch_size=self.batch_size, answer_topk=self.answer_topk)
         for name in ("alpha", "attention_alpha", "router_learning_rate"):
             value = getattr(self, name)
             check(name, value, value is None or is_positive(value), "a finite number above 0")
-        for name in ("lora_dropout", "attention_dropout"):
+        for name in ("lora_dropout", "attention_dropout", "expert_dropout"):
             value = getattr(self, name)
             check(name, value, value is None or 0 <= value < 1, "in [0, 1)")
         check_at_least(16, max_length=self.max_length)
@@ -156,6 +170,9 @@ def main(argv: list[str] | None = None) -> None:
     trained = trainer.train_into(folder, state == "resume", started)
     if trained is None:
         return
+    if args.answer_topk:
+        trainer.model.set_top_k(args.answer_topk)
+        trainer.model.config.save_pretrained(folder)
     train = {
         "samples": len(samples),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
@@ -195,12 +212,11 @@ def resolve_sources(args: AlignArguments) -> None:
     moe_config = LlamaMoeConfig.from_pretrained(moe_dir)
     if args.expert_topk is None:
         args.expert_topk = moe_config.num_experts_per_tok
-    check(
-        "expert_topk",
-        args.expert_topk,
-        1 <= args.expert_topk <= moe_config.num_experts,
-        f"1 to {moe_config.num_experts}",
-    )
+    if args.answer_topk == args.expert_topk:
+        args.answer_topk = None
+    for name in ("expert_topk", "answer_topk"):
+        value, most = getattr(args, name), moe_config.num_experts
+        check(name, value, value is None or 1 <= value <= most, f"1 to {most}")
     for task in TASKS:
         for name, weight in (("gate_loss_weight", args.gate_loss_weight), (f"{task}_weight", args.drift_weights[task])):
             if weight and task not in moe_config.expert_of_task and (task in args.tasks or name != "gate_loss_weight"):
@@ -231,8 +247,9 @@ def flag_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     """The part of `result_arguments` that the flags and the data decide, whatever was aligned before."""
     shared = ("dtype", "task_name", "moe_flag", "num_samples", "max_length")
     arguments = {name: getattr(args, name) for name in shared} | effective_flags(args)
-    if arguments.get("train_experts") == 1:
-        del arguments["train_experts"]  # runs from before there was that flag record none
+    for name, default in LATER_FLAGS.items():
+        if arguments.get(name) == default:
+            arguments.pop(name, None)
     files = [path for task in args.tasks for path in source_files(task, "train", args.data_source)]
     return arguments | {"data_sha256": data_sha256(files)} | training.compared()
 
@@ -275,6 +292,7 @@ def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: lis
         block.router.weight.requires_grad_(bool(args.train_router))
         block.experts.requires_grad_(bool(args.train_experts))
         block.router.gate_gradient = args.gate_gradient
+        block.experts.dropout = args.expert_dropout or 0.0
     return MixtureTrainer(
         model,
         args=training,
@@ -282,6 +300,7 @@ def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: lis
         data_collator=Collator(routing=True, gate_tokens=args.gate_tokens),
         gate_loss_weight=args.gate_loss_weight,
         gate_balance=args.gate_balance,
+        gate_schedule=args.gate_schedule,
         drift_weights=args.drift_weights,
         router_learning_rate=args.router_learning_rate,
     )

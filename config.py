@@ -12,6 +12,7 @@ GENERAL = "general"  # plain passages of no task: what a run has forgotten
 XSTEST = "xstest"  # prompts that only look unsafe, and unsafe ones: answered and scored, never trained on
 PAPER_BASE_MODEL = "meta-llama/Llama-2-7b-hf"
 EMBEDDED_MODEL = "smollm2"
+HELD_APART = "held_apart"  # training questions that no run has seen: a third half, to choose settings by
 RAW, RAW_CHAT = "raw", "raw_chat"  # the base itself, asked by our prompt or by its own chat template
 FUSED = "moe"  # the name of the fused model before its alignment
 BIAS = "_bias_"  # between a fused run's name and --expert_bias, in the names of its answers and scores
@@ -54,12 +55,15 @@ def fused_run_name(args, seed: int, topk_as_fused: int = 2) -> str:
     top_k = topk_as_fused if args.expert_topk is None else args.expert_topk
     off_default = {
         "topk": (top_k, 2),
+        "answer_topk": (args.answer_topk, None),
         "router": ("frozen" if not args.train_router else "trained", "trained"),
         "experts": ("frozen" if not args.train_experts else "trained", "trained"),
+        "expert_dropout": (args.expert_dropout, 0.0),
         "attention": ("tuned" if args.tune_attention else "frozen", "frozen"),
         "gate_tokens": (args.gate_tokens, "instruction"),
         "gate_gradient": (args.gate_gradient, "all"),
         "gate_balance": (args.gate_balance, "task"),
+        "gate_schedule": (args.gate_schedule, "constant"),
         "seed": (seed, 42),
     }
     return name + "".join(f"_{part}_{value}" for part, (value, default) in off_default.items() if value != default)

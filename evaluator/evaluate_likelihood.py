@@ -17,8 +17,19 @@ if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import cli
-from cli import SourceArguments, check, check_at_least, check_num_samples, flag
-from config import GENERAL, RAW_CHAT, TASKS, UserError
+from cli import (
+    SourceArguments,
+    check,
+    check_at_least,
+    check_num_samples,
+    effective_flags,
+    flag,
+    flag_with,
+    resolve_conditional_flags,
+)
+from config import GENERAL, HELD_APART, RAW_CHAT, TASKS, UserError
+
+OF_HELD_APART = {"dataset_type": HELD_APART}
 
 
 @dataclass
@@ -33,8 +44,14 @@ class LikelihoodArguments(SourceArguments):
         None, "of fused models: what the routers' logits get, EXPERT=VALUE with commas, or off, or only"
     )
     task_name: str = flag("all", "which task's held-out rows", choices=[*TASKS, GENERAL, "all"])
-    dataset_type: str = flag("test", "which half", choices=["train", "test"])
-    num_samples: int = flag(-1, "rows per score, evenly spaced over the half; -1: all")
+    dataset_type: str = flag(
+        "test",
+        "which half; held_apart: training questions that the runs did not see, to choose settings by",
+        choices=["train", "test", HELD_APART],
+    )
+    num_samples: int = flag(-1, "rows per score, evenly spaced over the half; -1: all (of held_apart: questions)")
+    num_trained: int | None = flag_with(OF_HELD_APART, None, "the runs' --num_samples")
+    seed: int | None = flag_with(OF_HELD_APART, 42, "the runs' --seed")
     max_length: int | None = flag(
         None, "tokens of prompt and answer; of a longer sample the prompt is cut first (default: the model's window)"
     )
@@ -42,6 +59,12 @@ class LikelihoodArguments(SourceArguments):
 
     def __post_init__(self):
         check_num_samples(num_samples=self.num_samples)
+        resolve_conditional_flags(self)
+        if self.dataset_type == HELD_APART:
+            check_at_least(1, num_samples=self.num_samples)
+            if self.num_trained is None:
+                raise UserError(f"--dataset_type {HELD_APART}: say how many rows the runs saw, with --num_trained")
+            check_at_least(1, num_trained=self.num_trained)
         check_at_least(16, max_length=self.max_length)
         check_at_least(1, batch_size=self.batch_size)
         if self.task_name == GENERAL and self.dataset_type != "test":
@@ -61,6 +84,7 @@ import torch
 
 from data import sources
 from data.encoding import Encoder
+from data.held_apart import held_apart_records
 from data.sources import Comparison, Record
 from evaluator.results import REMEDY, evaluation_folder, print_scores, write_scores
 from evaluator.scoring import Scored, score_answers, score_texts
@@ -127,12 +151,14 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
 
 def settings_of(args: LikelihoodArguments, task: str, base_model: str, source: str) -> dict:
     """What decides a task's scores beside the run that is scored."""
+    split = "train" if args.dataset_type == HELD_APART else args.dataset_type
     return {
         "base_sha256": base_sha256(base_model),
         "num_samples": args.num_samples,
         "max_length": args.max_length,
         "dtype": base.dtype_name(args.dtype),
-        "data_sha256": sources.data_sha256(sources.source_files(task, args.dataset_type, source, comparisons=True)),
+        "data_sha256": sources.data_sha256(sources.source_files(task, split, source, comparisons=True)),
+        **effective_flags(args),
     }
 
 
@@ -142,7 +168,9 @@ def run_label(name: str, checkpoint: int | None) -> str:
 
 
 def task_items(task: str, args, source: str) -> tuple[list[Record], dict[str, list[Comparison]]]:
-    """(good answers, comparisons by metric) of a task's half."""
+    """(good answers, comparisons by metric) of a task's half; rows held apart are not compared."""
+    if args.dataset_type == HELD_APART:
+        return held_apart_records(source, args.num_trained, args.num_samples, args.seed)[task], {}
     rows = sources.read_rows(task, args.dataset_type, source)
     records = sources.spread(sources.answer_records(task, rows), args.num_samples)
     if task == "safety":

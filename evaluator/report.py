@@ -14,7 +14,7 @@ if not __package__:  # run as a script, from any folder
 
 import cli
 from cli import flag
-from config import RESULTS_DIR, TASKS, UserError
+from config import HELD_APART, RESULTS_DIR, TASKS, UserError
 
 
 @dataclass
@@ -34,7 +34,7 @@ class ReportArguments:
     data_source: str | None = flag(
         None, "hub, sample or a folder: count which of its held-out questions its training rows nearly have"
     )
-    dataset_type: str = flag("test", "which half", choices=["train", "test"])
+    dataset_type: str = flag("test", "which half", choices=["train", "test", HELD_APART])
     results_dir: str = flag(str(RESULTS_DIR), "where the scores are")
 
     def __post_init__(self):

@@ -32,9 +32,10 @@ class SharedBaseFFN(torch.autograd.Function):
     """y (N, D) of the identity above, and its gradients for x, the routing weights and the experts' matrices.
 
     x (N, D); top_k_weights (N, K) fp32, each row summing to 1; own (K, N, E R): 1 in the columns of the slot's expert,
-    else 0; base = (W_g (F, D), b_g, W_u, b_u, W_d (D, F), b_d), biases or None, all frozen; of all experts side by side
-    a_in = s A of gate, then of up (2 E R, D), b_gate and b_up = B^T (E R, F), a_down = A (E R, F), b_down = s B^T
-    (E R, D). All but top_k_weights are in one dtype, which all runs in, as in a dense FFN.
+    else 0 (in training with dropout some of the 1 are 0, the others 1 / (1 - p)); base = (W_g (F, D), b_g, W_u, b_u,
+    W_d (D, F), b_d), biases or None, all frozen; of all experts side by side a_in = s A of gate, then of up (2 E R, D),
+    b_gate and b_up = B^T (E R, F), a_down = A (E R, F), b_down = s B^T (E R, D). All but top_k_weights are in one
+    dtype, which all runs in, as in a dense FFN.
     """
 
     @staticmethod
@@ -148,6 +149,7 @@ class LowRankExperts(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, rank: int):
         super().__init__()
+        self.dropout = 0.0  # in training: how often a token's A x loses one of its R numbers, the same in all three
         for projection in PROJECTIONS:
             sizes = (hidden_size, intermediate_size)
             size_in, size_out = sizes if projection != "down_proj" else sizes[::-1]
@@ -216,7 +218,7 @@ class LowRankExperts(nn.Module):
         biases = [linear.bias if linear.bias is None else linear.bias.to(x.dtype) for linear in linears]
         base = tuple(chain.from_iterable(zip(weights, biases, strict=True)))
         with torch.autocast(device_type, enabled=False):
-            own = self.own_columns(top_k_index).to(x.dtype)
+            own = F.dropout(self.own_columns(top_k_index).to(x.dtype), self.dropout, self.training)
             operands = x, top_k_weights, own, base, *self.side_by_side(x.dtype)
             with four_bit.dequantised_again(linears, weights):
                 return SharedBaseFFN.apply(*operands)

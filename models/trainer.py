@@ -89,10 +89,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 class MixtureTrainer(AlignmentTrainer):
     """Minimises L = L_SFT + lambda * L_gate + sum_i gamma_i * drift_i over all trainable parts of a fused model.
 
-    gate_loss_weight: lambda. gate_balance: "task" lets tasks weigh alike in the gating loss whatever their numbers of
-    samples, "sample" the samples. drift_weights: gamma by task. Each log line gets the terms, apart and unweighted,
-    as means over the steps since the last one, and the routing accuracy over their samples; where every gamma is 0,
-    the drift as it is when the line is written. Samples of a task without an expert have no gating loss.
+    gate_loss_weight: lambda; gate_schedule: "constant", or "linear": falling to 0 over the training. gate_balance:
+    "task" lets tasks weigh alike in the gating loss whatever their numbers of samples, "sample" the samples.
+    drift_weights: gamma by task. Each log line gets the terms, apart and unweighted, as means over the steps since the
+    last one, and the routing accuracy over their samples; where every gamma is 0, the drift as it is when the line is
+    written. Samples of a task without an expert have no gating loss.
     Batches need task_ids and routing_mask (data.encoding.Collator with routing=True).
     """
 
@@ -105,12 +106,13 @@ class MixtureTrainer(AlignmentTrainer):
         *,
         gate_loss_weight: float,
         gate_balance: str,
+        gate_schedule: str = "constant",
         drift_weights: dict[str, float],
         router_learning_rate: float,
         **kwargs,
     ):
         super().__init__(model, **kwargs)
-        self.gate_loss_weight = gate_loss_weight
+        self.gate_loss_weight, self.gate_schedule = gate_loss_weight, gate_schedule
         self.router_learning_rate = router_learning_rate
         expert_of_task = model.config.expert_of_task
         # the last entry is that of the padding samples, whose task is -1
@@ -168,7 +170,8 @@ class MixtureTrainer(AlignmentTrainer):
         sft = outputs.loss * self.accelerator.num_processes
         probs = mean_routing_probs(outputs.router_logits, routing_mask)  # (B, E)
         gate = gate_loss(probs, experts.clamp(min=0), weights) * len(experts) / self.routed_in_step
-        loss = sft + self.gate_loss_weight * gate
+        left = 1 - self.state.global_step / self.state.max_steps if self.gate_schedule == "linear" else 1
+        loss = sft + self.gate_loss_weight * left * gate
         terms = {"sft_loss": sft, "gate_loss": gate}
         terms |= {"hits": (routing_hits(probs, experts) & routed).sum(), "routed": routed.sum()}
         if self.is_first_batch and self.drift_weights.any():

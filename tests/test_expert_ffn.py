@@ -61,9 +61,10 @@ def test_equals_the_dense_mixture_with_all_gradients(num_experts, top_k, bias):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_gradcheck_of_every_input(top_k):
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_gradcheck_of_every_input(top_k, dropout):
     base, experts, x, index, weights = make(3, top_k, tokens=2)
-    own = experts.own_columns(index).double()
+    own = F.dropout(experts.own_columns(index).double(), dropout)
     inputs = [tensor.detach().requires_grad_() for tensor in (x, weights, *experts.side_by_side(x.dtype))]
     frozen = tuple(t for linear in base for t in (linear.weight, None))
 
@@ -71,6 +72,20 @@ def test_gradcheck_of_every_input(top_k):
         return SharedBaseFFN.apply(x, weights / weights.sum(-1, keepdim=True), own, frozen, *matrices)
 
     assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-8)
+
+
+def test_dropout_takes_low_rank_states_of_single_tokens_and_keeps_their_mean():
+    base, experts, x, index, weights = make(tokens=3)
+    exact = experts(x, index, weights, *base)
+    experts.dropout = 0.3
+    assert torch.equal(experts.eval()(x, index, weights, *base), exact)
+    experts.train()
+    torch.manual_seed(0)
+    draws = torch.stack([experts(x, index, weights, *base) for _ in range(2)])
+    assert (draws[0] - draws[1]).abs().amax(1).min() > 1e-4  # every token
+    own = experts.own_columns(index).double()
+    dropped = torch.stack([F.dropout(own, 0.3) for _ in range(4000)])
+    assert not dropped[:, own == 0].any() and (dropped[:, own == 1].mean(0) - 1).abs().max() < 0.06
 
 
 @pytest.mark.parametrize("frozen", ["x", "weights", "experts"])

@@ -143,6 +143,23 @@ def test_experts_can_be_frozen_and_the_router_trained(results):
     assert torch.equal(model.blocks[0].experts.up_proj_B, start.blocks[0].experts.up_proj_B)
 
 
+def test_a_fusion_can_answer_with_other_experts_per_token_than_it_was_trained_with(results, capsys):
+    more = ["--expert_dropout", 0.2, "--gate_schedule", "linear", "--gate_loss_weight", 1, "--max_steps", 2]
+    fused(results, "--expert_topk", 3, "--answer_topk", 1, *more, "--run_name", "top_3_then_1")
+    folder = results / "outputs" / "top_3_then_1"
+    model, _ = load_run(folder, dtype="float32")
+    assert model.config.num_experts_per_tok == 1 and model.blocks[0].router.top_k == 1
+    assert model.blocks[0].experts.dropout == 0
+    recorded = json.loads((folder / "run.json").read_text())["run"]["arguments"]
+    assert (recorded["expert_topk"], recorded["answer_topk"]) == (3, 1)
+    assert (recorded["expert_dropout"], recorded["gate_schedule"]) == (0.2, "linear")
+    plain = next(path for path in (results / "outputs").glob("mix_moe*/run.json"))
+    assert not {"answer_topk", "expert_dropout"} & set(json.loads(plain.read_text())["run"]["arguments"])
+    with pytest.raises(SystemExit):
+        fused(results, "--answer_topk", 4, "--max_steps", 2)
+    assert "--answer_topk 4: must be 1 to 3" in capsys.readouterr().err
+
+
 def test_gradient_checkpointing_trains_the_router_too(results, capsys):
     fused(
         results, "--gate_loss_weight", 1, "--max_steps", 3, "--gradient_checkpointing", 1, "--run_name", "checkpointed"

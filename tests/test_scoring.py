@@ -11,7 +11,7 @@ from conftest import make_tokenizer, write_jsonl
 
 import inference
 from data.encoding import Encoder, prompt_ids
-from data.sources import Comparison, Record
+from data.sources import Comparison, Record, answer_records, draw, read_rows, trainable_rows
 from evaluator import evaluate_likelihood, report
 from evaluator.evaluate_likelihood import judge_comparison
 from evaluator.scoring import Scored, score_answers, score_texts
@@ -167,6 +167,30 @@ def test_scores_of_a_run_on_disk_and_their_table(tmp_path, base_dir, fused_dir, 
     with pytest.raises(SystemExit) as exit_:
         evaluate_likelihood.main([*arguments, "--run", "raw", "--num_samples", "3"])
     assert exit_.value.code == 2 and "num_samples=-1" in capsys.readouterr().err
+
+
+def test_settings_can_be_chosen_on_unseen_training_questions(tmp_path, base_dir, fused_dir, tiny_source, capsys):
+    place = ["--results_dir", str(tmp_path), "--base_model", str(base_dir), "--data_source", str(tiny_source)]
+    held_apart = ["--dataset_type", "held_apart", "--num_samples", "3", "--num_trained", "4", "--seed", "7"]
+    evaluate_likelihood.main([*place, "--run", f"raw,{fused_dir}", *held_apart])
+    for task in ("helpfulness", "safety", "truthfulness"):
+        rows = trainable_rows(task, read_rows(task, "train", str(tiny_source)))
+        seen = {record.id for record in answer_records(task, draw(rows, 4, 7))}
+        ids = [record.id for record in answer_records(task, rows)]
+        judged = tmp_path / "evaluation" / task / "held_apart" / "moe" / "likelihood" / "judgements.jsonl"
+        scored = {json.loads(line)["id"] for line in judged.read_text().splitlines()}
+        assert scored <= set(ids) and not scored & seen and len(scored) >= 3
+    report.main(["--results_dir", str(tmp_path), "--runs", f"raw,{fused_dir}", "--dataset_type", "held_apart"])
+    capsys.readouterr()
+    for refused, said in (
+        (held_apart[:4], "with --num_trained"),
+        ([*held_apart[:2], *held_apart[4:]], "--num_samples -1: must be"),
+        (["--num_trained", "4"], "--num_trained 4: has an effect with --dataset_type held_apart only"),
+        ([*held_apart[:4], "--num_trained", "400"], "are left beside the 400 rows trained on"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluate_likelihood.main([*place, "--run", "raw", *refused, "--results_dir", str(tmp_path / "other")])
+        assert said in capsys.readouterr().err
 
 
 def test_a_reference_that_is_empty_is_counted(tmp_path, base_dir, tiny_source):

@@ -32,7 +32,16 @@ def samples(tokenizer):
 
 
 def make_trainer(
-    fused_dir, samples, tmp_path, gate=0.0, drift=0.0, balance="sample", router_lr=1e-2, sgd=False, **more
+    fused_dir,
+    samples,
+    tmp_path,
+    gate=0.0,
+    drift=0.0,
+    balance="sample",
+    router_lr=1e-2,
+    sgd=False,
+    schedule="constant",
+    **more,
 ):
     model, _ = load_run(fused_dir, dtype="float32")
     settings = {"max_steps": 1, "logging_steps": 1, "train_sampling_strategy": "sequential", **more}
@@ -51,6 +60,7 @@ def make_trainer(
         data_collator=Collator(routing=True),
         gate_loss_weight=gate,
         gate_balance=balance,
+        gate_schedule=schedule,
         drift_weights=dict.fromkeys(TASKS, drift),
         router_learning_rate=router_lr,
     )
@@ -99,6 +109,14 @@ def test_the_logged_terms_add_up_and_drift_starts_at_zero(fused_dir, samples, tm
         assert 0 <= log["routing_accuracy"] <= 1
     assert [logs[0][f"drift_{task}"] for task in TASKS] == [0.0, 0.0, 0.0]
     assert all(logs[2][f"drift_{task}"] > 0 for task in TASKS)
+
+
+def test_lambda_can_fall_to_zero_over_the_training(fused_dir, samples, tmp_path):
+    trainer = make_trainer(fused_dir, samples, tmp_path, gate=0.6, schedule="linear", max_steps=3)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "sft_loss" in log]
+    for log, weight in zip(logs, (0.6, 0.4, 0.2), strict=True):
+        assert log["loss"] == pytest.approx(log["sft_loss"] + weight * log["gate_loss"], rel=1e-4)
 
 
 def test_the_router_trains_by_the_gating_loss_and_learns_the_tasks(fused_dir, samples, tmp_path):
