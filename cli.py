@@ -60,7 +60,8 @@ def flag(default, text: str, **metadata):
 
 
 def flag_with(only_with: dict, default, text: str, **metadata):
-    """A `flag` that has an effect only where other flags, given before it, have the values of `only_with`."""
+    """A `flag` that has an effect only where other flags, given before it, have the values of `only_with` (of a tuple:
+    one of them)."""
     text = text if default is None else f"{text} (default: {default})"
     return flag(None, text, only_with=only_with, default_value=default, **metadata)
 
@@ -72,9 +73,18 @@ def resolve_conditional_flags(args) -> None:
             setattr(args, item.name, item.metadata["default_value"])
             continue
         for name, needed in item.metadata.get("only_with", {}).items():
-            if getattr(args, name) != needed:
-                value = getattr(args, item.name)
-                raise UserError(f"--{item.name} {value}: has an effect with --{name} {needed} only; leave it out")
+            if not has_one_of(args, name, needed):
+                value, values = getattr(args, item.name), " or ".join(map(str, one_or_more(needed)))
+                raise UserError(f"--{item.name} {value}: has an effect with --{name} {values} only; leave it out")
+
+
+def one_or_more(needed) -> tuple:
+    return needed if isinstance(needed, tuple) else (needed,)
+
+
+def has_one_of(args, name: str, needed) -> bool:
+    """Whether a flag has the value, or one of the values, that another flag needs."""
+    return getattr(args, name) in one_or_more(needed)
 
 
 def effective_flags(args) -> dict:
@@ -83,7 +93,7 @@ def effective_flags(args) -> dict:
         item.name: getattr(args, item.name)
         for item in dataclasses.fields(args)
         if (only_with := item.metadata.get("only_with"))
-        and all(getattr(args, name) == needed for name, needed in only_with.items())
+        and all(has_one_of(args, name, needed) for name, needed in only_with.items())
     }
 
 

@@ -28,7 +28,7 @@ from cli import (
 )
 from config import TASKS, UserError
 
-OF_PROTOTYPES = {"router_init": "prototype"}
+OF_PROMPTS = {"router_init": ("prototype", "arrow")}
 
 
 @dataclass
@@ -50,14 +50,15 @@ class FuseArguments(BaseArguments):
     )
     router_init: str = flag(
         "random",
-        "the routers' start: random, or by the states of each task's training prompts",
-        choices=["random", "prototype"],
+        "the routers' start: random, by the states of each task's training prompts (prototype), or by what each expert "
+        "changes most (arrow)",
+        choices=["random", "prototype", "arrow"],
     )
     data_source: str | None = flag_with(
-        OF_PROTOTYPES, None, "hub, sample or a folder, for the prompts (default: as the experts recorded)"
+        OF_PROMPTS, None, "hub, sample or a folder, for the prompts (default: as the experts recorded)"
     )
-    num_prompts: int | None = flag_with(OF_PROTOTYPES, 100, "training prompts per task")
-    dtype: str | None = flag_with(OF_PROTOTYPES, "auto", "of the base that reads them", choices=list(DTYPES))
+    num_prompts: int | None = flag_with(OF_PROMPTS, 100, "training prompts per task")
+    dtype: str | None = flag_with(OF_PROMPTS, "auto", "of the base that reads them", choices=list(DTYPES))
     seed: int = flag(42, "of the router's initial weights, of the prompts drawn and of fresh experts")
     save_dtype: str = flag(
         "auto",
@@ -72,6 +73,8 @@ class FuseArguments(BaseArguments):
             raise UserError(f"--router_init {self.router_init}: a moe.pt brings its routers; leave it out")
         if self.fresh_rank and (self.from_pt or self.experts_dir or not self.base_model):
             raise UserError("--fresh_rank takes --base_model, and no --experts_dir or --from_pt")
+        if self.fresh_rank and self.router_init == "arrow":
+            raise UserError("--router_init arrow: fresh experts change nothing yet; leave it out")
         if self.from_pt and self.experts_dir:
             raise UserError("--experts_dir names adapters and --from_pt a fused file: give one of them")
         if self.from_pt and not Path(self.from_pt).is_file():
@@ -353,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         experts, base_model, data_source = open_experts(args)
         origin = {"adapters_sha256": [expert.checksum for expert in experts]}
-    if args.router_init == "prototype":
+    if args.router_init != "random":
         origin |= prototype_arguments(args, experts, absolute_source(args.data_source) or data_source)
     arguments = {
         "base_model": base_model,
@@ -376,9 +379,12 @@ def main(argv: list[str] | None = None) -> None:
     else:
         for expert in experts:
             expert.attach(base_config)
-    if args.router_init == "prototype":
+    if args.router_init != "random":
+        by_experts = experts if args.router_init == "arrow" else None
         tasks = [expert.task for expert in experts]
-        routers = fit_routers(tasks, base_model, origin["data_source"], args.num_prompts, args.seed, args.dtype)
+        routers = fit_routers(
+            tasks, base_model, origin["data_source"], args.num_prompts, args.seed, args.dtype, by_experts
+        )
     model = fuse(experts, base_config, args.expert_topk, args.seed, routers)
     if args.save_dtype != "auto":
         for block in model.blocks:
@@ -396,17 +402,21 @@ def asked(argv: list[str]) -> dict:
     arguments = {name: getattr(args, name) for name in ("expert_topk", "seed", "save_dtype")}
     if args.fresh_rank:
         arguments["fresh_rank"] = args.fresh_rank
-    if args.router_init == "prototype":
+    if args.router_init != "random":
         arguments |= {"router_init": args.router_init, "num_prompts": args.num_prompts}
     return arguments
 
 
 def prototype_arguments(args: FuseArguments, experts: list, source: str | None) -> dict:
-    """What decides routers by prototypes, for run.json. UserError for an expert without a task, or without data."""
+    """What decides routers by prompts, for run.json. UserError for an expert without a task, or without data."""
     if None in (tasks := [expert.task for expert in experts]):
-        raise UserError(f"--router_init prototype: {experts[tasks.index(None)].name} has no task whose prompts to take")
+        raise UserError(
+            f"--router_init {args.router_init}: {experts[tasks.index(None)].name} has no task whose prompts to take"
+        )
     if source is None:
-        raise UserError("--router_init prototype: the experts record no data, or different; name it with --data_source")
+        raise UserError(
+            f"--router_init {args.router_init}: the experts record no data, or different; name it with --data_source"
+        )
     files = [path for task in tasks for path in source_files(task, "train", source)]
     decided = {"router_init": args.router_init, "data_source": source, "data_sha256": data_sha256(files)}
     return decided | effective_flags(args) | {"data_source": source, "dtype": base.dtype_name(args.dtype)}

@@ -1,14 +1,17 @@
-"""A start for the routers without training: at each layer, what the prompts of an expert's task have for themselves."""
+"""A start for the routers without training: at each layer, what the prompts of an expert's task have for themselves, or
+what the expert itself changes most."""
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
 
+from config import UserError
 from data.batching import batches_by_length, pad
 from data.encoding import Encoder
 from data.sources import Record, draw, prompt_of, read_rows, trainable_rows
 from models import base
+from models.adapters import Expert
 
 # The logit that a task's own mean state gets from its prototype; of three tasks that are as far from each other, the
 # others' prototypes give it half of that, negative: 0.91 of the softmax is the own one's.
@@ -54,22 +57,53 @@ def mean_states(model: LlamaForCausalLM, encoder: Encoder, prompts: list[Record]
 def prototype_routers(states: Tensor) -> list[Tensor]:
     """states (E, L, D), the mean states of each expert's task -> each layer's router (E, D).
 
-    A prototype is the mean state less that of all tasks, without what is left along the latter (a router has no bias to
-    take it off), scaled so that on average its own mean state has the logit OWN_LOGIT.
+    A prototype is the mean state less that of all tasks.
     """
+    return scaled_routers(states - states.mean(0), states)
+
+
+def arrow_routers(states: Tensor, directions: Tensor) -> list[Tensor]:
+    """As `prototype_routers`, of unit `directions` (E, L, D) in place of centred states. Arrow's own logit is |v x|,
+    which a linear router does not have: here the mean state of an expert's task says which way v points."""
+    points = (without_common(directions, states) * states).sum(-1, keepdim=True).sign()
+    return scaled_routers(directions * points, states)
+
+
+def without_common(directions: Tensor, states: Tensor) -> Tensor:
+    """Directions (E, L, D) without what lies along the mean of all states (E, L, D): a router has no bias to take the
+    logit of that off."""
     common = states.mean(0)  # (L, D)
-    centred = states - common
-    along = (centred * common).sum(-1, keepdim=True) / common.square().sum(-1, keepdim=True)
-    prototypes = centred - along * common
-    own_logits = (prototypes * states).sum(-1).mean(0)  # (L,)
-    scaled = prototypes * (OWN_LOGIT / own_logits)[:, None]
+    along = (directions * common).sum(-1, keepdim=True) / common.square().sum(-1, keepdim=True)
+    return directions - along * common
+
+
+def scaled_routers(directions: Tensor, states: Tensor) -> list[Tensor]:
+    """Directions and states (E, L, D) -> each layer's router (E, D): without what is common, and scaled so that on
+    average a task's mean state has the logit OWN_LOGIT for its own expert."""
+    routers = without_common(directions, states)
+    own_logits = (routers * states).sum(-1).mean(0)  # (L,)
+    scaled = routers * (OWN_LOGIT / own_logits)[:, None]
     return [scaled[:, layer].contiguous() for layer in range(scaled.shape[1])]
 
 
+def most_changed_input(deltas: list[tuple[Tensor, Tensor, float]]) -> Tensor:
+    """The unit input (in,) to which changes s B A, one below the other, answer most: the first right singular vector
+    (Arrow, Ostapenko et al. 2024, arXiv 2405.11157), by the QR of each B. deltas: (A (r, in), B (out, r), s)."""
+    rows = [scaling * torch.linalg.qr(b.double()).R @ a.double() for a, b, scaling in deltas]
+    return torch.linalg.svd(torch.cat(rows), full_matrices=False).Vh[0].float()
+
+
 def fit_routers(
-    tasks: list[str], base_model: str, source: str, num_prompts: int, seed: int, dtype: str
+    tasks: list[str],
+    base_model: str,
+    source: str,
+    num_prompts: int,
+    seed: int,
+    dtype: str,
+    experts: list[Expert] | None = None,
 ) -> list[Tensor]:
-    """Each layer's router (E, D) for experts of these tasks, by `num_prompts` training prompts each."""
+    """Each layer's router (E, D) for experts of these tasks, by `num_prompts` training prompts each; with the experts
+    themselves, by Arrow."""
     from models.loading import device  # which loads what this helps to make
 
     model = (
@@ -77,4 +111,18 @@ def fit_routers(
     )
     encoder = Encoder(base.load_tokenizer(base_model), model.config.max_position_embeddings)
     states = [mean_states(model, encoder, task_prompts(task, source, num_prompts, seed)) for task in tasks]
-    return prototype_routers(torch.stack(states))
+    if experts is None:
+        return prototype_routers(torch.stack(states))
+    directions = [
+        torch.stack([most_changed_input(input_side(expert, layer)) for layer in range(len(states[0]))])
+        for expert in experts
+    ]
+    return arrow_routers(torch.stack(states), torch.stack(directions))
+
+
+def input_side(expert: Expert, layer: int) -> list[tuple[Tensor, Tensor, float]]:
+    """What an expert changes of the projections that read an FFN's input. UserError for an expert that changes none."""
+    deltas = [delta for name in ("gate_proj", "up_proj") if (delta := expert.delta(layer, name)) is not None]
+    if not deltas:
+        raise UserError(f"--router_init arrow: {expert.name} leaves gate and up of layer {layer} as they are")
+    return deltas

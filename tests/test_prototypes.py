@@ -49,6 +49,23 @@ def test_a_prototype_router_knows_its_own_tasks_mean_state():
         assert torch.allclose(router @ states.mean(0)[layer], torch.zeros(3), atol=1e-3)
 
 
+def test_an_arrow_points_where_the_expert_changes_most():
+    generator = torch.Generator().manual_seed(0)
+    deltas = [(torch.randn(2, 16, generator=generator), torch.randn(24, 2, generator=generator), 0.5) for _ in "gu"]
+    direction = prototypes.most_changed_input(deltas)
+    dense = torch.cat([s * b @ a for a, b, s in deltas]).double()
+    assert abs(abs(direction.double() @ torch.linalg.svd(dense).Vh[0]) - 1) < 1e-6
+    states = torch.randn(1, 2, 16, generator=generator) * 5 + torch.randn(3, 2, 16, generator=generator)
+    directions = torch.nn.functional.normalize(torch.randn(3, 2, 16, generator=generator), dim=-1)
+    for layer, router in enumerate(prototypes.arrow_routers(states, directions)):
+        logits = states[:, layer] @ router.T
+        assert logits.diagonal().min() > 0 and logits.diagonal().mean() == pytest.approx(2.0, rel=1e-4)
+        within = torch.stack([directions[:, layer], states.mean(0)[layer].expand(3, -1)], dim=1)  # (3, 2, D)
+        for row, plane in zip(router, within, strict=True):  # a direction, less what is common
+            rest = row - torch.linalg.lstsq(plane.T, row[:, None]).solution[:, 0] @ plane
+            assert rest.norm() < 1e-4 * row.norm()
+
+
 def fuse(output, *more):
     llama_moe.main(["--output", str(output), *map(str, more)])
 
@@ -56,6 +73,12 @@ def fuse(output, *more):
 def test_routers_start_by_prototypes(tmp_path, adapter_dirs, tiny_source, capsys):
     experts = ["--experts_dir", adapter_dirs[0].parent, "--router_init", "prototype", "--data_source", tiny_source]
     fuse(tmp_path / "moe", *experts, "--num_prompts", 6, "--dtype", "float32")
+    fuse(tmp_path / "arrow", *experts[:3], "arrow", *experts[4:], "--num_prompts", 6, "--dtype", "float32")
+    by_arrow = load_file(tmp_path / "arrow" / "model.safetensors")
+    assert json.loads((tmp_path / "arrow" / "run.json").read_text())["run"]["arguments"]["router_init"] == "arrow"
+    by_prompts = load_file(tmp_path / "moe" / "model.safetensors")
+    differing = [key for key in by_prompts if not torch.equal(by_prompts[key], by_arrow[key])]
+    assert differing == [key for key in by_prompts if ".router." in key]
     fuse(tmp_path / "random", *experts[:2])
     run = json.loads((tmp_path / "moe" / "run.json").read_text())["run"]["arguments"]
     assert run["router_init"] == "prototype" and run["num_prompts"] == 6 and run["dtype"] == "float32"
@@ -95,7 +118,8 @@ def test_fresh_experts_change_nothing_until_they_are_aligned(tmp_path, base_dir)
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (("--num_prompts", 4), "--num_prompts 4: has an effect with --router_init prototype only"),
+        (("--num_prompts", 4), "--num_prompts 4: has an effect with --router_init prototype or arrow only"),
+        (("--fresh_rank", 4, "--base_model", "X", "--router_init", "arrow"), "fresh experts change nothing yet"),
         (("--fresh_rank", 4), "--fresh_rank takes --base_model"),
         (("--router_init", "prototype"), "name it with --data_source"),
         (("--router_init", "prototype", "--experts", "a=X,b=Y,c=Z"), "has no task whose prompts to take"),
