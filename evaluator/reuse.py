@@ -16,9 +16,10 @@ if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import cli
-from cli import DTYPES, check_at_least, check_num_samples, flag
-from config import UserError
+from cli import DTYPES, check_at_least, check_num_samples, effective_flags, flag, flag_with, resolve_conditional_flags
+from config import HELD_APART, UserError
 
+OF_HELD_APART = {"dataset_type": HELD_APART}
 NOT_ALIKE = 3  # the exit code: of Python's own none
 
 
@@ -33,8 +34,10 @@ class ReuseArguments:
     drift: int = flag(0, "1: it must have its embedding drift", choices=[0, 1])
     base_model: str | None = flag(None, "the base that it would be made from")
     data_source: str | None = flag(None, "hub, sample or a folder: the data that it would be scored on")
-    dataset_type: str = flag("test", "which half", choices=["train", "test"])
+    dataset_type: str = flag("test", "which half", choices=["train", "test", HELD_APART])
     num_samples: int = flag(-1, "rows per score, as evaluate_likelihood.py takes them")
+    num_trained: int | None = flag_with(OF_HELD_APART, None, "as evaluate_likelihood.py takes it")
+    seed: int | None = flag_with(OF_HELD_APART, 42, "as evaluate_likelihood.py takes it")
     dtype: str = flag("auto", "of the base in scoring and answering", choices=list(DTYPES))
     num_answered: int | None = flag(None, "also look for judged answers, to that many prompts per task")
     max_new_tokens: int | None = flag(None, "of such answers")
@@ -44,6 +47,7 @@ class ReuseArguments:
     def __post_init__(self):
         if None in (self.saved, self.base_model, self.data_source):
             raise UserError("name the folder of the kept runs with --saved, and --base_model and --data_source")
+        resolve_conditional_flags(self)
         if (self.num_answered is None) != (self.max_new_tokens is None):
             raise UserError("--num_answered and --max_new_tokens: give both, or neither")
         check_num_samples(num_samples=self.num_samples)
@@ -84,8 +88,12 @@ def what_differs(args: ReuseArguments, name: str) -> str | None:
         script, *flags = shlex.split(args.made_by)
         if run.record is None or run.record["run"]["script"] != Path(script).name:
             return f"it was not made by {script}"
-        asked = importlib.import_module(".".join(Path(script).with_suffix("").parts)).asked(flags)
-        if differing := first_difference(run.record["run"]["arguments"], asked):
+        maker = importlib.import_module(".".join(Path(script).with_suffix("").parts))
+        recorded, asked = run.record["run"]["arguments"], maker.asked(flags)
+        for name, default in getattr(maker, "LATER_FLAGS", {}).items():  # neither has one that is at its default
+            if name in recorded and name not in asked:
+                return f"it was made with {name}={recorded[name]}, asked for is {default}"
+        if differing := first_difference(recorded, asked):
             return f"it was made with {differing}"
     if args.experts and (said := experts_differ(args, run)):
         return said
@@ -116,10 +124,11 @@ def likelihood_differs(args: ReuseArguments, run: RunScores) -> str | None:
     """In what a run's likelihoods are not those that would be made; None in nothing. Selected answers have none."""
     if run.record and run.record["run"]["script"] == "select_answers.py":
         return None
-    for one in (*NLL, GENERAL_NLL):
+    for one in NLL if args.dataset_type == HELD_APART else (*NLL, GENERAL_NLL):
         if one.name not in run.metrics:
             return f"it has no {one.name}"
-    scoring = LikelihoodArguments(num_samples=args.num_samples, dataset_type=args.dataset_type, dtype=args.dtype)
+    scored_by = {name: getattr(args, name) for name in ("num_samples", "dataset_type", "dtype")} | effective_flags(args)
+    scoring = LikelihoodArguments(**scored_by)
     base_sha256 = None if run.record is None else run.record["run"]["arguments"].get("base_sha256")
     for one in LIKELIHOODS:
         if one.name in run.metrics:

@@ -69,50 +69,9 @@ else
     echo "other merges, two hours for the answers and their judges, seven for the ablations."
 fi
 
-# ---- a row ----
-
-SCORE="--base_model $BASE_MODEL --data_source $DATA_SOURCE --num_samples $NUM_SCORED --dtype $DTYPE"
-names=""       # of all rows
-anew=""        # of those that were not taken over
-made=""        # what this process has made, or seen to be made
-unscored=""    # of these rows
-also=nothing   # what else is scored of a row
-once() {  # NAME COMMAND...: run a command that makes something, if this process has not
-    case ",$made," in *",$1,"*) return ;; esac
-    "${@:2}"
-    made=$made,$1
-}
-reused() {  # NAME COMMAND...: whether --reuse has this row, made and scored as it would be here
-    [ -n "$REUSE" ] || return 1
-    local name=$1 status=0
-    shift
-    case $1 in python) shift ;; nothing) set -- "" ;; esac
-    local asks=""
-    case $needs in experts | fuse | fused | fuse_prototype) asks="--experts $own_experts" ;; esac
-    if [ "$also" != nothing ]; then asks="$asks --drift 1"; fi
-    python evaluator/reuse.py --run $name --saved "$REUSE" --made_by "$*" $asks $SCORE || status=$?
-    [ $status = 0 ] || [ $status = 3 ] || exit $status
-    return $status
-}
-row() {  # NAME NEEDS COMMAND...: make a row, score and keep it; NEEDS (nothing, experts or fuse): what it is made from
-    local name=$1 needs=$2
-    shift 2
-    names=${names:+$names,}$name
-    if reused $name "$@"; then return; fi
-    anew=$anew,$name
-    $needs
-    once $name "$@"
-    $also --run $name
-    unscored=${unscored:+$unscored,}$name
-    if [ $QUICK = 0 ] && [ -n "$SAVE" ]; then score; fi  # rows of minutes each are scored and kept one by one
-}
-score() {  # by likelihood, what is not scored yet
-    [ -n "$unscored" ] || return 0
-    python evaluator/evaluate_likelihood.py --run $unscored $SCORE $R
-    if [ -n "$SAVE" ]; then python evaluator/report.py --runs $unscored --save "$SAVE" --only_save 1 $R; fi
-    unscored=""
-}
-nothing() { :; }
+SCORE="--base_model $BASE_MODEL --data_source $DATA_SOURCE --num_samples $NUM_SCORED --dtype $DTYPE" HALF=""
+AT_ONCE=$([ $QUICK = 0 ] && [ -n "$SAVE" ] && echo 1 || echo 0)  # rows of minutes each are kept one by one
+. runs/rows.sh
 expert() { echo python align_basemodel.py --moe_flag 0 --task_name $1 --run_name $1$s --seed $seed --base_model $BASE_MODEL $TRAIN; }
 experts() { for task in $TASKS; do once $task$s $(expert $task); done; }
 fuse() { experts; once moe$s $FUSE; }

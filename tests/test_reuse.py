@@ -85,6 +85,18 @@ def test_a_row_that_was_made_otherwise_is_not(check, name, more, said):
     assert code == reuse.NOT_ALIKE and said in text
 
 
+def test_a_row_that_was_made_with_a_flag_of_later_versions_is_not_one_without_it(check, kept, tmp_path):
+    shutil.copytree(kept, tmp_path / "kept")
+    row = read_json(tmp_path / "kept" / f"{FUSED}.json")
+    row["record"]["run"]["arguments"] |= {"expert_dropout": 0.2}
+    write_json(tmp_path / "kept" / f"{FUSED}.json", row)
+    code, text = check(FUSED, ROWS[FUSED], saved=tmp_path / "kept")
+    assert code == reuse.NOT_ALIKE and "made with expert_dropout=0.2, asked for is 0.0" in text
+    assert check(FUSED, ROWS[FUSED] + " --expert_dropout 0.2", saved=tmp_path / "kept")[0] == 0
+    code, text = check(FUSED, ROWS[FUSED] + " --expert_dropout 0.2")
+    assert code == reuse.NOT_ALIKE and "expert_dropout=None, asked for is 0.2" in text
+
+
 def test_a_row_that_was_scored_otherwise_or_on_another_base_or_made_by_something_else_is_not(check, kept, tmp_path):
     code, text = check("safety", ROWS["safety"], "--num_samples", 4)
     assert code == reuse.NOT_ALIKE and "scored with num_samples=3, asked for is 4" in text
@@ -104,6 +116,20 @@ def test_a_row_that_was_scored_otherwise_or_on_another_base_or_made_by_something
     assert code == reuse.NOT_ALIKE and "was not made by models/merging.py" in text
     code, text = check("nowhere", ROWS["safety"])
     assert code == reuse.NOT_ALIKE and "it is not there" in text
+
+
+def test_rows_scored_on_questions_held_apart_are_known(base_dir, tmp_path, capsys):
+    place = ["--results_dir", tmp_path / "results"]
+    score = ["--base_model", base_dir, "--data_source", "sample", "--dtype", "float32", "--dataset_type", "held_apart"]
+    score += ["--num_samples", 3, "--num_trained", 4]
+    call(evaluate_likelihood, "--run", "raw", *score, *place)
+    save = ["--save", tmp_path / "kept", "--only_save", 1, "--dataset_type", "held_apart"]
+    call(report, "--runs", "raw", *save, *place)
+    call(reuse, "--run", "raw", "--saved", tmp_path / "kept", *score)
+    for other, said in (("--num_trained", "num_trained=4, asked for is 5"), ("--num_samples", "num_samples=3")):
+        with pytest.raises(SystemExit) as end:
+            call(reuse, "--run", "raw", "--saved", tmp_path / "kept", *score, other, 5)
+        assert end.value.code == reuse.NOT_ALIKE and said in capsys.readouterr().out
 
 
 def test_what_was_made_from_other_experts_is_not(check, kept, tmp_path):

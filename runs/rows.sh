@@ -1,0 +1,47 @@
+# Rows of a comparison, for the files beside this one: each is made, scored and kept once, or taken over.
+#
+# Set before: R (--results_dir ...), SCORE (the flags of evaluate_likelihood.py), SAVE and REUSE (folders of kept rows, or
+# ""), HALF (the flags that name the half to report.py, or ""), AT_ONCE (1: each row is scored and kept as soon as it is
+# made; 0: by `score`), own_experts (the names of the kept experts that rows are made from).
+
+names=""       # of all rows
+anew=""        # of those that were not taken over
+made=""        # what this process has made, or seen to be made
+unscored=""    # of these rows
+also=nothing   # what else is scored of a row
+once() {  # NAME COMMAND...: run a command that makes something, if this process has not
+    case ",$made," in *",$1,"*) return ;; esac
+    "${@:2}"
+    made=$made,$1
+}
+reused() {  # NAME COMMAND...: whether --reuse has this row, made and scored as it would be here
+    [ -n "$REUSE" ] || return 1
+    local name=$1 status=0
+    shift
+    case $1 in python) shift ;; nothing) set -- "" ;; esac
+    local asks=""
+    case $needs in nothing | fuse_fresh) ;; *) asks="--experts $own_experts" ;; esac  # made from these
+    if [ "$also" != nothing ]; then asks="$asks --drift 1"; fi
+    python evaluator/reuse.py --run $name --saved "$REUSE" --made_by "$*" $asks $SCORE || status=$?
+    [ $status = 0 ] || [ $status = 3 ] || exit $status
+    return $status
+}
+row() {  # NAME NEEDS COMMAND...: make a row, score and keep it; NEEDS: the function that makes what it is made from
+    local name=$1 needs=$2
+    shift 2
+    names=${names:+$names,}$name
+    if reused $name "$@"; then return; fi
+    anew=$anew,$name
+    $needs
+    once $name "$@"
+    $also --run $name
+    unscored=${unscored:+$unscored,}$name
+    if [ $AT_ONCE = 1 ]; then score; fi
+}
+score() {  # by likelihood, what is not scored yet
+    [ -n "$unscored" ] || return 0
+    python evaluator/evaluate_likelihood.py --run $unscored $SCORE $R
+    if [ -n "$SAVE" ]; then python evaluator/report.py --runs $unscored --save "$SAVE" --only_save 1 $HALF $R; fi
+    unscored=""
+}
+nothing() { :; }
