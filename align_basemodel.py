@@ -26,7 +26,13 @@ OF_TRAINED_EXPERTS = OF_MIXTURE | {"train_experts": 1}
 OF_ATTENTION = OF_MIXTURE | {"tune_attention": 1}
 
 # Flags that earlier versions did not have: at these defaults they are not recorded, so that their runs stay the same
-LATER_FLAGS = {"train_experts": 1, "expert_dropout": 0.0, "gate_schedule": "constant", "answer_topk": None}
+LATER_FLAGS = {
+    "train_experts": 1,
+    "expert_dropout": 0.0,
+    "gate_schedule": "constant",
+    "answer_topk": None,
+    "init_adapter": None,
+}
 
 
 @dataclass
@@ -44,6 +50,9 @@ class AlignArguments(SourceArguments):
     rank: int | None = flag_with(OF_EXPERT, 8, "LoRA rank r")
     alpha: float | None = flag_with(OF_EXPERT, 4.0, "LoRA alpha")
     lora_dropout: float | None = flag_with(OF_EXPERT, 0.1, "LoRA dropout")
+    init_adapter: str | None = flag(
+        None, "of one expert: the adapter that it goes on from, a run's name or a folder; of the same rank and alpha"
+    )
     # the mixture
     moe_dir: str | None = flag(
         None, "the fused model that --moe_flag 1 starts from (default: outputs/moe in --results_dir)"
@@ -112,6 +121,8 @@ class AlignArguments(SourceArguments):
                 check(name, value, math.isfinite(value) and value >= 0, "a finite number, 0 or more")
                 setattr(self, name, abs(value))  # -0.0 is 0
         resolve_conditional_flags(self)
+        if self.moe_flag and self.init_adapter:
+            raise UserError(f"--init_adapter {self.init_adapter}: is for one expert; a fusion starts from --moe_dir")
         if self.moe_flag and not (self.train_router or self.train_experts or self.tune_attention):
             raise UserError("--train_router 0, --train_experts 0: leave nothing to train; give one of them, or neither")
         if self.moe_flag and not self.train_experts:
@@ -136,7 +147,7 @@ from transformers import Trainer
 from data.encoding import Collator, Encoder, describe
 from data.sources import absolute_source, answer_records, data_sha256, draw, read_rows, source_files, trainable_rows
 from models import base, training_arguments
-from models.adapters import add_lora
+from models.adapters import add_lora, load_adapter
 from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS
 from models.llama_moe import LlamaMoeConfig, load_fused
@@ -191,6 +202,9 @@ def main(argv: list[str] | None = None) -> None:
 def resolve_sources(args: AlignArguments) -> None:
     """The base model and the data: given now for an expert, recorded at fusion for the mixture."""
     if not args.moe_flag:
+        if args.init_adapter:
+            init = run_dir.find_run(args.init_adapter, config.outputs_dir(args.results_dir))
+            args.base_model, args.init_adapter = resolve_base(init, args.base_model), str(init)
         args.base_model = base.default_base_model(args.base_model)
         args.data_source = absolute_source(args.data_source) or "hub"
         return
@@ -240,6 +254,8 @@ def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     arguments |= flag_arguments(args, training) | {"base_sha256": base_sha256(args.base_model)}
     if args.moe_flag:
         arguments["fused_sha256"] = sha256(Path(args.moe_dir) / "model.safetensors")
+    if args.init_adapter:
+        arguments["init_sha256"] = sha256(Path(args.init_adapter) / "adapter_model.safetensors")
     return arguments
 
 
@@ -247,6 +263,8 @@ def flag_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     """The part of `result_arguments` that the flags and the data decide, whatever was aligned before."""
     shared = ("dtype", "task_name", "moe_flag", "num_samples", "max_length")
     arguments = {name: getattr(args, name) for name in shared} | effective_flags(args)
+    if args.init_adapter:
+        arguments["init_adapter"] = Path(args.init_adapter).name
     for name, default in LATER_FLAGS.items():
         if arguments.get(name) == default:
             arguments.pop(name, None)
@@ -278,6 +296,8 @@ def training_samples(args: AlignArguments, seed: int, tokenizer) -> list[dict]:
 def expert_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict]) -> Trainer:
     """A Trainer of LoRA on the FFN of the base, its attention frozen."""
     model = add_lora(args, list(PROJECTIONS), training.seed)
+    if args.init_adapter:
+        load_adapter(model, Path(args.init_adapter), args.rank, args.alpha)
     return AlignmentTrainer(model, training, train_dataset=samples, data_collator=Collator())
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -64,6 +64,24 @@ def add_lora(args, targets: list[str], seed: int) -> PeftModel:
         target_modules=targets,
     )
     return get_peft_model(model, lora)
+
+
+def load_adapter(model: PeftModel, folder: Path, rank: int, alpha: float) -> None:
+    """Put a saved adapter's matrices into a new LoRA of the same form. UserError for an adapter of another form."""
+    saved = Expert(folder)
+    patterns = saved.config.rank_pattern or saved.config.alpha_pattern or saved.config.use_rslora
+    if patterns or (saved.config.r, saved.config.lora_alpha) != (rank, alpha):
+        said = (
+            "has no one rank and alpha"
+            if patterns
+            else f"has --rank {saved.config.r} --alpha {saved.config.lora_alpha:g}"
+        )
+        raise UserError(f"--init_adapter {folder}: {said}; give the same here")
+    weights = {f"base_model.model.{key}": value for key, value in saved.weights.items()}
+    own = {key.replace(".default.", ".") for key in model.state_dict() if ".lora_" in key}
+    if odd := own ^ set(weights):
+        raise UserError(f"--init_adapter {folder}: is LoRA on other projections than these ({min(odd)})")
+    set_peft_model_state_dict(model, weights)
 
 
 def save_adapter(

@@ -25,6 +25,7 @@ from evaluator.run_scores import read_run_scores
 from models import llama_moe, loading
 from models.loading import load_run
 from models.trainer import AlignmentTrainer
+from workspace.files import sha256
 
 FAST = ["--num_train_epochs", "1", "--batch_size", "4", "--disable_tqdm", "1", "--dtype", "float32", "--use_cpu", "1"]
 
@@ -143,6 +144,27 @@ def test_experts_can_be_frozen_and_the_router_trained(results):
     assert torch.equal(model.blocks[0].experts.up_proj_B, start.blocks[0].experts.up_proj_B)
 
 
+def test_an_expert_can_go_on_from_another_adapter(results, base_dir, capsys):
+    go_on = ["--task_name", "truthfulness", "--base_model", base_dir, "--data_source", results / "source"]
+    go_on += ["--results_dir", results, "--num_samples", 8, "--batch_size", 4, "--dtype", "float32"]
+    go_on += ["--init_adapter", "safety", "--run_name", "gone_on", "--max_steps", 1, "--learning_rate", 1e-9]
+    align_basemodel.main(list(map(str, go_on)))
+    files = [results / "outputs" / run / "adapter_model.safetensors" for run in ("safety", "gone_on")]
+    before, after = map(load_file, files)
+    assert all(torch.allclose(after[key], before[key], atol=1e-7) for key in before) and set(after) == set(before)
+    recorded = json.loads((results / "outputs" / "gone_on" / "run.json").read_text())["run"]["arguments"]
+    assert recorded["init_adapter"] == "safety"
+    assert recorded["init_sha256"] == sha256(files[0])
+    for more, said in (
+        (["--rank", 4], "has --rank 8 --alpha 4; give the same here"),
+        (["--init_adapter", "nowhere"], "no run 'nowhere'"),
+        (["--moe_flag", 1, "--task_name", "mix"], "is for one expert; a fusion starts from --moe_dir"),
+    ):
+        with pytest.raises(SystemExit):
+            align_basemodel.main(list(map(str, [*go_on, "--run_name", "refused", *more])))
+        assert said in capsys.readouterr().err
+
+
 def test_a_fusion_can_answer_with_other_experts_per_token_than_it_was_trained_with(results, capsys):
     more = ["--expert_dropout", 0.2, "--gate_schedule", "linear", "--gate_loss_weight", 1, "--max_steps", 2]
     fused(results, "--expert_topk", 3, "--answer_topk", 1, *more, "--run_name", "top_3_then_1")
@@ -153,8 +175,8 @@ def test_a_fusion_can_answer_with_other_experts_per_token_than_it_was_trained_wi
     recorded = json.loads((folder / "run.json").read_text())["run"]["arguments"]
     assert (recorded["expert_topk"], recorded["answer_topk"]) == (3, 1)
     assert (recorded["expert_dropout"], recorded["gate_schedule"]) == (0.2, "linear")
-    plain = next(path for path in (results / "outputs").glob("mix_moe*/run.json"))
-    assert not {"answer_topk", "expert_dropout"} & set(json.loads(plain.read_text())["run"]["arguments"])
+    plain = align_basemodel.asked(["--moe_flag", "1", "--data_source", str(results / "source")])
+    assert not set(align_basemodel.LATER_FLAGS) & set(plain)
     with pytest.raises(SystemExit):
         fused(results, "--answer_topk", 4, "--max_steps", 2)
     assert "--answer_topk 4: must be 1 to 3" in capsys.readouterr().err
