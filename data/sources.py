@@ -56,7 +56,8 @@ class Comparison:
 
 
 def read_rows(task: str, split: str, source: str) -> list[dict]:
-    """Rows of one task and split ("train" or "test"), in source order, with the public column names.
+    """Rows of one task and split ("train", "test", or "held_apart" of data/split.py), in source order, with the public
+    column names.
 
     Raises UserError for an unknown task, a source that does not exist, or a bad row (with file and line).
     """

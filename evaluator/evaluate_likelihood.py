@@ -50,7 +50,9 @@ class LikelihoodArguments(SourceArguments):
         choices=["train", "test", HELD_APART],
     )
     num_samples: int = flag(-1, "rows per score, evenly spaced over the half; -1: all (of held_apart: questions)")
-    num_trained: int | None = flag_with(OF_HELD_APART, None, "the runs' --num_samples")
+    num_trained: int | None = flag_with(
+        OF_HELD_APART, None, "the runs' --num_samples (default: all of what data/split.py held apart)"
+    )
     seed: int | None = flag_with(OF_HELD_APART, 42, "the runs' --seed")
     max_length: int | None = flag(
         None, "tokens of prompt and answer; of a longer sample the prompt is cut first (default: the model's window)"
@@ -61,10 +63,9 @@ class LikelihoodArguments(SourceArguments):
         check_num_samples(num_samples=self.num_samples)
         resolve_conditional_flags(self)
         if self.dataset_type == HELD_APART:
-            check_at_least(1, num_samples=self.num_samples)
-            if self.num_trained is None:
-                raise UserError(f"--dataset_type {HELD_APART}: say how many rows the runs saw, with --num_trained")
             check_at_least(1, num_trained=self.num_trained)
+            if self.num_trained is not None:
+                check_at_least(1, num_samples=self.num_samples)
         check_at_least(16, max_length=self.max_length)
         check_at_least(1, batch_size=self.batch_size)
         if self.task_name == GENERAL and self.dataset_type != "test":
@@ -151,7 +152,7 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
 
 def settings_of(args: LikelihoodArguments, task: str, base_model: str, source: str) -> dict:
     """What decides a task's scores beside the run that is scored."""
-    split = "train" if args.dataset_type == HELD_APART else args.dataset_type
+    split = "train" if args.num_trained is not None else args.dataset_type
     return {
         "base_sha256": base_sha256(base_model),
         "num_samples": args.num_samples,
@@ -169,10 +170,17 @@ def run_label(name: str, checkpoint: int | None) -> str:
 
 def task_items(task: str, args, source: str) -> tuple[list[Record], dict[str, list[Comparison]]]:
     """(good answers, comparisons by metric) of a task's half; rows held apart are not compared."""
-    if args.dataset_type == HELD_APART:
+    if args.dataset_type == HELD_APART and args.num_trained is not None:
         return held_apart_records(source, args.num_trained, args.num_samples, args.seed)[task], {}
+    if args.dataset_type == HELD_APART and not sources.source_files(task, HELD_APART, source):
+        raise UserError(
+            f"--dataset_type {HELD_APART}: {source} has no {task}_{HELD_APART}.jsonl (data/split.py makes them); say how "
+            "many rows the runs saw with --num_trained"
+        )
     rows = sources.read_rows(task, args.dataset_type, source)
     records = sources.spread(sources.answer_records(task, rows), args.num_samples)
+    if args.dataset_type == HELD_APART:
+        return records, {}
     if task == "safety":
         comparisons = {"safe_preferred": sources.safety_comparisons(args.dataset_type, source)}
     elif task == "truthfulness":

@@ -1,0 +1,106 @@
+"""The training questions of a data folder, dealt out once: most to the experts, a few to whoever fuses, a few to none.
+
+python data/split.py --data_source DIR --output DIR2 --mixed 10,40,160 --num_held_apart 60
+
+Writes DIR2/experts and DIR2/mixed_10, mixed_40, mixed_160: each a data folder with its part of the training half (a
+smaller mixed one is part of the larger), the whole test half, and the questions held apart, by which settings are
+chosen (evaluate_likelihood.py --dataset_type held_apart). DIR2/split.json says which id went where.
+"""
+
+import random
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:  # run as a script, from any folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import cli
+from cli import check_at_least, flag
+from config import HELD_APART, TASKS, UserError
+
+
+@dataclass
+class SplitArguments:
+    """Flags of data/split.py."""
+
+    data_source: str | None = flag(None, "sample, or the folder whose training half is dealt out")
+    output: str | None = flag(None, "where to write; must not exist")
+    mixed: str = flag("10,40,160", "how many questions per task whoever fuses knows, with commas")
+    num_held_apart: int = flag(60, "questions per task that nobody is trained on")
+    seed: int = flag(42, "of the draw")
+
+    def __post_init__(self):
+        if self.data_source in (None, "hub") or self.output is None:
+            raise UserError("name the data with --data_source (sample, or a folder) and where to write with --output")
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in self.mixed.split(",")):
+            raise UserError(f"--mixed {self.mixed}: must be whole numbers above 0, with commas")
+        check_at_least(1, num_held_apart=self.num_held_apart)
+
+    @property
+    def numbers(self) -> list[int]:
+        return sorted({int(part) for part in self.mixed.split(",")})
+
+
+if __name__ == "__main__":
+    cli.check_early(cli.parse, SplitArguments)
+
+from data.sources import prompt_of, read_rows, source_dir, trainable_rows
+from workspace.files import write_json, write_lines
+from workspace.run_dir import open_partial
+
+
+@cli.command
+def main(argv: list[str] | None = None) -> None:
+    args = cli.parse(argv, SplitArguments)
+    source, output = source_dir(args.data_source), Path(args.output)
+    if output.exists():
+        raise UserError(f"--output {output}: exists; name another folder")
+    rows = {task: read_rows(task, "train", args.data_source) for task in TASKS}
+    parts = {task: deal_out(args, task, rows[task]) for task in TASKS}
+    with open_partial(output) as partial:
+        for name in next(iter(parts.values())):
+            if name == HELD_APART:
+                continue
+            (partial / name).mkdir(parents=True)
+            for path in source.glob("*.jsonl"):
+                if not path.name.endswith("_train.jsonl"):
+                    shutil.copyfile(path, partial / name / path.name)
+            for task in TASKS:
+                for half, part in (("train", name), (HELD_APART, HELD_APART)):
+                    chosen = [row for row in rows[task] if prompt_of(row) in parts[task][part]]
+                    write_lines(partial / name / f"{task}_{half}.jsonl", chosen)
+        ids = {
+            name: {task: [row["id"] for row in rows[task] if prompt_of(row) in parts[task][name]] for task in TASKS}
+            for name in next(iter(parts.values()))
+        }
+        write_json(partial / "split.json", {"arguments": {"mixed": args.numbers, "seed": args.seed}, "ids": ids})
+        partial.rename(output)
+    for name in ids:
+        counts = ", ".join(f"{task} {len(parts[task][name])}" for task in TASKS)
+        print(f"{output / name if name != HELD_APART else name}: questions of {counts}")
+
+
+def deal_out(args: SplitArguments, task: str, rows: list[dict]) -> dict[str, set]:
+    """{part: its questions}; UserError where a task has too few. Questions without an answer to train on go to the
+    experts, who leave them out as every alignment does."""
+    questions = list({prompt_of(row): None for row in trainable_rows(task, rows)})
+    random.Random(f"{args.seed} {task}").shuffle(questions)
+    largest = args.numbers[-1]
+    if len(questions) <= args.num_held_apart + largest:
+        raise UserError(
+            f"--data_source {args.data_source}: {task} has {len(questions)} training questions, {args.num_held_apart} "
+            f"held apart and {largest} mixed ones leave the expert none; take fewer"
+        )
+    held_apart, mixed = questions[: args.num_held_apart], questions[args.num_held_apart :][:largest]
+    taken = {*held_apart, *mixed}
+    return {
+        "experts": {prompt_of(row) for row in rows} - taken,
+        **{f"mixed_{number}": set(mixed[:number]) for number in args.numbers},
+        HELD_APART: set(held_apart),
+    }
+
+
+if __name__ == "__main__":
+    main()
