@@ -174,8 +174,8 @@ def task_items(task: str, args, source: str) -> tuple[list[Record], dict[str, li
         return held_apart_records(source, args.num_trained, args.num_samples, args.seed)[task], {}
     if args.dataset_type == HELD_APART and not sources.source_files(task, HELD_APART, source):
         raise UserError(
-            f"--dataset_type {HELD_APART}: {source} has no {task}_{HELD_APART}.jsonl (data/split.py makes them); say how "
-            "many rows the runs saw with --num_trained"
+            f"--dataset_type {HELD_APART}: {source} has no {task}_{HELD_APART}.jsonl (data/split.py makes them); say "
+            "how many rows the runs saw with --num_trained"
         )
     rows = sources.read_rows(task, args.dataset_type, source)
     records = sources.spread(sources.answer_records(task, rows), args.num_samples)

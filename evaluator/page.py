@@ -86,10 +86,9 @@ def verdict(comparison: dict) -> str:
         (beaten if certain and difference["difference"] < 0 else lost if certain else not_beaten).append(row["run"])
     if not beaten + not_beaten + lost:
         return "This page has no likelihoods of all three tasks to tell by."
-    parts = [
-        f"By the likelihood of held-out answers the fused model ({comparison['reference']}) is better than "
-        f"{len(beaten)} of the others"
-    ]
+    (kind,) = {row["kind"] for row in comparison["rows"] if row["run"] == comparison["reference"]}
+    reference = f"the fused model ({comparison['reference']})" if kind == "fused" else comparison["reference"]
+    parts = [f"By the likelihood of held-out answers {reference} is better than {len(beaten)} of the others"]
     if not_beaten:
         parts.append(f"not certainly better or worse than {', '.join(not_beaten)}")
     if lost:
