@@ -67,7 +67,9 @@ class MergeArguments(BaseArguments):
     scale: float | None = flag(None, "of the merged change (default: the method's usual one)")
     density: float | None = flag(None, "the part of each expert's change that stays (default: the usual one)")
     num_held_apart: int | None = flag(
-        None, "choose scale and density by the likelihood of that many training prompts per task, none aligned on"
+        None,
+        "choose scale and density by the likelihood of that many training prompts per task, none aligned on; -1: of "
+        "all in --data_source, where data/split.py has dealt others to the experts",
     )
     data_source: str | None = flag(
         None, "hub, sample or a folder, for these prompts (default: as the experts recorded)"
@@ -94,7 +96,7 @@ class MergeArguments(BaseArguments):
             self.seed = 42 if self.seed is None else self.seed
         else:
             check_not_given(f"--method {self.method} drops nothing at random", seed=self.seed)
-        check_at_least(1, num_held_apart=self.num_held_apart, batch_size=self.batch_size)
+        check_at_least(1, num_held_apart=abs(self.num_held_apart or 1), batch_size=self.batch_size)
         if self.num_held_apart is None:
             reason = "is for choosing coefficients, with --num_held_apart"
             check_not_given(reason, data_source=self.data_source, batch_size=self.batch_size, dtype=self.dtype)
@@ -102,6 +104,8 @@ class MergeArguments(BaseArguments):
         self.batch_size, self.dtype = self.batch_size or 8, self.dtype or "auto"
         if method.scales == method.densities == (None,):
             raise UserError(f"--num_held_apart {self.num_held_apart}: --method {self.method} has nothing to choose")
+        if self.num_held_apart < 0 and (self.num_held_apart < -1 or not self.data_source):
+            raise UserError(f"--num_held_apart {self.num_held_apart}: must be 1 or more, or -1 with a --data_source")
         check_not_given("--num_held_apart chooses it", scale=self.scale, density=self.density)
 
 
@@ -112,7 +116,7 @@ import yaml
 
 from data.encoding import Encoder
 from data.held_apart import held_apart_records
-from data.sources import absolute_source, data_sha256, source_files
+from data.sources import Record, absolute_source, answer_records, data_sha256, read_rows, source_files
 from models import base
 from models.adapters import Expert, how_made, save_adapter
 from models.base_identity import base_sha256
@@ -269,12 +273,7 @@ def run_mergekit(args: MergeArguments, experts: list[Expert], chosen: dict, fold
 
 def try_all(args: MergeArguments, experts: list[Expert], modules: dict, source: str, work: Path) -> list[dict]:
     """[{coefficients, nll_per_token of each task, mean_nll_per_token}] over the method's grid, on rows held apart."""
-    recorded = [run_dir.read_run(expert.folder) for expert in experts]
-    drawn = {(run["run"]["arguments"]["num_samples"], run["run"]["arguments"]["seed"]) for run in recorded if run}
-    if None in recorded or len(drawn) != 1:
-        raise UserError("--num_held_apart: needs experts whose run.json says, alike, which rows they were aligned on")
-    num_trained, seed = drawn.pop()
-    records = held_apart_records(source, num_trained, args.num_held_apart, seed)
+    records = held_apart_from(args, experts, source)
     method, tried = METHODS[args.method], []
     for scale, density in product(method.scales, method.densities):
         chosen = {k: v for k, v in (("scale", scale), ("density", density)) if v is not None}
@@ -289,6 +288,18 @@ def try_all(args: MergeArguments, experts: list[Expert], modules: dict, source: 
         print(f"{args.method} {chosen}: {nll['mean_nll_per_token']:.4f} nats per token")
         del model
     return tried
+
+
+def held_apart_from(args: MergeArguments, experts: list[Expert], source: str) -> dict[str, list[Record]]:
+    """The rows that coefficients are chosen by; UserError where nobody knows which ones the experts were aligned on."""
+    if args.num_held_apart == -1:
+        return {task: answer_records(task, read_rows(task, "train", source)) for task in TASKS}
+    recorded = [run_dir.read_run(expert.folder) for expert in experts]
+    drawn = {(run["run"]["arguments"]["num_samples"], run["run"]["arguments"]["seed"]) for run in recorded if run}
+    if None in recorded or len(drawn) != 1:
+        raise UserError("--num_held_apart: needs experts whose run.json says, alike, which rows they were aligned on")
+    num_trained, seed = drawn.pop()
+    return held_apart_records(source, num_trained, args.num_held_apart, seed)
 
 
 if __name__ == "__main__":

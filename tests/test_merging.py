@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import yaml
-from conftest import save_adapter
+from conftest import save_adapter, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
@@ -218,6 +218,16 @@ def test_coefficients_are_chosen_on_training_rows_held_apart(tmp_path, base_dir,
     with pytest.raises(SystemExit):
         merge(tmp_path, "--method", "ties", "--num_held_apart", 50)
     assert "training prompts of" in capsys.readouterr().err
+    few = tmp_path / "few"
+    for path in tiny_source.glob("*_train.jsonl"):
+        write_jsonl(few / path.name, [json.loads(line) for line in path.read_text().splitlines()[:2]])
+    with pytest.raises(SystemExit):
+        merge(tmp_path, "--method", "task_arithmetic", "--num_held_apart", -1)
+    assert "or -1 with a --data_source" in capsys.readouterr().err
+    all_of_few = ["--num_held_apart", -1, "--data_source", few, "--output", tmp_path / "of_few"]
+    merge(tmp_path, "--method", "task_arithmetic", *all_of_few)
+    of_few = json.loads((tmp_path / "of_few" / "run.json").read_text())["train"]["tried"]
+    assert [one["mean_nll_per_token"] for one in of_few] != [one["mean_nll_per_token"] for one in tried]
     with open(tiny_source / "safety_train.jsonl", "a") as file:
         file.write("\n")
     with pytest.raises(SystemExit):
