@@ -195,6 +195,8 @@ def main(argv: list[str] | None = None) -> None:
         fused = run_dir.read_run(Path(args.moe_dir))  # how what it starts from was made
         meta["fused"] = fused["run"]["arguments"]
         meta["experts"] = fused["meta"].get("experts")
+    if args.init_adapter and (init := run_dir.read_run(Path(args.init_adapter))):
+        meta |= {"init": init["run"]["arguments"], "experts": init["meta"].get("experts")}
     run_dir.finish(folder, SCRIPT, arguments, train, meta)
     print(f"Aligned on {args.task_name} in {train['seconds']:.0f} s: {folder}")
 
