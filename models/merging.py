@@ -36,6 +36,8 @@ class Method:
 
 
 RANDOM = ("dare_ties", "della")  # drop entries at random
+LATER_FLAGS = {"weights": None}  # runs from before there was that flag record none
+UNWEIGHTED = ("sce", "model_stock")  # find their own weights
 SCALES, DENSITIES = (0.4, 0.7, 1.0, 1.5, 2.0), (0.2, 0.5)
 METHODS = {
     "linear": Method("the mean of the weights (Wortsman et al. 2022, arXiv 2203.05482)"),
@@ -66,6 +68,9 @@ class MergeArguments(BaseArguments):
     experts: str = flag(",".join(TASKS), "the experts, with commas: folders there, or NAME=DIR for adapters anywhere")
     scale: float | None = flag(None, "of the merged change (default: the method's usual one)")
     density: float | None = flag(None, "the part of each expert's change that stays (default: the usual one)")
+    weights: str | None = flag(
+        None, "how much some experts count, EXPERT=WEIGHT with commas (default: 1 each); of several methods relative"
+    )
     num_held_apart: int | None = flag(
         None,
         "choose scale and density by the likelihood of that many training prompts per task, none aligned on; -1: of "
@@ -89,6 +94,8 @@ class MergeArguments(BaseArguments):
             check_not_given(f"--method {self.method} has no scale", scale=self.scale)
         if method.density is None:
             check_not_given(f"--method {self.method} has no density", density=self.density)
+        if self.weights is not None and self.method in UNWEIGHTED:
+            raise UserError(f"--weights {self.weights}: --method {self.method} has no weights")
         for name, value in (("scale", self.scale), ("density", self.density)):
             check(name, value, value is None or is_positive(value), "a finite number above 0")
         check("density", self.density, (self.density or 0) <= 1, "at most 1")
@@ -135,6 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, MergeArguments)
     experts, args.base_model, recorded = open_experts(args)
     tuned = args.num_held_apart is not None
+    expert_weights(args, experts)
     source = absolute_source(args.data_source) or recorded
     if tuned and source is None:
         raise UserError("the experts were aligned on different data, or do not record it: name it with --data_source")
@@ -158,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     base_config = base.load_base_config(args.base_model)
     for expert in experts:
         expert.attach(base_config)
-    modules = low_rank_changes(experts, base_config.num_hidden_layers)
+    modules = low_rank_changes(experts, base_config.num_hidden_layers, expert_weights(args, experts))
     trained = {"mean_cosine_of_experts": mean_cosine([CoreSpace.of(deltas) for deltas in modules.values()])}
     chosen = coefficients(args)
     with run_dir.open_partial(output) as work:
@@ -175,6 +183,8 @@ def main(argv: list[str] | None = None) -> None:
 def flag_arguments(args: MergeArguments) -> dict:
     """The part of run.json that the flags decide, whatever the experts are."""
     arguments = {"method": args.method, "num_held_apart": args.num_held_apart, **coefficients(args), "seed": args.seed}
+    if args.weights is not None:
+        arguments["weights"] = args.weights
     return arguments if args.num_held_apart is None else {**arguments, "dtype": base.dtype_name(args.dtype)}
 
 
@@ -194,8 +204,24 @@ def coefficients(args: MergeArguments) -> dict:
     }
 
 
-def low_rank_changes(experts: list[Expert], num_layers: int) -> dict[str, list[tuple]]:
-    """{module: [(A (r, in), B (out, r), scaling) of each expert]}; UserError where an expert leaves a module alone."""
+def expert_weights(args: MergeArguments, experts: list[Expert]) -> list[float]:
+    """--weights in the experts' order. UserError for one that names no expert, or is no finite number above 0."""
+    given = {}
+    for part in args.weights.split(",") if args.weights else ():
+        name, _, value = (word.strip() for word in part.partition("="))
+        try:
+            given[name] = float(value)
+        except ValueError:
+            raise UserError(f"--weights {args.weights}: write EXPERT=WEIGHT, with commas") from None
+        if name not in {expert.name for expert in experts} or not is_positive(given[name]):
+            names = ", ".join(expert.name for expert in experts)
+            raise UserError(f"--weights {args.weights}: {part.strip()}: needs one of {names}, and a number above 0")
+    return [given.get(expert.name, 1.0) for expert in experts]
+
+
+def low_rank_changes(experts: list[Expert], num_layers: int, weights: list[float]) -> dict[str, list[tuple]]:
+    """{module: [(A (r, in), B (out, r), weight x scaling) of each expert]}; UserError where an expert leaves a module
+    alone."""
     modules = {}
     for layer, projection in product(range(num_layers), PROJECTIONS):
         deltas = [expert.delta(layer, projection) for expert in experts]
@@ -204,7 +230,8 @@ def low_rank_changes(experts: list[Expert], num_layers: int) -> dict[str, list[t
             raise UserError(
                 f"--experts: {name} leaves layer {layer}'s {projection} as it is; merge experts of one form"
             )
-        modules[f"model.layers.{layer}.mlp.{projection}"] = deltas
+        weighted = [(a, b, weight * scaling) for (a, b, scaling), weight in zip(deltas, weights, strict=True)]
+        modules[f"model.layers.{layer}.mlp.{projection}"] = weighted
     return modules
 
 
@@ -242,10 +269,15 @@ def mergekit_settings(args: MergeArguments, experts: list[Expert], chosen: dict)
         own = {"weight": 1.0, "density": chosen["density"]}
         shared = {"lambda": chosen["scale"], "normalize": True}  # the mean of those that agree, as TIES has it
     adapters = [{"model": {"path": path}, "lora": {"path": str(expert.folder.resolve())}} for expert in experts]
+    models = [
+        {"model": adapter, **({"parameters": of_expert} if own else {})}
+        for adapter, weight in zip(adapters, expert_weights(args, experts), strict=True)
+        for of_expert in [{name: value * weight if name == "weight" else value for name, value in own.items()}]
+    ]
     return {
         "merge_method": args.method,
         **({} if args.method == "linear" else {"base_model": {"model": {"path": path}}}),
-        "models": [{"model": adapter, **({"parameters": own} if own else {})} for adapter in adapters],
+        "models": models,
         **({"parameters": shared} if shared else {}),
         "dtype": "float32",
         "out_dtype": str(base.own_dtype(base.load_base_config(args.base_model))).removeprefix("torch."),

@@ -174,6 +174,27 @@ def test_mergekits_merge_is_the_formula(results, base_dir, method, more, tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged", "merged.lock"]  # no dense expert stays
 
 
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "tsv_m"])
+def test_some_experts_may_count_more(results, base_dir, method, tmp_path):
+    merge(results, "--method", method, "--weights", "safety=3,truthfulness=0.5", "--output", tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "run.json").read_text())["run"]["arguments"]["weights"]
+    base = LlamaForCausalLM.from_pretrained(base_dir).state_dict()[KEY].double()
+    weights = (1.0, 3.0, 0.5)
+    changes = [w * (full - base) for w, full in zip(weights, expert_weights(results, base_dir, KEY), strict=True)]
+    if method == "tsv_m":
+        model, _ = load_run(tmp_path / "merged", str(base_dir), "float32")
+        actual = model.merge_and_unload().state_dict()[KEY].double()
+        parts = [torch.linalg.svd(change, full_matrices=False) for change in changes]
+        ranks = (4, 5, 6)
+        u = core_space.polar(torch.cat([u[:, :r] for (u, _, _), r in zip(parts, ranks, strict=True)], dim=1))
+        v = core_space.polar(torch.cat([vh[:r] for (_, _, vh), r in zip(parts, ranks, strict=True)]))
+        expected = u @ torch.diag(torch.cat([s[:r] for (_, s, _), r in zip(parts, ranks, strict=True)])) @ v
+    else:
+        actual = load_file(tmp_path / "merged" / "model.safetensors")[KEY].double()
+        expected = sum(changes) * (1 / sum(weights) if method == "linear" else 0.4)
+    assert torch.allclose(actual - base, expected, atol=5e-6)
+
+
 @pytest.mark.parametrize("method", ["dare_ties", "della", "sce", "tsv_m", "iso_c", "knots_ties"])
 def test_every_method_gives_a_run_that_answers_and_scores(results, base_dir, method, tiny_source, capsys):
     merge(results, "--method", method)
@@ -243,6 +264,10 @@ def test_coefficients_are_chosen_on_training_rows_held_apart(tmp_path, base_dir,
         (("--method", "ties", "--dtype", "float32"), "--dtype float32: is for choosing coefficients"),
         (("--method", "ties", "--batch_size", 4), "--batch_size 4: is for choosing coefficients"),
         (("--method", "linear", "--scale", 2), "--method linear has no scale"),
+        (("--method", "sce", "--weights", "safety=2"), "--method sce has no weights"),
+        (("--method", "linear", "--weights", "kindness=2"), "kindness=2: needs one of"),
+        (("--method", "linear", "--weights", "safety=0"), "safety=0: needs one of"),
+        (("--method", "linear", "--weights", "safety"), "write EXPERT=WEIGHT"),
         (("--method", "tsv_m", "--density", 0.5), "--method tsv_m has no density"),
         (("--method", "ties", "--density", 1.5), "at most 1"),
         (("--method", "model_stock", "--num_held_apart", 4), "nothing to choose"),
