@@ -7,7 +7,7 @@ rows are tested on the means over the seeds that both have: intervals are of the
 import re
 from dataclasses import dataclass, replace
 
-from config import RAW, RAW_CHAT, UserError
+from config import BIAS, RAW, RAW_CHAT, UserError
 from evaluator.paired import holm, mean_of_differences, paired_difference
 from evaluator.run_scores import LIKELIHOODS, MEAN_NLL, METRICS, NLL, Metric, Result, RunScores
 from evaluator.statistics import metric
@@ -41,9 +41,10 @@ class Row:
 
 
 def split_seed(name: str) -> tuple[str, int]:
-    """A run's name without its seed, and the seed (42 where the name has none)."""
-    match = re.fullmatch(r"(.+)_seed_(\d+)", name)
-    return (match[1], int(match[2])) if match else (name, 42)
+    """A run's name without its seed, and the seed (42 where the name has none); what --expert_bias put behind it
+    stays."""
+    match = re.fullmatch(rf"(.+?)_seed_(\d+)({BIAS}.+)?", name)
+    return (match[1] + (match[3] or ""), int(match[2])) if match else (name, 42)
 
 
 def kind_of(name: str, record: dict | None) -> str:

@@ -2,7 +2,7 @@
 #
 # Set before: R (--results_dir ...), SCORE (the flags of evaluate_likelihood.py), SAVE and REUSE (folders of kept rows, or
 # ""), HALF (the flags that name the half to report.py, or ""), AT_ONCE (1: each row is scored and kept as soon as it is
-# made; 0: by `score`), own_experts (the names of the kept experts that rows are made from).
+# made; 0: by `score`), own_experts (the names of the kept experts that rows are made from); if wanted ASKS (more flags of reuse.py).
 
 names=""       # of all rows
 anew=""        # of those that were not taken over
@@ -19,8 +19,8 @@ reused() {  # NAME COMMAND...: whether --reuse has this row, made and scored as 
     local name=$1 status=0
     shift
     case $1 in python) shift ;; nothing) set -- "" ;; esac
-    local asks=""
-    case $needs in nothing | fuse_fresh) ;; *) asks="--experts $own_experts" ;; esac  # made from these
+    local asks="${ASKS:-}"
+    case $needs in nothing | fuse_fresh) ;; *) asks="$asks --experts $own_experts" ;; esac  # made from these
     if [ "$also" != nothing ]; then asks="$asks --drift 1"; fi
     python evaluator/reuse.py --run $name --saved "$REUSE" --made_by "$*" $asks $SCORE || status=$?
     [ $status = 0 ] || [ $status = 3 ] || exit $status

@@ -304,6 +304,8 @@ def test_answers_are_kept_for_others_only_where_they_are_to_be_shown(results, ta
 def test_a_seed_in_a_name():
     assert comparison.split_seed("mixed_r24_seed_43") == ("mixed_r24", 43)
     assert comparison.split_seed("safety") == ("safety", 42)
+    assert comparison.split_seed("fused_seed_7_bias_safety_-1") == ("fused_bias_safety_-1", 7)
+    assert comparison.split_seed("fused_bias_safety_off") == ("fused_bias_safety_off", 42)
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
