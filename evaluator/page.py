@@ -93,7 +93,7 @@ def verdict(comparison: dict) -> str:
         parts.append(f"not certainly better or worse than {', '.join(not_beaten)}")
     if lost:
         parts.append(f"and worse than {', '.join(lost)}")
-    return "; ".join(parts) + f" (paired, p < {SIGNIFICANT} after Holm's correction)."
+    return ", ".join(parts) + f" (paired, p < {SIGNIFICANT} after Holm's correction)."
 
 
 def setting_text(records: dict[str, dict | None]) -> str:
