@@ -251,7 +251,7 @@ def server_arguments(args: InferArguments) -> dict:
     return {"server_model": args.server_model}
 
 
-def directory_name(args: InferArguments, bias: ExpertBias | None) -> str:
+def directory_name(args: InferArguments, bias: ExpertBias | None = None) -> str:
     """raw, aligned or cross_<run>, and checkpoint, bias and seed where they are given."""
     run = args.cross_task if args.cross_task == RAW_CHAT else f"cross_{Path(args.cross_task or '').name}"
     name = run if args.cross_task else RAW if args.aligned_flag == 0 else "aligned"
