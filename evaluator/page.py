@@ -104,6 +104,7 @@ def setting_text(records: dict[str, dict | None]) -> str:
     arguments = made[0]["run"]["arguments"]
     base = Path(arguments["base_model"]).name
     data = Path(arguments.get("data_source") or "unrecorded").name
+    data = data if data in ("hub", "sample", "unrecorded") else f"of the folder “{data}”"
     samples = {
         record["run"]["arguments"]["num_samples"] for record in made if "num_samples" in record["run"]["arguments"]
     }
