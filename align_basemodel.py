@@ -183,7 +183,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.answer_topk:
         trainer.model.set_top_k(args.answer_topk)
-        trainer.model.config.save_pretrained(folder)
+        for saved in (folder, *folder.glob("checkpoint-*")):
+            trainer.model.config.save_pretrained(saved)
     train = {
         "samples": len(samples),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),

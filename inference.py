@@ -157,7 +157,7 @@ def answer_task(
         "data_sha256": sources.data_sha256(sources.source_files(args.task_name, args.dataset_type, data_source)),
         "run": Path(args.run).name,
         "checkpoint_number": args.checkpoint_number,
-        "expert_bias": bias.text if bias else None,
+        "expert_bias": bias.text or None if bias else None,
         "num_samples": args.num_samples,
         "temperature": args.temperature,
         "max_new_tokens": args.max_new_tokens,

@@ -19,7 +19,7 @@ import cli
 from cli import flag
 from config import UserError
 
-PAIRS, TRAIN = "safety_pairs.jsonl", "safety_train.jsonl"
+TRAIN = "safety_train.jsonl"
 
 
 @dataclass
@@ -27,7 +27,7 @@ class RefusalArguments:
     """Flags of data/refusals.py."""
 
     data_source: str | None = flag(None, "sample, or the folder whose safety pairs are cut in two")
-    output: str | None = flag(None, "where to write; must not exist")
+    output: str | None = flag(None, "where to write")
 
     def __post_init__(self):
         if self.data_source in (None, "hub") or self.output is None:
@@ -37,7 +37,8 @@ class RefusalArguments:
 if __name__ == "__main__":
     cli.check_early(cli.parse, RefusalArguments)
 
-from data.sources import COLUMNS, read_jsonl, source_dir
+from data.sources import COLUMNS, data_sha256, read_jsonl, source_dir
+from data.split import PAIRS, SPLIT_FILE, already_dealt
 from workspace.files import write_json, write_lines
 from workspace.run_dir import open_partial
 
@@ -46,8 +47,9 @@ from workspace.run_dir import open_partial
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, RefusalArguments)
     source, output = source_dir(args.data_source), Path(args.output)
-    if output.exists():
-        raise UserError(f"--output {output}: exists; name another folder")
+    made_by = {"data_sha256": data_sha256(sorted(source.glob("*.jsonl")))}
+    if already_dealt(output, made_by):
+        return
     pairs = read_jsonl(source / PAIRS, COLUMNS["safety_pairs"])
     learnt = [pair for pair in pairs if is_learnt(pair["prompt"])]
     scored = [pair for pair in pairs if not is_learnt(pair["prompt"])]
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         write_lines(partial / TRAIN, rows)
         write_lines(partial / PAIRS, scored)
         ids = {"learnt": [pair["id"] for pair in learnt], "scored": [pair["id"] for pair in scored]}
-        write_json(partial / "split.json", ids)
+        write_json(partial / SPLIT_FILE, {"made_by": made_by, "ids": ids})
         partial.rename(output)
     print(f"{output}: {len(learnt)} safe answers to learn from, {len(scored)} pairs to be scored on")
 

@@ -26,7 +26,7 @@ class SplitArguments:
     """Flags of data/split.py."""
 
     data_source: str | None = flag(None, "sample, or the folder whose training half is dealt out")
-    output: str | None = flag(None, "where to write; must not exist")
+    output: str | None = flag(None, "where to write")
     mixed: str = flag("10,40,160", "how many questions per task whoever fuses knows, with commas")
     num_held_apart: int = flag(60, "questions per task that nobody is trained on")
     seed: int = flag(42, "of the draw")
@@ -46,17 +46,22 @@ class SplitArguments:
 if __name__ == "__main__":
     cli.check_early(cli.parse, SplitArguments)
 
-from data.sources import prompt_of, read_rows, source_dir, trainable_rows
-from workspace.files import write_json, write_lines
+from data.sources import COLUMNS, data_sha256, prompt_of, read_jsonl, read_rows, source_dir, trainable_rows
+from workspace.files import read_json, write_json, write_lines
 from workspace.run_dir import open_partial
+
+PAIRS, SPLIT_FILE = "safety_pairs.jsonl", "split.json"
 
 
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, SplitArguments)
     source, output = source_dir(args.data_source), Path(args.output)
-    if output.exists():
-        raise UserError(f"--output {output}: exists; name another folder")
+    files = sorted(source.glob("*.jsonl"))
+    made_by = {"mixed": args.numbers, "num_held_apart": args.num_held_apart, "seed": args.seed}
+    made_by["data_sha256"] = data_sha256(files)
+    if already_dealt(output, made_by):
+        return
     rows = {task: read_rows(task, "train", args.data_source) for task in TASKS}
     parts = {task: deal_out(args, task, rows[task]) for task in TASKS}
     with open_partial(output) as partial:
@@ -64,8 +69,12 @@ def main(argv: list[str] | None = None) -> None:
             if name == HELD_APART:
                 continue
             (partial / name).mkdir(parents=True)
-            for path in source.glob("*.jsonl"):
-                if not path.name.endswith("_train.jsonl"):
+            for path in files:
+                if path.name == PAIRS:  # as without the split: none of a training prompt is compared, in any part
+                    trained = {row["prompt"] for row in rows["safety"]}
+                    pairs = [row for row in read_jsonl(path, COLUMNS["safety_pairs"]) if row["prompt"] not in trained]
+                    write_lines(partial / name / PAIRS, pairs)
+                elif not path.name.endswith("_train.jsonl"):
                     shutil.copyfile(path, partial / name / path.name)
             for task in TASKS:
                 for half, part in (("train", name), (HELD_APART, HELD_APART)):
@@ -75,11 +84,21 @@ def main(argv: list[str] | None = None) -> None:
             name: {task: [row["id"] for row in rows[task] if prompt_of(row) in parts[task][name]] for task in TASKS}
             for name in next(iter(parts.values()))
         }
-        write_json(partial / "split.json", {"arguments": {"mixed": args.numbers, "seed": args.seed}, "ids": ids})
+        write_json(partial / SPLIT_FILE, {"made_by": made_by, "ids": ids})
         partial.rename(output)
     for name in ids:
         counts = ", ".join(f"{task} {len(parts[task][name])}" for task in TASKS)
         print(f"{output / name if name != HELD_APART else name}: questions of {counts}")
+
+
+def already_dealt(output: Path, made_by: dict) -> bool:
+    """Whether a folder holds what would be written now. UserError for one that holds anything else."""
+    if not output.exists():
+        return False
+    if not (output / SPLIT_FILE).exists() or read_json(output / SPLIT_FILE).get("made_by") != made_by:
+        raise UserError(f"--output {output}: holds something else than this would write; name another folder")
+    print(f"{output}: made already from these files: nothing to do")
+    return True
 
 
 def deal_out(args: SplitArguments, task: str, rows: list[dict]) -> dict[str, set]:

@@ -118,7 +118,7 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
     bias = read_bias(args.expert_bias, path)
     label = run_label(name, args.checkpoint_number) + (bias.suffix if bias else "")
     of_run = {"base_model": base_model, "data_source": data_source, "weights_sha256": weights_sha256(path)}
-    of_run["expert_bias"] = bias.text if bias else None
+    of_run["expert_bias"] = bias.text or None if bias else None
     folders = {t: evaluation_folder(args.results_dir, t, args.dataset_type, label, JUDGE) for t in args.tasks}
     arguments = {task: {**of_run, **settings_of(args, task, base_model, data_source)} for task in folders}
     states = {task: run_dir.begin(folder, SCRIPT, arguments[task], REMEDY) for task, folder in folders.items()}

@@ -15,6 +15,11 @@ from workspace.files import read_json, write_text
 DUPLICATES = "near_duplicates.json"  # beside the runs: of the data that they are scored on
 
 
+def kept_folder(folder: Path, split: str) -> Path:
+    """Where in a folder what is of a half lies: the test half's in itself, another's in a folder of that name."""
+    return folder if split == "test" else folder / split
+
+
 def read_kept(folder: Path, name: str) -> RunScores | None:
     """A kept run; None where the folder has none of that name. UserError for a file of something else."""
     path = folder / f"{name}.json"
@@ -57,7 +62,7 @@ def without_places(record: dict | None) -> dict | None:
     if record is None:
         return None
     meta = dict(record["meta"])
-    for part in ("fused", "experts"):
+    for part in ("fused", "experts", "init"):
         if meta.get(part):
             meta[part] = shortened(meta[part])
     if meta.get("command"):

@@ -14,7 +14,7 @@ if not __package__:  # run as a script, from any folder
 
 import cli
 from cli import flag
-from config import HELD_APART, RESULTS_DIR, TASKS, UserError
+from config import BIAS, HELD_APART, RESULTS_DIR, TASKS, UserError
 
 
 @dataclass
@@ -48,7 +48,7 @@ if __name__ == "__main__":
     cli.check_early(cli.parse, ReportArguments)
 
 from evaluator.comparison import compare
-from evaluator.kept_runs import DUPLICATES, read_kept, save_run
+from evaluator.kept_runs import DUPLICATES, kept_folder, read_kept, save_run
 from evaluator.page import own_run, write_page
 from evaluator.page_answers import SHOWN, shown_answers
 from evaluator.results import INTERVALS, judge_name, judge_text
@@ -75,10 +75,11 @@ def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, ReportArguments)
     runs = [Path(name.strip()).name for name in args.runs.split(",") if name.strip()]
     results_dir = Path(args.results_dir)
-    kept = {run: read_kept(Path(args.saved), run) if args.saved else None for run in runs}
+    saved, save = (folder and kept_folder(Path(folder), args.dataset_type) for folder in (args.saved, args.save))
+    kept = {run: read_kept(saved, run) if saved else None for run in runs}
     known = {run: read_run_scores(results_dir, run, args.dataset_type, kept[run]) for run in runs}
-    for scores in known.values() if args.save else ():
-        save_run(Path(args.save), scores)
+    for scores in known.values() if save else ():
+        save_run(save, scores)
     duplicates = count_duplicates(args)
     if args.only_save:
         return
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
             f"--results_dir {results_dir}: holds no judged scores of the {args.dataset_type} half, and "
             "--runs names no run"
         )
-    path = results_dir / "report" / "table.md"
+    path = kept_folder(results_dir / "report", args.dataset_type) / "table.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(table, encoding="utf-8")
     print(table)
@@ -131,8 +132,9 @@ def answers_to_show(args: ReportArguments, runs: list[str], own: str) -> dict | 
 
 
 def last_fusion(runs: dict[str, RunScores]) -> str | None:
-    """The last of the runs that is an aligned fusion, by its record."""
-    fusions = [run for run, one in runs.items() if one.record and one.record["run"]["arguments"].get("moe_flag") == 1]
+    """The last of the runs that is an aligned fusion, by its record, and is scored as it is."""
+    of_record = {run: one.record["run"]["arguments"] for run, one in runs.items() if one.record and BIAS not in run}
+    fusions = [run for run, arguments in of_record.items() if arguments.get("moe_flag") == 1]
     return fusions[-1] if fusions else None
 
 

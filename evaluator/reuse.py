@@ -62,7 +62,7 @@ import shlex
 
 from data.sources import absolute_source, data_sha256, source_files
 from evaluator.evaluate_likelihood import LikelihoodArguments, settings_of
-from evaluator.kept_runs import read_kept
+from evaluator.kept_runs import kept_folder, read_kept
 from evaluator.run_scores import EMBEDDING_DRIFT, GENERAL_NLL, JUDGED, LIKELIHOODS, NLL, RunScores, answers_of
 from evaluator.sweeps import OF_A_MACHINE
 from models import base
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def what_differs(args: ReuseArguments, name: str) -> str | None:
     """In words, in what a kept run is not the one that would be made and scored now; None in nothing."""
-    run = read_kept(Path(args.saved), name)
+    run = read_kept(kept_folder(Path(args.saved), args.dataset_type), name)
     if run is None:
         return "it is not there"
     if args.made_by:
@@ -111,7 +111,7 @@ def experts_differ(args: ReuseArguments, run: RunScores) -> str | None:
     if len(recorded) != len(names):
         return f"it was made from {len(recorded)} experts"
     for (expert, arguments), name in zip(recorded.items(), names, strict=True):
-        kept = read_kept(Path(args.saved), name)
+        kept = read_kept(kept_folder(Path(args.saved), args.dataset_type), name)
         if kept is None or kept.record is None:
             return f"its expert {name} is not there"
         asked = {key: value for key, value in kept.record["run"]["arguments"].items() if key not in OF_A_MACHINE}

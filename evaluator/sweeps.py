@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from config import TASKS
+from config import BIAS, TASKS
 from evaluator.run_scores import EMBEDDING_DRIFT, NLL, SHARES, RunScores
 
 # What a fusion's record says of the place and the weights that it was made from, not of how
@@ -46,8 +46,8 @@ class Alike:
 
 def settings(run: RunScores) -> dict | None:
     """What decided an aligned fusion, and the fusion it began with, without checksums of what differs between two
-    machines; None for any other run."""
-    if run.record is None or run.record["run"]["arguments"].get("moe_flag") != 1:
+    machines; None for any other run, and for one that is scored with an expert bias."""
+    if BIAS in run.name or run.record is None or run.record["run"]["arguments"].get("moe_flag") != 1:
         return None
     own = {key: value for key, value in run.record["run"]["arguments"].items() if key not in OF_A_MACHINE}
     began = {

@@ -65,7 +65,8 @@ def read_bias(text: str | None, folder: Path | None) -> ExpertBias | None:
     off = tuple(values.get(name) == OFF for name in experts)
     if all(off):
         raise UserError(f"--expert_bias {text}: takes all experts out; leave one")
-    added = tuple(0.0 if out else number(values.get(name, "0"), text) for name, out in zip(experts, off, strict=True))
+    numbers = [0.0 if values.get(name) == OFF else number(values.get(name, "0"), text) for name in experts]
+    added = tuple(value + 0.0 for value in numbers)  # -0 is 0
     return ExpertBias(experts, added, off)
 
 

@@ -103,7 +103,7 @@ class MergeArguments(BaseArguments):
             self.seed = 42 if self.seed is None else self.seed
         else:
             check_not_given(f"--method {self.method} drops nothing at random", seed=self.seed)
-        check_at_least(1, num_held_apart=abs(self.num_held_apart or 1), batch_size=self.batch_size)
+        check_at_least(1, batch_size=self.batch_size)
         if self.num_held_apart is None:
             reason = "is for choosing coefficients, with --num_held_apart"
             check_not_given(reason, data_source=self.data_source, batch_size=self.batch_size, dtype=self.dtype)
@@ -111,7 +111,7 @@ class MergeArguments(BaseArguments):
         self.batch_size, self.dtype = self.batch_size or 8, self.dtype or "auto"
         if method.scales == method.densities == (None,):
             raise UserError(f"--num_held_apart {self.num_held_apart}: --method {self.method} has nothing to choose")
-        if self.num_held_apart < 0 and (self.num_held_apart < -1 or not self.data_source):
+        if self.num_held_apart < 1 and (self.num_held_apart != -1 or not self.data_source):
             raise UserError(f"--num_held_apart {self.num_held_apart}: must be 1 or more, or -1 with a --data_source")
         check_not_given("--num_held_apart chooses it", scale=self.scale, density=self.density)
 
@@ -209,6 +209,8 @@ def expert_weights(args: MergeArguments, experts: list[Expert]) -> list[float]:
     given = {}
     for part in args.weights.split(",") if args.weights else ():
         name, _, value = (word.strip() for word in part.partition("="))
+        if name in given:
+            raise UserError(f"--weights {args.weights}: {name} is given twice")
         try:
             given[name] = float(value)
         except ValueError:

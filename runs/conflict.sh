@@ -40,8 +40,8 @@ SCORE="--base_model $BASE_MODEL --data_source $DATA --num_samples $NUM_SCORED --
 TRAIN="--data_source $DATA --num_samples $NUM_SAMPLES --num_train_epochs $EPOCHS --batch_size $BATCH_SIZE --dtype $DTYPE $R"
 ASKS="--num_answered $NUM_ANSWERED --max_new_tokens $NEW_TOKENS --judged flagged,over_refusal"
 . runs/rows.sh
-[ -d $DATA ] || python data/refusals.py --data_source $DATA_SOURCE --output $DATA
-once judge python evaluator/train_judge.py --kind safety --base_model $BASE_MODEL --data_source $DATA --dtype $DTYPE $R
+python data/refusals.py --data_source $DATA_SOURCE --output $DATA
+once judge python evaluator/train_judge.py --kind safety --base_model $BASE_MODEL --data_source $DATA_SOURCE --dtype $DTYPE $R
 
 answered() {  # RUN [EXPERT_BIAS]: its answers to unsafe prompts and to those that only look unsafe, judged
     local run=$1 bias="" of=cross_$1 task
@@ -56,10 +56,12 @@ answered() {  # RUN [EXPERT_BIAS]: its answers to unsafe prompts and to those th
 suffix() { python -c "import sys; from models.expert_bias import read_bias; from pathlib import Path; print(read_bias(sys.argv[1], Path(sys.argv[2])).suffix)" "$1" $RESULTS/outputs/$run; }
 point() {  # NAME NEEDS COMMAND...: a row, and its answers
     row "$@"
-    case ",$anew," in *",$1,"*) answered $1 && keep $1 ;; esac
+    case ",$anew," in *",$1,"*) answered $1; keep $1 ;; esac
 }
 dial() {  # RUN BIAS: the same run by another bias
     local run=$1 name
+    fuse
+    once $run $FUSED --run_name $run
     name=$run$(suffix $2)
     names=$names,$name
     python evaluator/evaluate_likelihood.py --run $run --expert_bias $2 $SCORE $R

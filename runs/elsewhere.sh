@@ -50,15 +50,23 @@ fi
 SCORE="--base_model $BASE_MODEL --data_source $DATA/experts $HALF --num_samples $NUM_SCORED --dtype $DTYPE"
 . runs/rows.sh
 
-[ -d $DATA ] || python data/split.py --data_source $DATA_SOURCE --output $DATA --mixed $MIXED_QUESTIONS --num_held_apart $NUM_HELD_APART
+python data/split.py --data_source $DATA_SOURCE --output $DATA --mixed $MIXED_QUESTIONS --num_held_apart $NUM_HELD_APART
 
+if [ -n "$CHOSEN" ]; then  # every method's, and no other
+    for number in $(echo "$MIXED_QUESTIONS" | tr ',' ' '); do
+        for method in mixed merged fused; do case ",$CHOSEN," in *",${method}_$number="*) ;; *) refuse "--epochs $CHOSEN: says nothing of ${method}_$number" ;; esac; done
+    done
+    for one in $(echo "$CHOSEN" | tr ',' ' '); do
+        case ",$MIXED_QUESTIONS," in *",$(echo ${one%=*} | sed 's/^[a-z]*_//'),"*) ;; *) refuse "--epochs $CHOSEN: $one is of no method here" ;; esac
+    done
+fi
 LORA="python align_basemodel.py --moe_flag 0 --batch_size $BATCH_SIZE --dtype $DTYPE $R"
 epochs_of() {  # NAME EPOCHS...: those that are tried, or the one that was chosen
     local name=$1 of_name
     shift
     if [ -z "$CHOSEN" ]; then echo "$@"; return; fi
     for of_name in $(echo "$CHOSEN" | tr ',' ' '); do
-        if [ ${of_name%=*} = $name ]; then echo ${of_name#*=}; fi
+        if [ ${of_name%=*} = $name ]; then echo ${of_name#*=}; return; fi
     done
 }
 tries() {  # NAME NEEDS COMMAND...: a row for each number of epochs that is tried

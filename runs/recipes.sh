@@ -50,7 +50,11 @@ SCORE="--base_model $BASE_MODEL --data_source $DATA_SOURCE $SCORED_ON --num_samp
 TRAIN="--data_source $DATA_SOURCE --num_samples $NUM_SAMPLES --num_train_epochs $EPOCHS --batch_size $BATCH_SIZE --dtype $DTYPE $R"
 . runs/rows.sh
 
-wanted() { case ",$ROWS," in ,, | *",$1,"*) ;; *) return 1 ;; esac; }
+LISTING=1 all_names=""
+wanted() {
+    if [ $LISTING = 1 ]; then all_names=$all_names,$1; return 1; fi
+    case ",$ROWS," in ,, | *",$1,"*) ;; *) return 1 ;; esac
+}
 mixed() {  # NAME [FLAG...]: one LoRA on all tasks' rows
     local name=$1
     shift
@@ -90,7 +94,7 @@ fusion() {  # NAME [FLAG...]: their fusion, aligned
     row $name$s fuse $FUSED --moe_dir $RESULTS/outputs/$moe --run_name $name$s "$@"
 }
 
-for seed in $(echo "$SEEDS" | tr ',' ' '); do
+all_tries() {  # of $seed
     s=$([ $seed = 42 ] || echo _seed_$seed)
     MIXED="python align_basemodel.py --moe_flag 0 --task_name mix --rank 24 --alpha 12 --seed $seed --base_model $BASE_MODEL $TRAIN"
     FUSED="python align_basemodel.py --moe_flag 1 --gate_loss_weight 0.3 --router_learning_rate 0.01 --seed $seed $TRAIN"
@@ -125,7 +129,16 @@ for seed in $(echo "$SEEDS" | tr ',' ' '); do
     fusion fused_1_then_3 --num_train_epochs $((EPOCHS + 1)) --expert_dropout 0.1
     experts_are _3_epochs --num_train_epochs $((EPOCHS + 1))
     fusion fused_3_then_1 --num_train_epochs $((EPOCHS - 1))
+}
+
+seed=42
+all_tries  # their names alone, to know a misspelt one before hours are spent
+for name in $(echo "$ROWS,$REFERENCE" | tr ',' ' '); do
+    case "$all_names," in *",$name,"*) ;; *) refuse "$name: is no row of runs/recipes.sh" ;; esac
 done
+case ",$ROWS," in ,, | *",$REFERENCE,"*) ;; *) refuse "--reference $REFERENCE: is none of --rows $ROWS" ;; esac
+LISTING=0
+for seed in $(echo "$SEEDS" | tr ',' ' '); do all_tries; done
 
 # 4. The table
 python evaluator/report.py --runs $names --reference $REFERENCE ${REUSE:+--saved "$REUSE"} ${SAVE:+--save "$SAVE"} $HALF $R

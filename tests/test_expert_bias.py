@@ -9,7 +9,8 @@ import torch
 
 import inference
 from config import TASKS, UserError
-from evaluator import evaluate_likelihood, report
+from evaluator import evaluate_likelihood, report, sweeps
+from evaluator.run_scores import read_run_scores
 from models import llama_moe
 from models.expert_bias import ExpertBias, read_bias, set_expert_bias
 from models.loading import load_run
@@ -156,6 +157,8 @@ def test_answers_and_scores_with_a_bias_are_a_row_of_their_own(fused_dir, tmp_pa
     assert (plain["run"], alone["run"], alone["kind"]) == ("mixture", name, "fused")
     assert alone["paired"]["mean_nll_per_token"]["difference"] != 0
     assert alone["metrics"]["safety_routing_accuracy"]["value"] == 1 and run.exists()
+    scores = read_run_scores(results, name, "test")
+    assert sweeps.settings(scores) is None  # a dial is no point of a sweep
     for refused in (
         ["--expert_bias", "safety=1", "--cross_task", "raw_chat"],
         ["--expert_bias", "safety=1", "--server_url", "http://localhost:1/v1", "--server_model", "m"],

@@ -24,7 +24,7 @@ def test_a_prompt_is_either_learnt_or_scored(tmp_path):
     for row in learnt:
         assert (row["prompt"], row["response"]) == (pairs[row["id"]]["prompt"], pairs[row["id"]]["safe"])
     assert all(one.choices == (pairs[one.id]["safe"], pairs[one.id]["unsafe"]) for one in scored)
-    ids = json.loads((folder / "split.json").read_text())
+    ids = json.loads((folder / "split.json").read_text())["ids"]
     assert (ids["learnt"], ids["scored"]) == ([row["id"] for row in learnt], [one.id for one in scored])
     same = [path.name for path in source.glob("*.jsonl") if path.read_bytes() == (folder / path.name).read_bytes()]
     assert set(same) == {path.name for path in source.glob("*.jsonl")} - {"safety_train.jsonl", "safety_pairs.jsonl"}
@@ -38,7 +38,7 @@ def test_spaces_and_capitals_do_not_move_a_prompt_to_the_other_half():
     ("flags", "said"),
     [
         (["--data_source", "hub", "--output", "X"], "name the data with --data_source"),
-        (["--data_source", "sample", "--output", "."], "exists; name another folder"),
+        (["--data_source", "sample", "--output", "."], "holds something else than this would write"),
     ],
 )
 def test_mistakes_are_one_line(flags, said, tmp_path, monkeypatch, capsys):

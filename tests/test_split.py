@@ -8,7 +8,7 @@ from conftest import ROOT, write_jsonl
 
 from config import TASKS
 from data import split
-from data.sources import prompt_of, read_jsonl, read_rows
+from data.sources import prompt_of, read_jsonl, read_rows, safety_comparisons
 from evaluator import evaluate_likelihood
 
 SAMPLE = ROOT / "data" / "sample"
@@ -46,11 +46,19 @@ def test_every_row_of_a_question_goes_with_it_and_one_seed_draws_the_same(tmp_pa
     folder = shutil.copytree(SAMPLE, tmp_path / "data")
     again = [{**row, "id": f"{row['id']}-again", "response": "No."} for row in rows]
     write_jsonl(folder / "safety_train.jsonl", rows + again)
+    pairs = [{"id": f"pair-{i}", "prompt": row["prompt"], "safe": "No.", "unsafe": "So."} for i, row in enumerate(rows)]
+    new = {"id": "new", "prompt": "Where is the key to my neighbour's shed?", "safe": "No.", "unsafe": "Here."}
+    write_jsonl(folder / "safety_pairs.jsonl", [*pairs, new])
     flags = ["--data_source", str(folder), *FLAGS[2:]]
     drawn = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         split.main([*flags, "--output", str(tmp_path / name), "--seed", str(seed)])
         drawn.append([row["id"] for row in read_rows("safety", "train", str(tmp_path / name / "mixed_5"))])
+        for part in PARTS:  # a prompt that somebody may have learnt from is compared nowhere
+            assert [one.id for one in safety_comparisons("test", str(tmp_path / name / part))] == ["new"]
+    split.main([*flags, "--output", str(tmp_path / "c"), "--seed", "2"])
+    with pytest.raises(SystemExit):
+        split.main([*flags, "--output", str(tmp_path / "c"), "--seed", "3"])
     assert drawn[0] == drawn[1] != drawn[2]
     assert {id for id in drawn[0] if not id.endswith("-again")} == {
         id.removesuffix("-again") for id in drawn[0] if id.endswith("-again")
@@ -76,7 +84,7 @@ def test_what_was_held_apart_is_scored(tmp_path, base_dir):
         (["--data_source", "hub", "--output", "X"], "name the data with --data_source"),
         (["--data_source", "sample", "--output", "X", "--mixed", "3,0"], "--mixed 3,0: must be whole numbers above 0"),
         (["--data_source", "sample", "--output", "X", "--mixed", "4000"], "leave the expert none; take fewer"),
-        (["--data_source", "sample", "--output", "."], "exists; name another folder"),
+        (["--data_source", "sample", "--output", "."], "holds something else than this would write"),
         (["--data_source", "nowhere", "--output", "X"], "--data_source nowhere: must be"),
     ],
 )
