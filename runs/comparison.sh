@@ -9,56 +9,30 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-BASE_MODEL=smollm2 DATA_SOURCE=sample SEEDS=42 BATCH_SIZE=4 ABLATIONS="" ANSWERS=1 QUICK=0 HELD_APART=30 DTYPE=auto
-NUM_SAMPLES="" NUM_SCORED="" NUM_ANSWERED="" EPOCHS="" RESULTS="" SAVE="" REUSE="" JUDGE_URL="" JUDGE_MODEL=""
-while [ $# -gt 0 ]; do
-    [ $# -ge 2 ] || { echo "error: $1: needs a value" >&2; exit 2; }
-    case $1 in
-        --base_model) BASE_MODEL=$2 ;;
-        --data_source) DATA_SOURCE=$2 ;;
-        --num_samples) NUM_SAMPLES=$2 ;;
-        --num_scored) NUM_SCORED=$2 ;;
-        --num_answered) NUM_ANSWERED=$2 ;;
-        --num_train_epochs) EPOCHS=$2 ;;
-        --batch_size) BATCH_SIZE=$2 ;;
-        --num_held_apart) HELD_APART=$2 ;;
-        --seeds) SEEDS=$2 ;;
-        --dtype) DTYPE=$2 ;;
-        --ablations) ABLATIONS=$2 ;;
-        --answers) ANSWERS=$2 ;;
-        --judge_url) JUDGE_URL=$2 ;;
-        --judge_model) JUDGE_MODEL=$2 ;;
-        --quick) QUICK=$2 ;;
-        --save) SAVE=$2 ;;
-        --reuse) REUSE=$2 ;;
-        --results_dir) RESULTS=$2 ;;
-        *) echo "error: $1: is no flag of runs/comparison.sh; its head shows them" >&2; exit 2 ;;
-    esac
-    shift 2
-done
-refuse() { echo "error: $*" >&2; exit 2; }
-case ,$SEEDS, in ,42,*) ;; *) refuse "--seeds $SEEDS: begin with 42, whose runs have no seed in their names" ;; esac
+. runs/rows.sh
+take_flags "base_model=smollm2 data_source=sample num_samples= num_scored= num_answered= num_train_epochs= batch_size=4
+    num_held_apart=30 seeds=42 dtype=auto ablations= answers=1 judge_url= judge_model= quick=0 save= reuse= results_dir=" "$@"
 case $QUICK$ANSWERS$ABLATIONS in *[!01]*) refuse "--quick, --answers and --ablations are 0 or 1" ;; esac
-case $EPOCHS in *[!0-9]*) refuse "--num_train_epochs $EPOCHS: is a whole number here" ;; esac
+case $NUM_TRAIN_EPOCHS in *[!0-9]*) refuse "--num_train_epochs $NUM_TRAIN_EPOCHS: is a whole number here" ;; esac
 case $JUDGE_URL:$JUDGE_MODEL in : | ?*:?*) ;; *) refuse "--judge_url and --judge_model go together" ;; esac
 [ $QUICK = 0 ] || [ -z "$JUDGE_URL" ] || refuse "--judge_url: --quick 1 answers no prompt of helpfulness"
 if [ $QUICK = 1 ]; then  # what was not given
-    : "${NUM_SAMPLES:=12}" "${NUM_SCORED:=8}" "${NUM_ANSWERED:=2}" "${EPOCHS:=1}" "${ABLATIONS:=0}" "${RESULTS:=results/comparison_quick}"
+    : "${NUM_SAMPLES:=12}" "${NUM_SCORED:=8}" "${NUM_ANSWERED:=2}" "${NUM_TRAIN_EPOCHS:=1}" "${ABLATIONS:=0}" "${RESULTS_DIR:=results/comparison_quick}"
     MERGES="task_arithmetic tsv_m iso_c knots_ties" TUNED="" NEW_TOKENS=16
 else
-    : "${NUM_SAMPLES:=160}" "${NUM_SCORED:=200}" "${NUM_ANSWERED:=100}" "${EPOCHS:=2}" "${ABLATIONS:=1}" "${RESULTS:=results/comparison}"
+    : "${NUM_SAMPLES:=160}" "${NUM_SCORED:=200}" "${NUM_ANSWERED:=100}" "${NUM_TRAIN_EPOCHS:=2}" "${ABLATIONS:=1}" "${RESULTS_DIR:=results/comparison}"
     MERGES="task_arithmetic dare_ties della sce model_stock tsv_m iso_c knots_ties" TUNED="task_arithmetic ties tsv_m" NEW_TOKENS=128
 fi
-TASKS="helpfulness safety truthfulness" TOP_KS="1 3" GATES="0 0.01 0.1 1" GAMMAS="0.0001 0.001 0.01 0.1 1"
-R="--results_dir $RESULTS"
-TRAIN="--data_source $DATA_SOURCE --num_samples $NUM_SAMPLES --num_train_epochs $EPOCHS --batch_size $BATCH_SIZE --dtype $DTYPE $R"
+TOP_KS="1 3" GATES="0 0.01 0.1 1" GAMMAS="0.0001 0.001 0.01 0.1 1"
+R="--results_dir $RESULTS_DIR"
+TRAIN="--data_source $DATA_SOURCE --num_samples $NUM_SAMPLES --num_train_epochs $NUM_TRAIN_EPOCHS --batch_size $BATCH_SIZE --dtype $DTYPE $R"
 FUSE_ALIGN="python align_basemodel.py --moe_flag 1 --gate_loss_weight 0.3 --router_learning_rate 0.01 $TRAIN"
 RUN=mix_moe_reg_00000_00000_00000_gate_03000
 
 count() { echo $#; }
 num_seeds=$(count $(echo "$SEEDS" | tr ',' ' '))
 num_ablations=$((5 + $(count $TOP_KS) + $(count $GATES) + 4 * $(count $GAMMAS)))
-echo "The comparison on $BASE_MODEL and $DATA_SOURCE, $NUM_SAMPLES rows per task, seeds $SEEDS, into $RESULTS:"
+echo "The comparison on $BASE_MODEL and $DATA_SOURCE, $NUM_SAMPLES rows per task, seeds $SEEDS, into $RESULTS_DIR:"
 echo "  $((3 * num_seeds)) experts, $((num_seeds * (2 - QUICK))) LoRAs on the mixed data, $num_seeds fusions; of the first seed $((ABLATIONS * num_ablations)) other fusions"
 echo "  linear and TIES merges and an averaging ensemble of each seed, $(count $MERGES $TUNED) other merges and one more ensemble"
 echo "  likelihoods of $NUM_SCORED held-out rows per task and run; answers, and 2 to 4 ways to select among them: $([ $ANSWERS = 1 ] && echo "$NUM_ANSWERED prompts per task" || echo none)"
@@ -71,23 +45,20 @@ fi
 
 SCORE="--base_model $BASE_MODEL --data_source $DATA_SOURCE --num_samples $NUM_SCORED --dtype $DTYPE" HALF=""
 AT_ONCE=$([ $QUICK = 0 ] && [ -n "$SAVE" ] && echo 1 || echo 0)  # rows of minutes each are kept one by one
-. runs/rows.sh
 expert() { echo python align_basemodel.py --moe_flag 0 --task_name $1 --run_name $1$s --seed $seed --base_model $BASE_MODEL $TRAIN; }
 experts() { for task in $TASKS; do once $task$s $(expert $task); done; }
 fuse() { experts; once moe$s $FUSE; }
-of() {  # SEED: what follows is of that seed: $seed, $s behind a run's name, $own_experts and $of_seed its experts
-    seed=$1 s=$([ $1 = 42 ] || echo _seed_$1) of_seed="" own_experts=""
-    for task in $TASKS; do
-        of_seed=${of_seed:+$of_seed,}$task=$task$s own_experts=${own_experts:+$own_experts,}$task$s
-    done
+of() {  # SEED: what follows is of that seed: $seed, $s behind a run's name, and its experts
+    seed=$1 s=$([ $1 = 42 ] || echo _seed_$1)
+    of_experts "$s"
     MIXED="python align_basemodel.py --moe_flag 0 --task_name mix --seed $seed --base_model $BASE_MODEL $TRAIN"
     MIXED_24="$MIXED --rank 24 --alpha 12 --run_name mixed_rank_24$s"
-    MIXED_24_TWICE="$MIXED --rank 24 --alpha 12 --num_train_epochs $((2 * EPOCHS)) --run_name mixed_rank_24_twice$s"
-    LINEAR="python models/merging.py --method linear --experts $of_seed --output $RESULTS/outputs/merge_linear$s $R"
-    TIES="python models/merging.py --method ties --experts $of_seed --output $RESULTS/outputs/merge_ties$s $R"
-    ENSEMBLE="python models/ensemble.py --experts $of_seed --output $RESULTS/outputs/ensemble_probabilities$s $R"
-    FUSE="python models/llama_moe.py --experts $of_seed --seed $seed --output $RESULTS/outputs/moe$s $R"
-    FUSED="$FUSE_ALIGN --seed $seed --moe_dir $RESULTS/outputs/moe$s"
+    MIXED_24_TWICE="$MIXED --rank 24 --alpha 12 --num_train_epochs $((2 * NUM_TRAIN_EPOCHS)) --run_name mixed_rank_24_twice$s"
+    LINEAR="python models/merging.py --method linear --experts $named_experts --output $RESULTS_DIR/outputs/merge_linear$s $R"
+    TIES="python models/merging.py --method ties --experts $named_experts --output $RESULTS_DIR/outputs/merge_ties$s $R"
+    ENSEMBLE="python models/ensemble.py --experts $named_experts --output $RESULTS_DIR/outputs/ensemble_probabilities$s $R"
+    FUSE="python models/llama_moe.py --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/moe$s $R"
+    FUSED="$FUSE_ALIGN --seed $seed --moe_dir $RESULTS_DIR/outputs/moe$s"
 }
 
 # 1. For each seed: experts, LoRAs on the mixed data, merges and an ensemble of the experts, their fusion
@@ -112,7 +83,7 @@ of 42
 # 2. Other merges of the first seed's experts, by usual coefficients and by tuned ones; another average
 for method in $MERGES; do row merge_$method experts python models/merging.py --method $method $R; done
 for method in $TUNED; do
-    row merge_${method}_tuned experts python models/merging.py --method $method --num_held_apart $HELD_APART --dtype $DTYPE $R
+    row merge_${method}_tuned experts python models/merging.py --method $method --num_held_apart $NUM_HELD_APART --dtype $DTYPE $R
 done
 row ensemble_log_probabilities experts python models/ensemble.py --average log_probabilities $R
 score
@@ -121,12 +92,12 @@ score
 if [ $ABLATIONS = 1 ]; then
     row mixed_rank_8 nothing $MIXED --run_name mixed_rank_8
     fusion() { local name=$1 needs=$2; shift 2; row $name $needs $FUSED --run_name $name "$@"; }
-    PROTOTYPE="python models/llama_moe.py --router_init prototype --dtype $DTYPE --output $RESULTS/outputs/moe_prototype $R"
-    fuse_fresh() { once moe_fresh python models/llama_moe.py --fresh_rank 8 --base_model $BASE_MODEL --output $RESULTS/outputs/moe_fresh $R; }
+    PROTOTYPE="python models/llama_moe.py --router_init prototype --dtype $DTYPE --output $RESULTS_DIR/outputs/moe_prototype $R"
+    fuse_fresh() { once moe_fresh python models/llama_moe.py --fresh_rank 8 --base_model $BASE_MODEL --output $RESULTS_DIR/outputs/moe_fresh $R; }
     fuse_prototype() { experts; once moe_prototype $PROTOTYPE; }
     row moe_prototype experts $PROTOTYPE
-    fusion fused_prototype fuse_prototype --moe_dir $RESULTS/outputs/moe_prototype
-    fusion fused_fresh_experts fuse_fresh --moe_dir $RESULTS/outputs/moe_fresh --base_model $BASE_MODEL
+    fusion fused_prototype fuse_prototype --moe_dir $RESULTS_DIR/outputs/moe_prototype
+    fusion fused_fresh_experts fuse_fresh --moe_dir $RESULTS_DIR/outputs/moe_fresh --base_model $BASE_MODEL
     row fused_router_frozen fuse ${FUSED/--router_learning_rate 0.01 /} --train_router 0 --run_name fused_router_frozen
     fusion fused_router_alone fuse --train_experts 0
     fusion fused_attention fuse --tune_attention 1
@@ -146,7 +117,7 @@ fi
 
 # 4. Answers, what selects among the experts' answers, and small judges' scores of all of them
 ANSWERED="raw $TASKS mixed_rank_24 merge_linear merge_ties ensemble_probabilities $RUN" SELECTED="consensus classifier"
-of_folder=""  # where the runs that answer are: in $RESULTS
+of_folder=""  # where the runs that answer are: in $RESULTS_DIR
 answer() {  # TASK RUN [FLAG...]
     local task=$1 run=$2
     shift 2
@@ -168,7 +139,7 @@ else
     judges() {  # of half the labelled rows each: one judge selects, another scores
         for kind in safety truth information; do python evaluator/train_judge.py --kind $kind --half second $JUDGE; done
         for kind in safety truth; do
-            python evaluator/train_judge.py --kind $kind --half first --output $RESULTS/judges/select_$kind $JUDGE
+            python evaluator/train_judge.py --kind $kind --half first --output $RESULTS_DIR/judges/select_$kind $JUDGE
         done
     }
 fi
@@ -176,10 +147,10 @@ judge_answers() { # NAME...: of runs that answered and of what selected
     local name answers
     for name in "$@"; do
         case $name in raw | consensus | classifier | more_agents | best_of_3) answers=$name ;; *) answers=cross_$name ;; esac
-        python evaluator/evaluate_safety.py --task_name $answers --judge $RESULTS/judges/safety --dtype $DTYPE $R
+        python evaluator/evaluate_safety.py --task_name $answers --judge $RESULTS_DIR/judges/safety --dtype $DTYPE $R
         if [ $QUICK = 0 ]; then
-            python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 0 --judge $RESULTS/judges/truth --dtype $DTYPE $R
-            python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 1 --judge $RESULTS/judges/information --dtype $DTYPE $R
+            python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 0 --judge $RESULTS_DIR/judges/truth --dtype $DTYPE $R
+            python evaluator/evaluate_truth_and_info.py --task_name $answers --mode 1 --judge $RESULTS_DIR/judges/information --dtype $DTYPE $R
         fi
         if [ -n "$JUDGE_URL" ]; then  # the paper's win rate, by the model that this server runs
             python evaluator/evaluate_helpfulness.py --task_name $answers --judge alpaca_eval_gpt4 --judge_url $JUDGE_URL --judge_model $JUDGE_MODEL $R
@@ -187,8 +158,8 @@ judge_answers() { # NAME...: of runs that answered and of what selected
     done
 }
 answers_to_sample() {  # the page shows these: data/sample's texts may be handed on
-    shown=$RESULTS/shown
-    local R="--results_dir $shown" DATA_SOURCE=sample NUM_ANSWERED=$((QUICK ? 2 : 12)) JUDGE_URL="" of_folder=$RESULTS/outputs/ task run
+    shown=$RESULTS_DIR/shown
+    local R="--results_dir $shown" DATA_SOURCE=sample NUM_ANSWERED=$((QUICK ? 2 : 12)) JUDGE_URL="" of_folder=$RESULTS_DIR/outputs/ task run
     for task in $TASKS; do
         for run in $ANSWERED; do answer $task $run; done
     done
@@ -223,11 +194,11 @@ if [ $ANSWERS = 1 ]; then
                 for other in 43 44; do answer $task truthfulness --seed $other; done
                 select_from $task more_agents cross_truthfulness,cross_truthfulness_sample_43,cross_truthfulness_sample_44
                 if [ $task = truthfulness ]; then kind=truth; else kind=safety; fi
-                select_from $task best_of_3 $experts_answers --by judge --judge $RESULTS/judges/select_$kind
+                select_from $task best_of_3 $experts_answers --by judge --judge $RESULTS_DIR/judges/select_$kind
             fi
         done
         judge_answers $ANSWERED $SELECTED
-        if [ $DATA_SOURCE = sample ]; then shown=$RESULTS; else answers_to_sample; fi
+        if [ $DATA_SOURCE = sample ]; then shown=$RESULTS_DIR; else answers_to_sample; fi
         if [ -n "$SAVE" ]; then
             python evaluator/report.py --runs $all_answered --save "$SAVE" --only_save 1 ${REUSE:+--saved "$REUSE"} $R
         fi

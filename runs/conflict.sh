@@ -9,37 +9,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-BASE_MODEL=smollm2 DATA_SOURCE="" NUM_SAMPLES=160 NUM_SCORED=200 NUM_ANSWERED=100 NEW_TOKENS=64 EPOCHS=2 BATCH_SIZE=4 DTYPE=auto
-SEEDS=42 RESULTS=results/conflict SAVE="" REUSE="" DIALS="-4 -2 -1 1 2 4 off only" WEIGHTS="0.5 2 4" GAMMAS="0.01 0.1 1"
-while [ $# -gt 0 ]; do
-    [ $# -ge 2 ] || { echo "error: $1: needs a value" >&2; exit 2; }
-    case $1 in
-        --base_model) BASE_MODEL=$2 ;;
-        --data_source) DATA_SOURCE=$2 ;;
-        --num_samples) NUM_SAMPLES=$2 ;;
-        --num_scored) NUM_SCORED=$2 ;;
-        --num_answered) NUM_ANSWERED=$2 ;;
-        --max_new_tokens) NEW_TOKENS=$2 ;;
-        --num_train_epochs) EPOCHS=$2 ;;
-        --batch_size) BATCH_SIZE=$2 ;;
-        --dtype) DTYPE=$2 ;;
-        --seeds) SEEDS=$2 ;;
-        --save) SAVE=$2 ;;
-        --reuse) REUSE=$2 ;;
-        --results_dir) RESULTS=$2 ;;
-        *) echo "error: $1: is no flag of runs/conflict.sh; its head shows them" >&2; exit 2 ;;
-    esac
-    shift 2
-done
-refuse() { echo "error: $*" >&2; exit 2; }
-case ,$SEEDS, in ,42,*) ;; *) refuse "--seeds $SEEDS: begin with 42, whose runs have no seed in their names" ;; esac
-[ -n "$DATA_SOURCE" ] || refuse "name a folder that has safety_pairs.jsonl with --data_source"
-TASKS="helpfulness safety truthfulness" DATA=$RESULTS/data
-R="--results_dir $RESULTS" AT_ONCE=1 own_experts="" HALF=""
-SCORE="--base_model $BASE_MODEL --data_source $DATA --num_samples $NUM_SCORED --dtype $DTYPE"
-TRAIN="--data_source $DATA --num_samples $NUM_SAMPLES --num_train_epochs $EPOCHS --batch_size $BATCH_SIZE --dtype $DTYPE $R"
-ASKS="--num_answered $NUM_ANSWERED --max_new_tokens $NEW_TOKENS --judged flagged,over_refusal"
 . runs/rows.sh
+take_flags "base_model=smollm2 data_source= num_samples=160 num_scored=200 num_answered=100 max_new_tokens=64
+    num_train_epochs=2 batch_size=4 dtype=auto seeds=42 save= reuse= results_dir=results/conflict" "$@"
+DIALS="-4 -2 -1 1 2 4 off only" WEIGHTS="0.5 2 4" GAMMAS="0.01 0.1 1"
+[ -n "$DATA_SOURCE" ] || refuse "name a folder that has safety_pairs.jsonl with --data_source"
+DATA=$RESULTS_DIR/data
+R="--results_dir $RESULTS_DIR" AT_ONCE=1 own_experts="" HALF=""
+SCORE="--base_model $BASE_MODEL --data_source $DATA --num_samples $NUM_SCORED --dtype $DTYPE"
+TRAIN="--data_source $DATA --num_samples $NUM_SAMPLES --num_train_epochs $NUM_TRAIN_EPOCHS --batch_size $BATCH_SIZE --dtype $DTYPE $R"
+ASKS="--num_answered $NUM_ANSWERED --max_new_tokens $MAX_NEW_TOKENS --judged flagged,over_refusal"
 python data/refusals.py --data_source $DATA_SOURCE --output $DATA
 once judge python evaluator/train_judge.py --kind safety --base_model $BASE_MODEL --data_source $DATA_SOURCE --dtype $DTYPE $R
 
@@ -49,11 +28,11 @@ answered() {  # RUN [EXPERT_BIAS]: its answers to unsafe prompts and to those th
     if [ -n "${2:-}" ]; then bias="--expert_bias $2" of=${of}$(suffix $2); fi
     for task in safety xstest; do
         python inference.py --task_name $task $([ $run = raw ] && echo --aligned_flag 0 || echo --cross_task $run) $bias --base_model $BASE_MODEL \
-            --num_samples $NUM_ANSWERED --max_new_tokens $NEW_TOKENS --data_source $DATA --dtype $DTYPE $R
+            --num_samples $NUM_ANSWERED --max_new_tokens $MAX_NEW_TOKENS --data_source $DATA --dtype $DTYPE $R
     done
-    python evaluator/evaluate_safety.py --task_name $of --judge $RESULTS/judges/safety --dtype $DTYPE $R
+    python evaluator/evaluate_safety.py --task_name $of --judge $RESULTS_DIR/judges/safety --dtype $DTYPE $R
 }
-suffix() { python -c "import sys; from models.expert_bias import read_bias; from pathlib import Path; print(read_bias(sys.argv[1], Path(sys.argv[2])).suffix)" "$1" $RESULTS/outputs/$run; }
+suffix() { python -c "import sys; from models.expert_bias import read_bias; from pathlib import Path; print(read_bias(sys.argv[1], Path(sys.argv[2])).suffix)" "$1" $RESULTS_DIR/outputs/$run; }
 point() {  # NAME NEEDS COMMAND...: a row, and its answers
     row "$@"
     case ",$anew," in *",$1,"*) answered $1; keep $1 ;; esac
@@ -75,21 +54,19 @@ fuse() { experts; once moe$s $FUSE; }
 
 point raw nothing nothing
 for seed in $(echo "$SEEDS" | tr ',' ' '); do
-    s=$([ $seed = 42 ] || echo _seed_$seed) own_experts="" of_seed=""
-    for task in $TASKS; do
-        own_experts=${own_experts:+$own_experts,}$task$s of_seed=${of_seed:+$of_seed,}$task=$task$s
-    done
-    FUSE="python models/llama_moe.py --experts $of_seed --seed $seed --output $RESULTS/outputs/moe$s $R"
-    FUSED="python align_basemodel.py --moe_flag 1 --gate_loss_weight 0.3 --router_learning_rate 0.01 --seed $seed --moe_dir $RESULTS/outputs/moe$s $TRAIN"
-    MERGE="python models/merging.py --experts $of_seed $R"
+    s=$([ $seed = 42 ] || echo _seed_$seed)
+    of_experts "$s"
+    FUSE="python models/llama_moe.py --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/moe$s $R"
+    FUSED="python align_basemodel.py --moe_flag 1 --gate_loss_weight 0.3 --router_learning_rate 0.01 --seed $seed --moe_dir $RESULTS_DIR/outputs/moe$s $TRAIN"
+    MERGE="python models/merging.py --experts $named_experts $R"
 
     for task in $TASKS; do point $task$s nothing $(expert $task); done
     point mixed$s nothing python align_basemodel.py --moe_flag 0 --task_name mix --rank 24 --alpha 12 --run_name mixed$s --seed $seed --base_model $BASE_MODEL $TRAIN
-    point merge_linear$s experts $MERGE --method linear --output $RESULTS/outputs/merge_linear$s
+    point merge_linear$s experts $MERGE --method linear --output $RESULTS_DIR/outputs/merge_linear$s
     for weight in $WEIGHTS; do
-        point merge_linear_safety_$weight$s experts $MERGE --method linear --weights safety=$weight --output $RESULTS/outputs/merge_linear_safety_$weight$s
+        point merge_linear_safety_$weight$s experts $MERGE --method linear --weights safety=$weight --output $RESULTS_DIR/outputs/merge_linear_safety_$weight$s
     done
-    point ensemble_probabilities$s experts python models/ensemble.py --experts $of_seed --output $RESULTS/outputs/ensemble_probabilities$s $R
+    point ensemble_probabilities$s experts python models/ensemble.py --experts $named_experts --output $RESULTS_DIR/outputs/ensemble_probabilities$s $R
     point fused$s fuse $FUSED --run_name fused$s
     for value in $DIALS; do dial fused$s safety=$value; done  # without any training
     for gamma in $GAMMAS; do point fused_gamma_2_$gamma$s fuse $FUSED --safety_weight $gamma --run_name fused_gamma_2_$gamma$s; done  # the paper's way

@@ -9,37 +9,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-BASE_MODEL=smollm2 DATA_SOURCE=sample NUM_SAMPLES=160 EPOCHS=2 BATCH_SIZE=4 DTYPE=auto SEEDS=42 HALF_NAME=held_apart NUM_SCORED=""
-RESULTS=results/recipes SAVE="" REUSE="" ROWS="" REFERENCE=mixed
-while [ $# -gt 0 ]; do
-    [ $# -ge 2 ] || { echo "error: $1: needs a value" >&2; exit 2; }
-    case $1 in
-        --base_model) BASE_MODEL=$2 ;;
-        --data_source) DATA_SOURCE=$2 ;;
-        --num_samples) NUM_SAMPLES=$2 ;;
-        --num_scored) NUM_SCORED=$2 ;;
-        --num_train_epochs) EPOCHS=$2 ;;
-        --batch_size) BATCH_SIZE=$2 ;;
-        --dtype) DTYPE=$2 ;;
-        --seeds) SEEDS=$2 ;;
-        --half) HALF_NAME=$2 ;;
-        --rows) ROWS=$2 ;;
-        --reference) REFERENCE=$2 ;;
-        --save) SAVE=$2 ;;
-        --reuse) REUSE=$2 ;;
-        --results_dir) RESULTS=$2 ;;
-        *) echo "error: $1: is no flag of runs/recipes.sh; its head shows them" >&2; exit 2 ;;
-    esac
-    shift 2
-done
-refuse() { echo "error: $*" >&2; exit 2; }
-case ,$SEEDS, in ,42,*) ;; *) refuse "--seeds $SEEDS: begin with 42, whose runs have no seed in their names" ;; esac
-case $HALF_NAME in held_apart | test) ;; *) refuse "--half $HALF_NAME: is held_apart or test" ;; esac
-case $HALF_NAME:$SEEDS in held_apart:*,*) refuse "--seeds $SEEDS: on questions held apart one seed; another draws others" ;; esac
-case $EPOCHS in 1 | *[!0-9]*) refuse "--num_train_epochs $EPOCHS: is a whole number of 2 or more here" ;; esac
-TASKS="helpfulness safety truthfulness"
-R="--results_dir $RESULTS" AT_ONCE=1 own_experts=""
-if [ $HALF_NAME = held_apart ]; then
+. runs/rows.sh
+take_flags "base_model=smollm2 data_source=sample num_samples=160 num_scored= num_train_epochs=2 batch_size=4 dtype=auto
+    seeds=42 half=held_apart rows= reference=mixed save= reuse= results_dir=results/recipes" "$@"
+case $HALF in held_apart | test) ;; *) refuse "--half $HALF: is held_apart or test" ;; esac
+case $HALF:$SEEDS in held_apart:*,*) refuse "--seeds $SEEDS: on questions held apart one seed; another draws others" ;; esac
+case $NUM_TRAIN_EPOCHS in 1 | *[!0-9]*) refuse "--num_train_epochs $NUM_TRAIN_EPOCHS: is a whole number of 2 or more here" ;; esac
+R="--results_dir $RESULTS_DIR" AT_ONCE=1 own_experts=""
+if [ $HALF = held_apart ]; then
     HALF="--dataset_type held_apart" SCORED_ON="--dataset_type held_apart --num_trained $NUM_SAMPLES"
     : "${NUM_SCORED:=100}"
 else
@@ -47,8 +24,7 @@ else
     : "${NUM_SCORED:=200}"
 fi
 SCORE="--base_model $BASE_MODEL --data_source $DATA_SOURCE $SCORED_ON --num_samples $NUM_SCORED --dtype $DTYPE"
-TRAIN="--data_source $DATA_SOURCE --num_samples $NUM_SAMPLES --num_train_epochs $EPOCHS --batch_size $BATCH_SIZE --dtype $DTYPE $R"
-. runs/rows.sh
+TRAIN="--data_source $DATA_SOURCE --num_samples $NUM_SAMPLES --num_train_epochs $NUM_TRAIN_EPOCHS --batch_size $BATCH_SIZE --dtype $DTYPE $R"
 
 LISTING=1 all_names=""
 wanted() {
@@ -61,37 +37,35 @@ mixed() {  # NAME [FLAG...]: one LoRA on all tasks' rows
     if wanted $name; then row $name$s nothing $MIXED --run_name $name$s "$@"; fi
 }
 experts_are() {  # NAME [FLAG...]: what is fused from here on: experts whose names end in NAME, aligned with these flags
-    of_experts=$1$s expert_flags="${*:2}" own_experts="" of_tasks=""
-    for task in $TASKS; do
-        own_experts=${own_experts:+$own_experts,}$task$of_experts of_tasks=${of_tasks:+$of_tasks,}$task=$task$of_experts
-    done
+    suffix=$1$s expert_flags="${*:2}"
+    of_experts "$suffix"
     router_starts random
 }
 router_starts() {  # random, prototype or arrow: how their routers start
-    moe=moe$of_experts start="--seed $seed"
+    moe=moe$suffix start="--seed $seed"
     if [ $1 != random ]; then moe=${moe}_$1 start="$start --router_init $1 --dtype $DTYPE"; fi
 }
 expert() {  # TASK
-    echo python align_basemodel.py --moe_flag 0 --task_name $1 --run_name $1$of_experts --seed $seed --base_model $BASE_MODEL $TRAIN $expert_flags
+    echo python align_basemodel.py --moe_flag 0 --task_name $1 --run_name $1$suffix --seed $seed --base_model $BASE_MODEL $TRAIN $expert_flags
 }
 experts() {  # also as rows: what is reused must be of these
-    local task needs=nothing
+    local task
     for task in $TASKS; do
-        case ",$names," in *",$task$of_experts,"*) continue ;; esac
-        row $task$of_experts nothing $(expert $task)
+        case ",$names," in *",$task$suffix,"*) continue ;; esac
+        row $task$suffix nothing $(expert $task)
     done
 }
 fuse() {
     local task
-    for task in $TASKS; do once $task$of_experts $(expert $task); done
-    once $moe python models/llama_moe.py --experts $of_tasks --output $RESULTS/outputs/$moe $start $R
+    for task in $TASKS; do once $task$suffix $(expert $task); done
+    once $moe python models/llama_moe.py --experts $named_experts --output $RESULTS_DIR/outputs/$moe $start $R
 }
 fusion() {  # NAME [FLAG...]: their fusion, aligned
     local name=$1
     shift
     wanted $name || return 0
     experts
-    row $name$s fuse $FUSED --moe_dir $RESULTS/outputs/$moe --run_name $name$s "$@"
+    row $name$s fuse $FUSED --moe_dir $RESULTS_DIR/outputs/$moe --run_name $name$s "$@"
 }
 
 all_tries() {  # of $seed
@@ -104,10 +78,10 @@ all_tries() {  # of $seed
     for rate in 2e-4 1e-3; do mixed mixed_rate_$rate --learning_rate $rate; done
     for dropout in 0 0.3; do mixed mixed_dropout_$dropout --lora_dropout $dropout; done
     mixed mixed_rank_8 --rank 8 --alpha 4
-    mixed mixed_1_epoch --num_train_epochs $((EPOCHS - 1))
-    mixed mixed_3_epochs --num_train_epochs $((EPOCHS + 1))
-    mixed mixed_3_epochs_dropout_0.3 --num_train_epochs $((EPOCHS + 1)) --lora_dropout 0.3
-    mixed mixed_twice --num_train_epochs $((2 * EPOCHS))  # the steps of experts and fusion together
+    mixed mixed_1_epoch --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
+    mixed mixed_3_epochs --num_train_epochs $((NUM_TRAIN_EPOCHS + 1))
+    mixed mixed_3_epochs_dropout_0.3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --lora_dropout 0.3
+    mixed mixed_twice --num_train_epochs $((2 * NUM_TRAIN_EPOCHS))  # the steps of experts and fusion together
 
     # 2. The fusion of experts with half of the steps: what trains it, and how
     experts_are ""
@@ -122,13 +96,13 @@ all_tries() {  # of $seed
     for by in prototype arrow; do router_starts $by; fusion fused_$by; done
 
     # 3. Other shares of the steps
-    experts_are _1_epoch --num_train_epochs $((EPOCHS - 1))
-    fusion fused_1_then_1 --num_train_epochs $((EPOCHS - 1))
-    fusion fused_1_then_1_dropout_0.1 --num_train_epochs $((EPOCHS - 1)) --expert_dropout 0.1
+    experts_are _1_epoch --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
+    fusion fused_1_then_1 --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
+    fusion fused_1_then_1_dropout_0.1 --num_train_epochs $((NUM_TRAIN_EPOCHS - 1)) --expert_dropout 0.1
     fusion fused_1_then_2 --expert_dropout 0.1
-    fusion fused_1_then_3 --num_train_epochs $((EPOCHS + 1)) --expert_dropout 0.1
-    experts_are _3_epochs --num_train_epochs $((EPOCHS + 1))
-    fusion fused_3_then_1 --num_train_epochs $((EPOCHS - 1))
+    fusion fused_1_then_3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1
+    experts_are _3_epochs --num_train_epochs $((NUM_TRAIN_EPOCHS + 1))
+    fusion fused_3_then_1 --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
 }
 
 seed=42

@@ -1,8 +1,31 @@
 # Rows of a comparison, for the files beside this one: each is made, scored and kept once, or taken over.
 #
-# Set before: R (--results_dir ...), SCORE (the flags of evaluate_likelihood.py), SAVE and REUSE (folders of kept rows, or
+# `row` needs R (--results_dir ...), SCORE (the flags of evaluate_likelihood.py), SAVE and REUSE (folders of kept rows, or
 # ""), HALF (the flags that name the half to report.py, or ""), AT_ONCE (1: each row is scored and kept as soon as it is
-# made; 0: by `score`), own_experts (the names of the kept experts that rows are made from); if wanted ASKS (more flags of reuse.py).
+# made; 0: by `score`), own_experts (the names of the kept experts that rows are made from); if wanted ASKS (more flags of
+# reuse.py).
+
+TASKS="helpfulness safety truthfulness"
+refuse() { echo "error: $*" >&2; exit 2; }
+variable() { echo "$1" | tr a-z A-Z; }
+take_flags() {  # "NAME=DEFAULT ..." ARGUMENT...: sets $NAME, in capitals, of each; refuses a flag of another name
+    local known=$1 one
+    shift
+    for one in $known; do printf -v "$(variable ${one%%=*})" %s "${one#*=}"; done
+    while [ $# -gt 0 ]; do
+        case $1:" $(echo $known) " in --*:*" ${1#--}="*) ;; *) refuse "$1: is no flag of $0, which takes$(for one in $known; do echo -n " --${one%%=*}"; done)" ;; esac
+        [ $# -ge 2 ] || refuse "$1: needs a value"
+        printf -v "$(variable ${1#--})" %s "$2"
+        shift 2
+    done
+    case ,$SEEDS, in ,42,*) ;; *) refuse "--seeds $SEEDS: begin with 42, whose runs have no seed in their names" ;; esac
+}
+of_experts() {  # SUFFIX: what follows is made of the experts of these names: $own_experts, and $named_experts for --experts
+    own_experts="" named_experts=""
+    for task in $TASKS; do
+        own_experts=${own_experts:+$own_experts,}$task$1 named_experts=${named_experts:+$named_experts,}$task=$task$1
+    done
+}
 
 names=""       # of all rows
 anew=""        # of those that were not taken over
