@@ -454,6 +454,7 @@ def test_mistakes_are_one_line(fused_dir, base_dir, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "x").iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_its_own_folder(fused_dir, tmp_path):
     result = run_script("export.py", "--cross_task", fused_dir, "--output", tmp_path / "m", cwd=ROOT / "models")
     assert result.returncode == 0, result.stderr

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FFN, run_script, save_adapter, tiny_config
+from conftest import FFN, save_adapter, tiny_config
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -221,15 +221,16 @@ def test_a_changed_base_weight_init_is_refused(tmp_path, base_dir):
         Expert(folder)
 
 
-def test_experts_of_different_bases_or_shapes_are_refused(tmp_path, base_dir, adapter_dirs, tokenizer):
+def test_experts_of_different_bases_or_shapes_are_refused(tmp_path, base_dir, adapter_dirs, tokenizer, capsys):
     other = tmp_path / "other-base"
     LlamaForCausalLM(tiny_config(intermediate_size=64)).save_pretrained(other)
     tokenizer.save_pretrained(other)
     save_adapter(tmp_path / "x", base_dir, 1), save_adapter(tmp_path / "y", other, 1)
-    result = run_script(
-        "models/llama_moe.py", "--experts_dir", tmp_path, "--experts", "x,y", "--output", tmp_path / "m"
-    )
-    assert result.returncode == 2 and "different bases" in result.stderr and len(result.stderr.splitlines()) == 1
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        llama_moe.main(["--experts_dir", str(tmp_path), "--experts", "x,y", "--output", str(tmp_path / "m")])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and "different bases" in error and len(error.splitlines()) == 1
     with pytest.raises(UserError, match=r"is \(\d+, \d+\), the base needs"):
         Expert(tmp_path / "y").attach(tiny_config())
     assert not (tmp_path / "m").exists()

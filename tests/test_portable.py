@@ -66,6 +66,7 @@ def moved(tmp_path, sent):
     return {path.name: path for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_every_command_goes_on_there(moved, capsys):
     results, base_dir, source = (moved[name] for name in ("results", "base", "data"))
     capsys.readouterr()

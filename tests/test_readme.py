@@ -77,6 +77,7 @@ def test_the_committed_comparison_is_that_of_the_kept_rows(committed):
             )
 
 
+@pytest.mark.slow
 def test_nothing_of_the_slices_texts_is_committed():
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no slices of the public data sets in {SHARED_DATA}")
