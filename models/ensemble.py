@@ -38,66 +38,40 @@ class EnsembleArguments(BaseArguments):
 if __name__ == "__main__":
     cli.check_early(cli.parse, EnsembleArguments)
 
-import torch
 from torch import Tensor, nn
 
 from models import base
 from models.adapters import how_made
 from models.base_identity import base_sha256
-from models.llama_moe import LlamaMoeConfig, LlamaMoeForCausalLM, LlamaMoeModel, fuse, load_fused
+from models.mixture import MixtureForCausalLM, fuse, load_fused
 from workspace import run_dir
 
 SCRIPT = "ensemble.py"
 
 
-class LlamaEnsembleConfig(LlamaMoeConfig):
-    """A mixture's configuration whose experts all answer; `average` says what of their predictions is averaged."""
+class EachExpert(nn.Module):
+    """The decoder of a mixture whose rows are sent to the experts one after the other (models/router.RowRouter): it
+    reads a batch once for each expert; the experts' last hidden states lie side by side."""
 
-    model_type = "llama_ensemble"
-
-    average: str = "probabilities"
-
-
-class RowRouter(nn.Module):
-    """Sends the first n-th of a batch's rows to the first expert, and so on."""
-
-    def __init__(self, num_experts: int):
+    def __init__(self, decoder: nn.Module, num_experts: int):
         super().__init__()
-        self.num_experts = num_experts
+        self.decoder, self.num_experts = decoder, num_experts
 
-    def forward(self, x):
-        """x (N, D) -> None, top_k_index and top_k_weights (N, 1)."""
-        index = torch.arange(self.num_experts, device=x.device).repeat_interleave(len(x) // self.num_experts)
-        return None, index[:, None], torch.ones(len(x), 1, device=x.device)
+    def forward(self, input_ids, attention_mask=None, position_ids=None, **kwargs):
+        """input_ids (B, T); attention_mask (B, T), (B, 1, T, S) or several of them by the layers' types; position_ids
+        (B, T) or (1, T). Returns the decoder's output with last_hidden_state (B, T, E D)."""
+        batch = len(input_ids)
 
+        def for_each(value: Tensor | dict | None) -> Tensor | dict | None:
+            if isinstance(value, dict):
+                return {name: for_each(one) for name, one in value.items()}
+            if value is None or len(value) != batch:  # one for all rows
+                return value
+            return value.repeat(self.num_experts, *[1] * (value.dim() - 1))
 
-class LlamaEnsembleModel(LlamaMoeModel):
-    """Runs a batch once for each expert; the experts' last hidden states lie side by side."""
-
-    config_class = LlamaEnsembleConfig
-
-    def __init__(self, config: LlamaEnsembleConfig):
-        super().__init__(config)
-        for layer in self.layers:
-            layer.mlp.router = RowRouter(config.num_experts)
-
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
-        """input_ids (B, T); attention_mask (B, T) or (B, 1, T, S); position_ids (B, T) or (1, T). Returns LlamaModel's
-        output with last_hidden_state (B, T, E D)."""
-        num_experts, batch = self.config.num_experts, len(input_ids)
-
-        def for_each(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or len(tensor) != batch:  # one for all rows
-                return tensor
-            return tensor.repeat(num_experts, *[1] * (tensor.dim() - 1))
-
-        outputs = super().forward(
-            input_ids=for_each(input_ids),
-            attention_mask=for_each(attention_mask),
-            position_ids=for_each(position_ids),
-            **kwargs,
-        )
-        hidden = outputs.last_hidden_state.unflatten(0, (num_experts, batch))  # (E, B, T, D)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        outputs = self.decoder(**{name: for_each(value) for name, value in inputs.items()}, **kwargs)
+        hidden = outputs.last_hidden_state.unflatten(0, (self.num_experts, batch))  # (E, B, T, D)
         outputs.last_hidden_state = hidden.movedim(0, 2).flatten(2)
         return outputs
 
@@ -117,17 +91,12 @@ class EnsembleHead(nn.Module):
         return log_probs.mean(-2).log_softmax(-1)
 
 
-class LlamaEnsembleForCausalLM(LlamaMoeForCausalLM):
-    """Causal language model of the ensemble. Saves its experts only; the base is named, not copied."""
-
-    config_class = LlamaEnsembleConfig
-    inner_class = LlamaEnsembleModel
-
-
-def load_ensemble(folder: Path, base_model: str, dtype: str) -> LlamaEnsembleForCausalLM:
+def load_ensemble(folder: Path, base_model: str, dtype: str) -> MixtureForCausalLM:
     """The ensemble of a folder, on the named base's weights."""
-    model = load_fused(folder, base_model, dtype, LlamaEnsembleForCausalLM)
-    model.lm_head = EnsembleHead(model.lm_head, model.config.num_experts, model.config.average)
+    model = load_fused(folder, base_model, dtype)
+    num_experts = model.mixture.num_experts
+    model.model = EachExpert(model.model, num_experts)
+    model.lm_head = EnsembleHead(model.lm_head, num_experts, model.mixture.average)
     return model
 
 
@@ -158,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     base_config = base.load_base_config(base_model)
     for expert in experts:
         expert.attach(base_config)
-    model = fuse(experts, base_config, 1, 0, model_class=LlamaEnsembleForCausalLM, average=args.average)
+    model = fuse(experts, base_config, 1, 0, average=args.average)
     model.save_pretrained(output)
     run_dir.finish(output, SCRIPT, arguments, train={}, meta={"experts": how_made(experts)})
     print(f"{output}: an ensemble of {', '.join(arguments['experts'])}, by the average of their {args.average}")

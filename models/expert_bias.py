@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from config import BIAS, UserError
-from models.llama_moe import LlamaMoeForCausalLM
-from workspace.files import read_json
+from models.mixture import FUSED, MixtureForCausalLM, read_mixture
 
 OFF, ONLY = "off", "only"
 
@@ -47,10 +46,10 @@ def read_bias(text: str | None, folder: Path | None) -> ExpertBias | None:
     an expert that it does not have, what is no finite number, off or only, and for all experts taken out."""
     if text is None:
         return None
-    settings = read_json(folder / "config.json") if folder and (folder / "config.json").exists() else {}
-    if settings.get("model_type") != "llama_moe":
+    mixture = read_mixture(folder)
+    if mixture is None or mixture.model_type != FUSED:
         raise UserError(f"--expert_bias {text}: only a fused model has a router; leave it out")
-    experts = tuple(expert["name"] for expert in settings["experts"])
+    experts = tuple(expert["name"] for expert in mixture.experts)
     values: dict[str, str] = {}
     for part in text.split(","):
         name, equals, value = (word.strip() for word in part.partition("="))
@@ -81,9 +80,9 @@ def number(value: str, text: str) -> float:
     return read
 
 
-def set_expert_bias(model: LlamaMoeForCausalLM, bias: ExpertBias) -> None:
+def set_expert_bias(model: MixtureForCausalLM, bias: ExpertBias) -> None:
     """Let a fused model's routers add the bias from now on; with fewer experts left than its top-k, all are used."""
     added, off = torch.tensor(bias.added), torch.tensor(bias.off)
-    model.set_top_k(min(model.config.num_experts_per_tok, sum(not out for out in bias.off)))
+    model.set_top_k(min(model.mixture.num_experts_per_tok, sum(not out for out in bias.off)))
     for block in model.blocks:
         block.router.bias, block.router.off = added.to(block.router.weight.device), off.to(block.router.weight.device)

@@ -1,22 +1,24 @@
 """The shared-base mixture of experts: one frozen FFN, E low-rank experts, one pass through each base matrix.
 
-Every expert i is the same Llama FFN plus LoRA deltas s_i B_i A_i. For one token x with routing weights w_i
-(zero for the experts not selected):
+Every expert i is the same gated FFN plus LoRA deltas s_i B_i A_i. For one token x with routing weights w_i
+(zero for the experts not selected) and the base's activation a, SiLU or GELU in its tanh form:
 
     g_i = W_g x + s_i B_i^g A_i^g x         W_g x and W_u x do not depend on i: computed once
     u_i = W_u x + s_i B_i^u A_i^u x
-    h_i = silu(g_i) * u_i
+    h_i = a(g_i) * u_i
     y   = W_d (sum_i w_i h_i) + sum_i w_i s_i B_i^d A_i^d h_i        W_d is linear: applied once
 
 which is exactly the mixture of the E dense merged FFNs, at the three base products of one of them. A token has K slots,
 one per selected expert. The A and B of all experts lie side by side in one matrix each; a slot's A x is zero in the
 columns of every expert but its own, so that one product serves all tokens, whoever they chose, and shapes are static.
-Plain autograd would keep g_i, u_i, silu(g_i) and h_i of every slot; the backward below keeps W_g x and W_u x and
+Plain autograd would keep g_i, u_i, a(g_i) and h_i of every slot; the backward below keeps W_g x and W_u x and
 computes the rest again.
 """
 
-from functools import reduce
+from collections.abc import Callable
+from functools import partial, reduce
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,24 @@ from torch.autograd.function import once_differentiable
 from models import four_bit
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+aten = torch.ops.aten
+
+
+class Activation(NamedTuple):
+    """value: a(x); value_: the same in place; times_slope: (gradient, x) -> gradient a'(x)."""
+
+    value: Callable
+    value_: Callable
+    times_slope: Callable
+
+
+# By the names that transformers' configurations have for them
+ACTIVATIONS = {
+    "silu": Activation(F.silu, aten.silu_, aten.silu_backward),
+    "gelu_pytorch_tanh": Activation(
+        *(partial(function, approximate="tanh") for function in (F.gelu, aten.gelu_, aten.gelu_backward))
+    ),
+}
 
 
 class SharedBaseFFN(torch.autograd.Function):
@@ -34,21 +54,22 @@ class SharedBaseFFN(torch.autograd.Function):
     x (N, D); top_k_weights (N, K) fp32, each row summing to 1; own (K, N, E R): 1 in the columns of the slot's expert,
     else 0 (in training with dropout some of the 1 are 0, the others 1 / (1 - p)); base = (W_g (F, D), b_g, W_u, b_u,
     W_d (D, F), b_d), biases or None, all frozen; of all experts side by side a_in = s A of gate, then of up (2 E R, D),
-    b_gate and b_up = B^T (E R, F), a_down = A (E R, F), b_down = s B^T (E R, D). All but top_k_weights are in one
-    dtype, which all runs in, as in a dense FFN.
+    b_gate and b_up = B^T (E R, F), a_down = A (E R, F), b_down = s B^T (E R, D); activation: a key of ACTIVATIONS. All
+    but top_k_weights are in one dtype, which all runs in, as in a dense FFN.
     """
 
     @staticmethod
-    def forward(ctx, x, top_k_weights, own, base, a_in, b_gate, b_up, a_down, b_down):
+    def forward(ctx, x, top_k_weights, own, base, a_in, b_gate, b_up, a_down, b_down, activation):
         weight_gate, bias_gate, weight_up, bias_up, weight_down, bias_down = base
         weights = _per_slot(top_k_weights, x.dtype)
         gate = F.linear(x, weight_gate, bias_gate)  # (N, F)
         up = F.linear(x, weight_up, bias_up)  # (N, F)
         ax_gate, ax_up = (ax * own for ax in (x @ a_in.T).chunk(2, dim=1))  # each (K, N, E R)
-        hidden = F.silu((ax_gate @ b_gate).add_(gate), inplace=True)
+        hidden = ACTIVATIONS[activation].value_((ax_gate @ b_gate).add_(gate))
         hidden.mul_((ax_up @ b_up).add_(up))  # h_i (K, N, F)
         ah = _sum_slots(hidden @ a_down.T * (own * weights))  # w_i A_i^d h_i of all experts (N, E R)
         y = F.linear(_mix(hidden, top_k_weights), weight_down, bias_down).addmm_(ah, b_down)
+        ctx.activation = activation
         ctx.save_for_backward(
             x,
             top_k_weights,
@@ -93,15 +114,16 @@ class SharedBaseFFN(torch.autograd.Function):
         weights = _per_slot(top_k_weights, x.dtype)
         gate = (ax_gate @ b_gate).add_(gate)  # g_i (K, N, F)
         up = (ax_up @ b_up).add_(up)
-        silu = F.silu(gate)
-        hidden = silu * up
+        activation = ACTIVATIONS[ctx.activation]
+        activated = activation.value(gate)
+        hidden = activated * up
         grad_ah = grad_y @ b_down.T * own  # (K, N, E R)
         grad_hidden = (grad_ah @ a_down).add_(grad_y @ weight_down)  # dh_i / w_i: the one product with W_d
-        needs_experts = any(ctx.needs_input_grad[4:])
+        needs_experts = any(ctx.needs_input_grad[4:9])
         grad_a_down = _over_tokens(grad_ah * weights, hidden) if needs_experts else None
         grad_weights = hidden.mul_(grad_hidden).sum(-1).T.to(top_k_weights.dtype)
-        grad_up = silu.mul_(grad_hidden)  # du_i / w_i, as grad_gate is dg_i / w_i
-        grad_gate = torch.ops.aten.silu_backward(grad_hidden.mul_(up), gate)
+        grad_up = activated.mul_(grad_hidden)  # du_i / w_i, as grad_gate is dg_i / w_i
+        grad_gate = activation.times_slope(grad_hidden.mul_(up), gate)
         shares = own * weights
         grad_ax = torch.cat([_sum_slots(grad_gate @ b_gate.T * shares), _sum_slots(grad_up @ b_up.T * shares)], dim=1)
         grad_x = None
@@ -109,9 +131,10 @@ class SharedBaseFFN(torch.autograd.Function):
             grad_x = _mix(grad_gate, top_k_weights) @ weight_gate
             grad_x.addmm_(_mix(grad_up, top_k_weights), weight_up).addmm_(grad_ax, a_in)
         if not needs_experts:
-            return grad_x, grad_weights, *[None] * 7
+            return grad_x, grad_weights, *[None] * 8
         grad_b_gate, grad_b_up = _over_tokens(ax_gate * weights, grad_gate), _over_tokens(ax_up * weights, grad_up)
-        return grad_x, grad_weights, None, None, grad_ax.T @ x, grad_b_gate, grad_b_up, grad_a_down, ah.T @ grad_y
+        grad_experts = grad_ax.T @ x, grad_b_gate, grad_b_up, grad_a_down, ah.T @ grad_y
+        return grad_x, grad_weights, None, None, *grad_experts, None
 
 
 def _per_slot(top_k_weights, dtype):
@@ -147,8 +170,9 @@ class LowRankExperts(nn.Module):
     multiplies the other's) and so stay zero.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, rank: int):
+    def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, rank: int, activation: str = "silu"):
         super().__init__()
+        self.activation = activation  # of the base: a key of ACTIVATIONS
         self.dropout = 0.0  # in training: how often a token's A x loses one of its R numbers, the same in all three
         for projection in PROJECTIONS:
             sizes = (hidden_size, intermediate_size)
@@ -219,6 +243,6 @@ class LowRankExperts(nn.Module):
         base = tuple(chain.from_iterable(zip(weights, biases, strict=True)))
         with torch.autocast(device_type, enabled=False):
             own = F.dropout(self.own_columns(top_k_index).to(x.dtype), self.dropout, self.training)
-            operands = x, top_k_weights, own, base, *self.side_by_side(x.dtype)
+            operands = x, top_k_weights, own, base, *self.side_by_side(x.dtype), self.activation
             with four_bit.dequantised_again(linears, weights):
                 return SharedBaseFFN.apply(*operands)

@@ -71,16 +71,16 @@ if __name__ == "__main__":
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM, MixtralForCausalLM
+from transformers import AutoTokenizer, MixtralForCausalLM
 
 from models import base
 from models.adapters import save_adapter
 from models.base_identity import base_sha256
 from models.behaviour import behaviour, compare, greedy_texts, tokenized
 from models.expert_ffn import PROJECTIONS
-from models.llama_moe import ATTENTION_PROJECTIONS, LlamaMoeForCausalLM
 from models.loading import is_fused, load_run, run_sources, weights_sha256
 from models.mixtral import MIXTRAL_NAMES, layer_weights, outer_weights, write_mixtral
+from models.mixture import ATTENTION_PROJECTIONS, MixtureForCausalLM
 from models.released import expert_key, router_key
 from workspace import run_dir
 
@@ -151,7 +151,7 @@ def export_folder(path: Path, base_model: str, args: ExportArguments, partial: P
 # ---- Mixtral
 
 
-def export_mixtral(model: LlamaMoeForCausalLM, tokenizer, folder: Path, args: ExportArguments, base_model: str) -> str:
+def export_mixtral(model: MixtureForCausalLM, tokenizer, folder: Path, args: ExportArguments, base_model: str) -> str:
     """Write a Mixtral checkpoint into `folder`; unless --verify 0, read it back and compare it with `model`."""
     if not args.verify:
         write_mixtral(model, tokenizer, folder, args.cross_task, base_model, args.dtype)
@@ -169,9 +169,9 @@ def export_mixtral(model: LlamaMoeForCausalLM, tokenizer, folder: Path, args: Ex
 # ---- one expert as a PEFT adapter
 
 
-def export_peft(model: LlamaMoeForCausalLM, tokenizer, folder: Path, args: ExportArguments, base_model: str) -> str:
+def export_peft(model: MixtureForCausalLM, tokenizer, folder: Path, args: ExportArguments, base_model: str) -> str:
     """Write one expert as a PEFT adapter; unless --verify 0, compare base + adapter with `model` routed to it alone."""
-    names = [expert["name"] for expert in model.config.experts]
+    names = [expert["name"] for expert in model.mixture.experts]
     if args.expert not in names:
         raise UserError(f"--expert {args.expert}: the experts of {args.cross_task} are {', '.join(names)}")
     number = names.index(args.expert)
@@ -187,11 +187,11 @@ def export_peft(model: LlamaMoeForCausalLM, tokenizer, folder: Path, args: Expor
     ours = behaviour(model, greedy_texts(model, tokenized(tokenizer)))
     for hook in hooks:
         hook.remove()
-    llama = base.load_weights(LlamaForCausalLM, base_model, base.load_base_config(base_model), "float32")
-    return compare(ours, behaviour(PeftModel.from_pretrained(llama, str(folder)).eval(), ours.texts), "float32")
+    dense = base.load_base(base_model, "float32")
+    return compare(ours, behaviour(PeftModel.from_pretrained(dense, str(folder)).eval(), ours.texts), "float32")
 
 
-def write_adapter(model: LlamaMoeForCausalLM, expert: int, folder: Path, base_model: str) -> None:
+def write_adapter(model: MixtureForCausalLM, expert: int, folder: Path, base_model: str) -> None:
     """One expert (and LoRA on the attention, if tuned) as an adapter's folder. Ranks lose their padding."""
     weights, alphas = {}, {}
     for number, layer in enumerate(model.model.layers):
@@ -203,10 +203,10 @@ def write_adapter(model: LlamaMoeForCausalLM, expert: int, folder: Path, base_mo
                 module = f"model.layers.{number}.mlp.{name}"
                 alphas[module] = alpha_of(float(layer.mlp.experts.scaling[p, expert]), rank)
                 weights[module] = a[:rank], b[:, :rank]
-        for name in ATTENTION_PROJECTIONS if model.config.attention_lora else ():
+        for name in ATTENTION_PROJECTIONS if model.mixture.attention_lora else ():
             module = f"model.layers.{number}.self_attn.{name}"
             lora = layer.self_attn.get_submodule(name)
-            alphas[module] = model.config.attention_lora["alpha"]
+            alphas[module] = model.mixture.attention_lora["alpha"]
             weights[module] = lora.lora_A["default"].weight.detach(), lora.lora_B["default"].weight.detach()
     save_adapter(folder, weights, alphas, base_model)
 
@@ -221,7 +221,7 @@ def alpha_of(scaling: float, rank: int) -> float:
 # ---- the released code's moe.pt
 
 
-def released_state(model: LlamaMoeForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
+def released_state(model: MixtureForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state dict that the released code loads: all of it in memory, and the head always written out."""
 
     def copied(weight: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from transformers import AutoModelForCausalLM
 import config
 from config import PAPER_BASE_MODEL, TASKS, UserError
 from data.sources import absolute_source
-from models import base, ensemble, llama_moe
+from models import base
 from models.adapters import Expert, expert_folders, open_adapters
 from models.base_identity import base_sha256
+from models.causal_lm import VERIFIED
+from models.ensemble import load_ensemble
 from models.expert_bias import ExpertBias, set_expert_bias
-from models.llama import AnswerLossLlama
+from models.mixture import ENSEMBLE, load_fused, read_mixture
 from workspace.files import read_json, sha256
 from workspace.run_dir import read_run
 
@@ -32,13 +34,11 @@ def run_kind(folder: Path | None) -> str:
         return "adapter"
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds neither an adapter nor a model (adapter_config.json or config.json)")
-    settings = read_json(folder / "config.json")
-    for kind, config_class in (("fused", llama_moe.LlamaMoeConfig), ("ensemble", ensemble.LlamaEnsembleConfig)):
-        if settings.get("model_type") == config_class.model_type:
-            check_weights([folder / "model.safetensors"])
-            return kind
-    architecture = (settings.get("architectures") or ["model of no architecture"])[0]
-    if not architecture.endswith("ForCausalLM") and architecture != AnswerLossLlama.__name__:
+    if (mixture := read_mixture(folder)) is not None:
+        check_weights([folder / "model.safetensors"])
+        return "ensemble" if mixture.model_type == ENSEMBLE else "fused"
+    architecture = (read_json(folder / "config.json").get("architectures") or ["model of no architecture"])[0]
+    if not architecture.endswith("ForCausalLM"):
         raise UserError(f"{folder}: holds a {architecture}; a causal language model is needed")
     check_weights(base.weight_files(folder))
     return "causal_lm"
@@ -141,17 +141,16 @@ def load_run(
     kind = run_kind(path)
     base_model = base.default_base_model(base_model) if kind == "raw" else resolve_base(path, base_model)
     if kind in ("fused", "ensemble"):
-        load = llama_moe.load_fused if kind == "fused" else ensemble.load_ensemble
-        model = load(path, base_model, dtype)
+        model = (load_fused if kind == "fused" else load_ensemble)(path, base_model, dtype)
         if bias is not None:
             set_expert_bias(model, bias)
         if (compute_dtype := base.pick_dtype(dtype)) != torch.float32:
             for block in model.blocks:
                 block.experts.fold_scaling(compute_dtype)
-    elif kind == "causal_lm" and base.load_config(base_model).model_type != "llama":
+    elif kind == "causal_lm" and base.load_config(base_model).model_type not in VERIFIED:
         model = base.load_weights(AutoModelForCausalLM, base_model, base.load_config(base_model), dtype)
     else:
-        model = base.load_weights(AnswerLossLlama, base_model, base.load_base_config(base_model), dtype)
+        model = base.load_base(base_model, dtype)
     model.set_attn_implementation("sdpa")  # without gradients the faster one on a CPU too
     if kind == "adapter":
         model = PeftModel.from_pretrained(model, str(path))

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, MixtralConfig
 from config import UserError
 from data.prompts import WITHOUT_INPUT
 from models.expert_ffn import PROJECTIONS
-from models.llama_moe import ATTENTION_PROJECTIONS, LlamaMoeConfig, LlamaMoeForCausalLM
+from models.mixture import ATTENTION_PROJECTIONS, MixtureConfig, MixtureForCausalLM
 from workspace.files import read_json, write_json
 
 MIXTRAL_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -33,35 +33,35 @@ SHARED_SETTINGS = (
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
-    "num_experts_per_tok",
 )
 
 
-def write_mixtral(model: LlamaMoeForCausalLM, tokenizer, folder: Path, run: str, base_model: str, dtype: str) -> None:
+def write_mixtral(model: MixtureForCausalLM, tokenizer, folder: Path, run: str, base_model: str, dtype: str) -> None:
     """Write configuration, tokenizer, model card and weights in `dtype` into `folder`, one shard per layer.
 
     run and base_model are named in the card. UserError where Mixtral has no place for something.
     """
-    settings = mixtral_config(model.config, dtype)
+    settings = mixtral_config(model.mixture, dtype)
     save_config(settings, folder)
     GenerationConfig(
         bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(model.config, run, base_model, dtype), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(model.mixture, run, base_model, dtype), encoding="utf-8")
     write_shards(model, getattr(torch, dtype), folder)
 
 
-def mixtral_config(moe_config: LlamaMoeConfig, dtype: str) -> MixtralConfig:
+def mixtral_config(mixture: MixtureConfig, dtype: str) -> MixtralConfig:
     """The same model's configuration as a Mixtral; UserError where Mixtral has no place for something."""
-    settings = moe_config.to_dict()
+    settings = mixture.base
     for name in ("attention_bias", "mlp_bias"):
         if settings[name]:
             raise UserError(f"the base has {name}: Mixtral's form has no biases; use --to peft")
     return MixtralConfig(
         **{name: settings[name] for name in SHARED_SETTINGS},
         architectures=["MixtralForCausalLM"],
-        num_local_experts=moe_config.num_experts,
+        num_local_experts=mixture.num_experts,
+        num_experts_per_tok=mixture.num_experts_per_tok,
         sliding_window=None,
         output_router_logits=False,
         router_aux_loss_coef=0.0,
@@ -77,7 +77,7 @@ def save_config(settings: MixtralConfig, folder: Path) -> None:
     write_json(folder / "config.json", {**read_json(folder / "config.json"), **old_names})
 
 
-def write_shards(model: LlamaMoeForCausalLM, dtype: torch.dtype, folder: Path) -> None:
+def write_shards(model: MixtureForCausalLM, dtype: torch.dtype, folder: Path) -> None:
     """Safetensors and their index: a shard for the embeddings and one per layer, so that one at a time is in memory."""
     num_shards = len(model.blocks) + 1
     weight_map, total_size = {}, 0
@@ -92,7 +92,7 @@ def write_shards(model: LlamaMoeForCausalLM, dtype: torch.dtype, folder: Path) -
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def outer_weights(model: LlamaMoeForCausalLM) -> Iterator[tuple[str, Tensor]]:
+def outer_weights(model: MixtureForCausalLM) -> Iterator[tuple[str, Tensor]]:
     """Embeddings, last norm, and the head unless it is the embeddings."""
     yield "model.embed_tokens.weight", model.model.embed_tokens.weight
     yield "model.norm.weight", model.model.norm.weight
@@ -100,7 +100,7 @@ def outer_weights(model: LlamaMoeForCausalLM) -> Iterator[tuple[str, Tensor]]:
         yield "lm_head.weight", model.lm_head.weight
 
 
-def layer_weights(model: LlamaMoeForCausalLM, number: int) -> Iterator[tuple[str, Tensor]]:
+def layer_weights(model: MixtureForCausalLM, number: int) -> Iterator[tuple[str, Tensor]]:
     """One layer's weights under Mixtral's names on disk, everything low-rank merged."""
     prefix, layer = f"model.layers.{number}", model.model.layers[number]
     for name in ("input_layernorm", "post_attention_layernorm"):
@@ -108,7 +108,7 @@ def layer_weights(model: LlamaMoeForCausalLM, number: int) -> Iterator[tuple[str
     for name in ATTENTION_PROJECTIONS:
         yield f"{prefix}.self_attn.{name}.weight", merged_attention(layer.self_attn.get_submodule(name))
     yield f"{prefix}.block_sparse_moe.gate.weight", layer.mlp.router.weight
-    for expert in range(model.config.num_experts):
+    for expert in range(model.mixture.num_experts):
         for name in PROJECTIONS:
             weight = layer.mlp.experts.merged(expert, name, layer.mlp.get_submodule(name).weight)
             yield f"{prefix}.block_sparse_moe.experts.{expert}.{MIXTRAL_NAMES[name]}.weight", weight
@@ -121,9 +121,9 @@ def merged_attention(module: nn.Module) -> Tensor:
     return module.base_layer.weight + module.get_delta_weight("default")
 
 
-def model_card(moe_config: LlamaMoeConfig, run: str, base_model: str, dtype: str) -> str:
+def model_card(mixture: MixtureConfig, run: str, base_model: str, dtype: str) -> str:
     """README.md of an exported checkpoint."""
-    experts = "\n".join(f"- expert {i}: {e['name']} (rank {e['rank']})" for i, e in enumerate(moe_config.experts))
+    experts = "\n".join(f"- expert {i}: {e['name']} (rank {e['rank']})" for i, e in enumerate(mixture.experts))
     return f"""---
 {f"base_model: {base_model}" if not Path(base_model).exists() else "tags: [mixture-of-experts]"}
 library_name: transformers
@@ -132,7 +132,7 @@ pipeline_tag: text-generation
 # {Path(run).name}
 
 An H3Fusion mixture of aligned experts (https://arxiv.org/abs/2411.17792) as a plain Mixtral checkpoint, {dtype}:
-top-{moe_config.num_experts_per_tok} of {moe_config.num_experts} experts per token.
+top-{mixture.num_experts_per_tok} of {mixture.num_experts} experts per token.
 
 {experts}
 

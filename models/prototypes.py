@@ -4,7 +4,7 @@ what the expert itself changes most."""
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from config import UserError
 from data.batching import batches_by_length, pad
@@ -27,7 +27,7 @@ def task_prompts(task: str, source: str, num_prompts: int, seed: int) -> list[Re
 
 
 @torch.inference_mode()
-def mean_states(model: LlamaForCausalLM, encoder: Encoder, prompts: list[Record], batch_size: int = 8) -> Tensor:
+def mean_states(model: PreTrainedModel, encoder: Encoder, prompts: list[Record], batch_size: int = 8) -> Tensor:
     """(L, D) fp32: what enters each layer's FFN, as a router sees it, averaged over the prompts' tokens after the
     template's opening."""
     samples = [encoder.encode(record) for record in prompts]
@@ -106,9 +106,7 @@ def fit_routers(
     themselves, by Arrow."""
     from models.loading import device  # which loads what this helps to make
 
-    model = (
-        base.load_weights(LlamaForCausalLM, base_model, base.load_base_config(base_model), dtype).to(device()).eval()
-    )
+    model = base.load_base(base_model, dtype).to(device()).eval()
     encoder = Encoder(base.load_tokenizer(base_model), model.config.max_position_embeddings)
     states = [mean_states(model, encoder, task_prompts(task, source, num_prompts, seed)) for task in tasks]
     if experts is None:

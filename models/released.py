@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedConfig
 
 from config import TASKS, UserError
 from models import base
@@ -73,7 +73,7 @@ def low_rank_difference(dense: Tensor, base_weight: Tensor, max_rank: int) -> tu
 
 
 def read_moe_pt(
-    path: Path, base_model: str, base_config: LlamaConfig, names: list[str], max_rank: int
+    path: Path, base_model: str, base_config: PreTrainedConfig, names: list[str], max_rank: int
 ) -> tuple[list[RecoveredExpert], list[Tensor]]:
     """The experts of a moe.pt, as low-rank deltas on `base_model`, and each layer's router (E, D), fp32.
 
@@ -87,7 +87,7 @@ def read_moe_pt(
         raise UserError(f"--from_pt {path}: no moe.pt of the released code ({type(error).__name__})") from error
     if num_experts != len(names):
         raise UserError(f"--experts {','.join(names)}: {path} holds {num_experts} experts; name them in its order")
-    weights = base.load_weights(LlamaForCausalLM, base_model, base_config, base.own_dtype(base_config)).state_dict()
+    weights = base.load_base(base_model, base.own_dtype(base_config)).state_dict()
     check_base(path, saved, weights, num_experts, base_model)
     experts = [RecoveredExpert(name, base_model) for name in names]
     for layer in range(base_config.num_hidden_layers):

@@ -9,14 +9,15 @@ from tqdm import tqdm
 from data.batching import batches_by_length, pad
 from data.encoding import Encoder
 from data.sources import Record
-from models.llama_moe import LlamaMoeForCausalLM, route
+from models.mixture import MixtureForCausalLM
+from models.router import recorded_router_logits, route
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")  # one per expert
 
 
 @torch.inference_mode()
 def routing_usage(
-    model: LlamaMoeForCausalLM, tokenizer, answered: list[Record], batch_size: int, progress: bool = True
+    model: MixtureForCausalLM, tokenizer, answered: list[Record], batch_size: int, progress: bool = True
 ) -> dict:
     """Routing over the tokens of prompts and answers (the records' outputs), as far as the model's window reaches:
     padding never counts, and every token counts once.
@@ -27,22 +28,23 @@ def routing_usage(
     window = model.config.max_position_embeddings
     encoder = Encoder(tokenizer, window)
     samples = [(encoder.prompt_ids(record) + encoder.answer_ids(record)[:-1])[:window] for record in answered]
-    weight, selected = torch.zeros(2, len(model.blocks), model.config.num_experts, dtype=torch.float64)  # each (L, E)
+    weight, selected = torch.zeros(2, len(model.blocks), model.mixture.num_experts, dtype=torch.float64)  # each (L, E)
     tokens = 0
     batches = batches_by_length(samples, len, batch_size)
     for batch in tqdm(batches, desc="routing", unit="batch", disable=not progress):
         ids, mask = (tensor.to(model.device) for tensor in pad(batch, left=False))
-        outputs = model.model(input_ids=ids, attention_mask=mask, use_cache=False, output_router_logits=True)
+        with recorded_router_logits(model) as of_layers:
+            model.model(input_ids=ids, attention_mask=mask, use_cache=False)
         real = mask.flatten().bool()
-        for layer, router_logits in enumerate(outputs.router_logits):
-            chosen = route(router_logits[real], model.config.num_experts_per_tok)
+        for layer, router_logits in enumerate(of_layers):
+            chosen = route(router_logits[real], model.mixture.num_experts_per_tok)
             top_k_index, top_k_weights = (x.flatten().cpu() for x in chosen)
             weight[layer].index_add_(0, top_k_index, top_k_weights.double())
-            selected[layer] += top_k_index.bincount(minlength=model.config.num_experts)
+            selected[layer] += top_k_index.bincount(minlength=model.mixture.num_experts)
         tokens += int(real.sum())
     return {
-        "experts": [expert["name"] for expert in model.config.experts],
-        "top_k": model.config.num_experts_per_tok,
+        "experts": [expert["name"] for expert in model.mixture.experts],
+        "top_k": model.mixture.num_experts_per_tok,
         "tokens": tokens,
         "weight": (weight / tokens).tolist(),
         "selected": (selected / tokens).tolist(),
@@ -50,7 +52,7 @@ def routing_usage(
 
 
 @torch.inference_mode()
-def token_routing(model: LlamaMoeForCausalLM, tokenizer, record: Record) -> list[tuple[str, list[float]]]:
+def token_routing(model: MixtureForCausalLM, tokenizer, record: Record) -> list[tuple[str, list[float]]]:
     """(text, mean routing weights over all layers (E) after top-k) of each token of a record's answer. The weights are
     those with which the token itself is read; pieces of one character are put to its last token."""
     window = model.config.max_position_embeddings
@@ -58,10 +60,11 @@ def token_routing(model: LlamaMoeForCausalLM, tokenizer, record: Record) -> list
     prompt = encoder.prompt_ids(record)
     answer = encoder.answer_ids(record)[:-1][: max(window - len(prompt), 0)]
     ids = torch.tensor([[*prompt, *answer][:window]], device=model.device)
-    outputs = model.model(input_ids=ids, use_cache=False, output_router_logits=True)
-    weights = torch.zeros(ids.shape[1], model.config.num_experts)
-    for router_logits in outputs.router_logits:
-        index, top_k_weights = (x.cpu() for x in route(router_logits, model.config.num_experts_per_tok))
+    with recorded_router_logits(model) as of_layers:
+        model.model(input_ids=ids, use_cache=False)
+    weights = torch.zeros(ids.shape[1], model.mixture.num_experts)
+    for router_logits in of_layers:
+        index, top_k_weights = (x.cpu() for x in route(router_logits, model.mixture.num_experts_per_tok))
         weights.scatter_add_(1, index, top_k_weights.float() / len(model.blocks))
     pieces, said = [], ""
     for end in range(1, len(answer) + 1):

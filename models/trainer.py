@@ -12,8 +12,8 @@ from transformers import Trainer
 from config import TASKS, UserError
 from data.sampling import PaddedSamples, StepSampler
 from models.cost import TrainingCost
-from models.llama_moe import LlamaMoeForCausalLM
 from models.losses import gate_loss, mean_routing_probs, routing_hits
+from models.mixture import MixtureForCausalLM
 from models.training_arguments import TrainArguments
 from workspace import run_dir
 
@@ -102,7 +102,7 @@ class MixtureTrainer(AlignmentTrainer):
 
     def __init__(
         self,
-        model: LlamaMoeForCausalLM,
+        model: MixtureForCausalLM,
         *,
         gate_loss_weight: float,
         gate_balance: str,
@@ -114,14 +114,14 @@ class MixtureTrainer(AlignmentTrainer):
         super().__init__(model, **kwargs)
         self.gate_loss_weight, self.gate_schedule = gate_loss_weight, gate_schedule
         self.router_learning_rate = router_learning_rate
-        expert_of_task = model.config.expert_of_task
+        expert_of_task = model.mixture.expert_of_task
         # the last entry is that of the padding samples, whose task is -1
         self.expert_of_task_id = torch.tensor([*(expert_of_task.get(task, -1) for task in TASKS), -1])
         counts = torch.bincount(torch.tensor([sample["task"] for sample in self.train_dataset]), minlength=len(TASKS))
         self.weight_of_task_id = torch.ones(len(TASKS))
         if gate_balance == "task":
             self.weight_of_task_id = counts.sum() / ((counts > 0).sum() * counts.clamp(min=1))
-        self.drift_weights = torch.zeros(model.config.num_experts)
+        self.drift_weights = torch.zeros(model.mixture.num_experts)
         for task, weight in drift_weights.items():
             if weight:
                 self.drift_weights[expert_of_task[task]] = weight
@@ -185,7 +185,7 @@ class MixtureTrainer(AlignmentTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _by_expert(self, drift: Tensor) -> dict[str, Tensor]:
-        experts = self.model.config.experts
+        experts = self.model.mixture.experts
         return {f"drift_{expert['name']}": value for expert, value in zip(experts, drift, strict=True)}
 
     def log(self, logs, start_time=None):

@@ -5,7 +5,7 @@ import torch
 from data.batching import batches_by_length
 from data.encoding import Collator, Encoder
 from data.sources import Record
-from models.llama import answer_log_probs
+from models.causal_lm import answer_log_probs
 
 
 @torch.inference_mode()

@@ -105,6 +105,15 @@ def judge_base_dir(tmp_path_factory) -> Path:
     return folder
 
 
+def decode(model, *args, **inputs):
+    """(last hidden states (B, T, D), router logits of each layer) of a fused model's decoder."""
+    from models.router import recorded_router_logits
+
+    with recorded_router_logits(model) as router_logits:
+        hidden = model.model(*args, **inputs).last_hidden_state
+    return hidden, tuple(router_logits)
+
+
 def save_adapter(folder: Path, base_dir: Path, seed: int, **lora) -> Path:
     """A PEFT adapter with random A and B (so that it changes the base visibly), saved by PEFT itself."""
     torch.manual_seed(seed)

@@ -6,11 +6,15 @@ import torch.nn.functional as F
 from conftest import tiny_config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaForCausalLM
 
-from models.expert_ffn import PROJECTIONS, LowRankExperts, SharedBaseFFN
-from models.llama_moe import LlamaMoeConfig, LlamaMoeModel, route
+from models.expert_ffn import ACTIVATIONS, PROJECTIONS, LowRankExperts, SharedBaseFFN
+from models.mixture import MixtureConfig, mixture_class
+from models.router import route
 
 HIDDEN, WIDTH, RANK = 6, 10, 2
+
+DENSE_ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
 def make(num_experts=3, top_k=2, dtype=torch.float64, bias=False, seed=0, hidden=HIDDEN, width=WIDTH, tokens=5):
@@ -36,15 +40,17 @@ def dense_mixture(base, experts, x, index, weights):
         for p, (name, linear) in enumerate(zip(PROJECTIONS, base, strict=True)):
             a, b = experts.matrices(name)
             merged.append((linear.weight + experts.scaling[p, i] * b[i] @ a[i], linear.bias))
-        hidden = F.silu(F.linear(x, *merged[0])) * F.linear(x, *merged[1])
+        hidden = DENSE_ACTIVATIONS[experts.activation](F.linear(x, *merged[0])) * F.linear(x, *merged[1])
         y = y + weights[:, i, None] * F.linear(hidden, *merged[2])
     return y
 
 
 @pytest.mark.parametrize("num_experts, top_k", [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3), (5, 3)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_equals_the_dense_mixture_with_all_gradients(num_experts, top_k, bias):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_equals_the_dense_mixture_with_all_gradients(num_experts, top_k, bias, activation):
     base, experts, x, *_ = make(num_experts, bias=bias)
+    experts.activation = activation
     logits = torch.randn(5, num_experts, dtype=torch.float64, requires_grad=True)
     x.requires_grad_()
     inputs = [x, *([logits] if top_k > 1 else []), *experts.parameters()]
@@ -61,15 +67,15 @@ def test_equals_the_dense_mixture_with_all_gradients(num_experts, top_k, bias):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_gradcheck_of_every_input(top_k, dropout):
+@pytest.mark.parametrize("dropout, activation", [(0.0, "silu"), (0.4, "silu"), (0.4, "gelu_pytorch_tanh")])
+def test_gradcheck_of_every_input(top_k, dropout, activation):
     base, experts, x, index, weights = make(3, top_k, tokens=2)
     own = F.dropout(experts.own_columns(index).double(), dropout)
     inputs = [tensor.detach().requires_grad_() for tensor in (x, weights, *experts.side_by_side(x.dtype))]
     frozen = tuple(t for linear in base for t in (linear.weight, None))
 
     def function(x, weights, *matrices):  # weights of a row sum to 1, as the kernel needs them
-        return SharedBaseFFN.apply(x, weights / weights.sum(-1, keepdim=True), own, frozen, *matrices)
+        return SharedBaseFFN.apply(x, weights / weights.sum(-1, keepdim=True), own, frozen, *matrices, activation)
 
     assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-8)
 
@@ -204,8 +210,10 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_a_decoder_layer_compiles_in_one_graph(backend):
     """fullgraph=True: no host synchronisation and no shape that depends on the routing."""
     torch.manual_seed(0)
-    config = LlamaMoeConfig(**tiny_config().to_dict() | {"model_type": "llama_moe"}, experts=[{}] * 3, expert_rank=2)
-    model = LlamaMoeModel(config)
+    config = tiny_config()
+    fused = mixture_class(LlamaForCausalLM)(config)
+    fused.become(MixtureConfig([{}] * 3, 2, 2, "", {}))
+    model = fused.model
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     layer = model.layers[0]

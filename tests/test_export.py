@@ -238,7 +238,7 @@ def test_moe_pt_is_the_released_layout_and_reads_back(fused, tmp_path, capsys):
     ids = torch.randint(2, 600, (2, 20))
     assert (logits(ours, ids) - logits(again, ids)).abs().max() < 1e-4
     assert all(torch.equal(a.router.weight, b.router.weight) for a, b in zip(ours.blocks, again.blocks, strict=True))
-    for recovered, true in zip(again.config.experts, ours.config.experts, strict=True):
+    for recovered, true in zip(again.mixture.experts, ours.mixture.experts, strict=True):
         assert true["rank"] <= recovered["rank"] <= true["rank"] + 2, true["name"]
 
 
@@ -348,7 +348,7 @@ def test_the_bases_own_dtype_is_the_default(fused, tmp_path):
         shutil.copytree(fused.parent / name, tmp_path / name)
     half.save_pretrained(tmp_path / "base")
     model, _ = load_run(fused, dtype="float32")
-    model.config.base_model_name_or_path = str(tmp_path / "base")
+    model.mixture.base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "moe")  # without a run record: the base is as the configuration names it
     export.main(["--cross_task", str(tmp_path / "moe"), "--output", str(tmp_path / "mixtral")])
     assert json.loads((tmp_path / "mixtral" / "config.json").read_text())["dtype"] == "float16"

@@ -10,20 +10,35 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script, save_adapter, tiny_config
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 import inference
 from evaluator import train_judge
 from models import four_bit, llama_moe
 
+GEMMA_LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
+GEMMA_TOO = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 BESIDE = Path(sys.prefix) / "four_bit"
 
 EXACTNESS = """
 import gc, sys, weakref
 from pathlib import Path
 import torch
-from models import four_bit, llama_moe
+from models import four_bit
 from models.loading import load_run
+from models.mixture import load_fused
 
 folder, base_model = Path(sys.argv[1]), sys.argv[2]
 ids = torch.randint(3, 600, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -38,7 +53,7 @@ def gradients(model):
     model.train()(input_ids=ids, labels=ids).loss.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
-small = llama_moe.load_fused(folder, base_model, "nf4")
+small = load_fused(folder, base_model, "nf4")
 loss = small.train()(input_ids=ids, labels=ids).loss
 gc.collect()
 assert len(made) == 9 and not any(weight() is not None for weight in made), "dense weights outlive the forward"
@@ -46,7 +61,7 @@ loss.backward()
 assert len(made) == 18
 actual = {name: p.grad for name, p in small.named_parameters() if p.requires_grad}
 
-same = llama_moe.load_fused(folder, base_model, "auto")  # computes in what the 4-bit one computes in
+same = load_fused(folder, base_model, "auto")  # computes in what the 4-bit one computes in
 for (_, small_module), (_, dense_module) in zip(small.named_modules(), same.named_modules(), strict=True):
     if isinstance(small_module, torch.nn.Linear) and four_bit.is_quantized(small_module):
         dense_module.weight.data = dense_weight(small_module)
@@ -54,7 +69,7 @@ expected = gradients(same)
 assert actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in actual)
 assert all(actual[f"model.layers.{i}.mlp.router.weight"].any() for i in range(3))
 
-full = llama_moe.load_fused(folder, base_model, "auto")
+full = load_fused(folder, base_model, "auto")
 assert not torch.equal(full.blocks[0].gate_proj.weight, dense_weight(small.blocks[0].gate_proj)), "nothing was rounded"
 for block, dense_block in zip(small.blocks, full.blocks):
     assert block.gate_proj.weight.nbytes * 2 == dense_block.gate_proj.weight.numel()
@@ -84,11 +99,15 @@ def test_the_same_version_is_named_everywhere():
         assert versions and set(versions) == {four_bit.PACKAGE}, name
 
 
-@pytest.fixture(scope="module")
-def base_of_64(tmp_path_factory, tokenizer):
+@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
+def base_of_64(request, tmp_path_factory, tokenizer):
     """4-bit blocks are 64 weights long."""
     folder = tmp_path_factory.mktemp("base") / "tiny-64"
-    LlamaForCausalLM(tiny_config(hidden_size=64, intermediate_size=128)).save_pretrained(folder)
+    config = tiny_config(hidden_size=64, intermediate_size=128)
+    if request.param == "gemma3_text":
+        kept = {name: getattr(config, name) for name in GEMMA_TOO}
+        config = Gemma3TextConfig(**kept, head_dim=16, sliding_window=8, layer_types=GEMMA_LAYERS)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import decode
 from fake_server import FakeServer
 
 import inference
@@ -12,8 +13,8 @@ from data import sources
 from data.prompts import render_prompt
 from data.sources import Record
 from inference import InferArguments
-from models.llama_moe import route
 from models.loading import load_run
+from models.router import route
 from models.routing import routing_usage, token_routing
 
 TEXTS = ("Hi", "Why do cats purr when they sleep near a warm stove in winter?", "Name a river.", "What is a sonnet?")
@@ -212,7 +213,7 @@ def test_routing_is_counted_by_tokens_not_by_calls(fused_dir):
     for prompt, answer in texts:
         ids = torch.tensor([tokenizer(render_prompt(prompt))["input_ids"] + tokenizer(answer)["input_ids"]])
         with torch.no_grad():
-            logits = model.model(input_ids=ids, output_router_logits=True).router_logits
+            _, logits = decode(model, input_ids=ids)
         chosen = [route(x, 2) for x in logits]
         weights = [torch.zeros(ids.shape[1], 3).scatter(1, index, weight) for index, weight in chosen]
         total = total + torch.stack(weights).sum(1)

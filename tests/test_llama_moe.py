@@ -16,6 +16,8 @@ from models import llama_moe
 from models.adapters import Expert
 from models.expert_ffn import PROJECTIONS
 from models.loading import load_run
+from models.mixture import load_fused
+from models.router import route
 
 
 def merged_models(base_dir, adapter_dirs):
@@ -69,7 +71,7 @@ def test_fused_from_disk_equals_the_mixture_of_merged_experts(
         ["--experts_dir", str(adapter_dirs[0].parent), "--output", str(tmp_path / "moe"), "--expert_topk", str(top_k)]
     )
     model, _ = load_run(tmp_path / "moe", dtype="float32")
-    assert model.config.num_experts_per_tok == top_k
+    assert model.mixture.num_experts_per_tok == top_k
     model.double().set_attn_implementation("sdpa")
     ids = torch.randint(2, 600, (2, 11))
     routers = [block.router.weight.detach() for block in model.blocks]
@@ -116,12 +118,7 @@ def test_the_three_experts_differ_and_are_peft_deltas(fused_dir, adapter_dirs):
 
 
 def test_the_folder_holds_router_and_experts_only(fused_dir, base_dir):
-    assert sorted(p.name for p in fused_dir.iterdir()) == [
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "run.json",
-    ]
+    assert sorted(p.name for p in fused_dir.iterdir()) == ["config.json", "model.safetensors", "run.json"]
     saved = load_file(fused_dir / "model.safetensors")
     assert all(".mlp.router." in key or ".mlp.experts." in key for key in saved)
     # per layer: router (3, 32), scaling (3, 3), and A, B of rank 8 for 3 experts on 32 -> 48, 32 -> 48, 48 -> 32
@@ -170,7 +167,7 @@ def test_two_experts_and_half_precision_on_disk(tmp_path, adapter_dirs):
     saved = load_file(tmp_path / "moe" / "model.safetensors")
     assert {t.dtype for key, t in saved.items() if key.endswith(("_A", "_B"))} == {torch.float16}
     model, _ = load_run(tmp_path / "moe", dtype="float32")
-    assert model.config.expert_of_task == {"truthfulness": 0, "helpfulness": 1}
+    assert model.mixture.expert_of_task == {"truthfulness": 0, "helpfulness": 1}
     assert {p.dtype for b in model.blocks for p in b.experts.parameters()} == {torch.float32}
 
 
@@ -239,13 +236,13 @@ def test_experts_of_different_bases_or_shapes_are_refused(tmp_path, base_dir, ad
 def test_router_weights_are_top_k_renormalised():
     logits = torch.tensor([[0.3, 0.2, 0.5]]).log()
     for top_k, experts, shares in ((1, [2], [1.0]), (2, [2, 0], [0.625, 0.375]), (3, [2, 0, 1], [0.5, 0.3, 0.2])):
-        top_k_index, top_k_weights = llama_moe.route(logits, top_k)
+        top_k_index, top_k_weights = route(logits, top_k)
         assert top_k_index.tolist() == [experts]
         assert torch.allclose(top_k_weights, torch.tensor([shares]))
 
 
 def test_training_keeps_router_and_experts_in_fp32_and_inference_rounds_the_experts_once(fused_dir, base_dir):
-    trained = llama_moe.load_fused(fused_dir, str(base_dir), torch.bfloat16)
+    trained = load_fused(fused_dir, str(base_dir), torch.bfloat16)
     loaded, _ = load_run(fused_dir, dtype="bfloat16")
     trained.set_attn_implementation(loaded.config._attn_implementation)
     for model, dtype in ((trained, torch.float32), (loaded, torch.bfloat16)):

@@ -13,8 +13,8 @@ import config
 from config import UserError
 from models import base_identity, export, loading
 from models.base_identity import base_sha256
-from models.llama_moe import LlamaMoeForCausalLM
 from models.loading import load_run, run_kind, weights_sha256
+from models.mixture import MixtureForCausalLM
 
 IDS = torch.tensor([[5, 17, 300, 42]])
 
@@ -29,7 +29,7 @@ def test_each_kind_of_run_is_loaded_as_itself(base_dir, adapter_dirs, fused_dir,
     raw, _ = load_run(None, str(base_dir), "float32")
     expert, _ = load_run(adapter_dirs[1], dtype="float32")
     fused, _ = load_run(fused_dir, dtype="float32")
-    assert isinstance(fused, LlamaMoeForCausalLM)
+    assert isinstance(fused, MixtureForCausalLM)
     merged = expert.merge_and_unload()  # a causal LM's own folder
     merged.save_pretrained(tmp_path / "merged")
     load_run(None, str(base_dir), "float32")[1].save_pretrained(tmp_path / "merged")

@@ -90,7 +90,7 @@ def test_the_fusion_is_aligned_under_the_papers_name_and_not_twice(results, caps
     fused(results, "--expert_topk", 2, "--gate_loss_weight", 0.01)
     folder = results / "outputs" / "mix_moe_reg_00000_00000_00000_gate_00100"
     names = {p.name for p in folder.iterdir() if not p.name.startswith("checkpoint-")}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", "run.json"}
+    assert names == {"config.json", "model.safetensors", "run.json"}
     log = json.loads((folder / "run.json").read_text())["train"]["log"]
     assert {"sft_loss", "gate_loss", "drift_helpfulness", "routing_accuracy"} <= set(log[0])
     before = (folder / "model.safetensors").read_bytes()
@@ -129,7 +129,7 @@ def test_method_flags_off_their_default_get_folders_of_their_own(results):
     name = "mix_moe_reg_00000_00000_00000_gate_00000_topk_1_router_frozen"
     model, _ = load_run(results / "outputs" / name, dtype="float32")
     start, _ = load_run(results / "outputs" / "moe", dtype="float32")
-    assert model.config.num_experts_per_tok == 1 and model.blocks[0].router.top_k == 1
+    assert model.mixture.num_experts_per_tok == 1 and model.blocks[0].router.top_k == 1
     assert torch.equal(model.blocks[0].router.weight, start.blocks[0].router.weight)
     trained, before = (m.blocks[0].experts.up_proj_B for m in (model, start))
     assert (trained - before).abs().max() > 0
@@ -170,7 +170,7 @@ def test_a_fusion_can_answer_with_other_experts_per_token_than_it_was_trained_wi
     fused(results, "--expert_topk", 3, "--answer_topk", 1, *more, "--run_name", "top_3_then_1")
     folder = results / "outputs" / "top_3_then_1"
     model, _ = load_run(folder, dtype="float32")
-    assert model.config.num_experts_per_tok == 1 and model.blocks[0].router.top_k == 1
+    assert model.mixture.num_experts_per_tok == 1 and model.blocks[0].router.top_k == 1
     assert model.blocks[0].experts.dropout == 0
     recorded = json.loads((folder / "run.json").read_text())["run"]["arguments"]
     assert (recorded["expert_topk"], recorded["answer_topk"]) == (3, 1)

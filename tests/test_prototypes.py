@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import decode
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -93,8 +94,8 @@ def test_routers_start_by_prototypes(tmp_path, adapter_dirs, tiny_source, capsys
             sample = encoder.encode(record)
             ids = torch.tensor([sample["input_ids"]])
             with torch.no_grad():
-                outputs = model.model(input_ids=ids, output_router_logits=True)
-            first_layer = outputs.router_logits[0][sample["opening"] :]  # which no expert has changed yet
+                _, router_logits = decode(model, input_ids=ids)
+            first_layer = router_logits[0][sample["opening"] :]  # which no expert has changed yet
             hits += int(first_layer.mean(0).argmax() == task)
     assert hits >= 12  # of 18; 6 by chance
     capsys.readouterr()
@@ -112,7 +113,7 @@ def test_fresh_experts_change_nothing_until_they_are_aligned(tmp_path, base_dir)
     saved = load_file(tmp_path / "fresh" / "model.safetensors")
     a, b = (saved[f"model.layers.0.mlp.experts.up_proj_{letter}"] for letter in "AB")
     assert not b.any() and a.abs().max() <= 32**-0.5 and not torch.equal(a[0], a[1])
-    assert model.config.expert_of_task == {task: i for i, task in enumerate(TASKS)}
+    assert model.mixture.expert_of_task == {task: i for i, task in enumerate(TASKS)}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import make_tokenizer, write_jsonl
+from conftest import decode, make_tokenizer, write_jsonl
 
 import inference
 from data.encoding import Encoder, prompt_ids
@@ -37,8 +37,8 @@ def test_packed_answers_score_as_each_alone(fused_dir, batch_size, max_length):
         sample = encoder.encode(record)
         ids = torch.tensor([sample["input_ids"]])
         with torch.no_grad():
-            outputs = model.model(input_ids=ids, output_router_logits=True)
-            log_probs = model.lm_head(outputs.last_hidden_state)[0].log_softmax(-1)
+            hidden, router_logits = decode(model, input_ids=ids)
+            log_probs = model.lm_head(hidden)[0].log_softmax(-1)
         answer = [label for label in sample["labels"] if label != -100]
         first = ids.shape[1] - len(answer)
         expected = [log_probs[first - 1 + i, token].item() for i, token in enumerate(answer)]
@@ -46,7 +46,7 @@ def test_packed_answers_score_as_each_alone(fused_dir, batch_size, max_length):
         ended = answer[-1] == tokenizer.eos_token_id
         assert (score.end_log_prob is not None) == ended and score.cut == bool(sample["cut"])
         assert score.log_probs.tolist() + [score.end_log_prob] * ended == pytest.approx(expected, abs=1e-4)
-        probs = torch.stack([logits.softmax(-1) for logits in outputs.router_logits])[:, sample["opening"] :]
+        probs = torch.stack([logits.softmax(-1) for logits in router_logits])[:, sample["opening"] :]
         assert score.routing_probs_with_answer.tolist() == pytest.approx(probs.mean((0, 1)).tolist(), abs=1e-5)
         of_prompt = probs[:, : first - sample["opening"]].mean((0, 1))  # what a router sees of a question
         assert score.routing_probs.tolist() == pytest.approx(of_prompt.tolist(), abs=1e-5)

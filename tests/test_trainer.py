@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from conftest import decode
 from safetensors.torch import load_file, save_file
 from torch.optim import SGD
 
@@ -16,9 +17,9 @@ from data.sampling import PADDING_SAMPLE
 from data.sources import answer_records, read_rows
 from models import base, training_arguments
 from models.expert_ffn import PROJECTIONS
-from models.llama_moe import load_fused
 from models.loading import load_run
 from models.losses import mean_routing_probs
+from models.mixture import load_fused
 from models.trainer import MixtureTrainer
 from models.training_arguments import TrainArguments
 
@@ -139,8 +140,8 @@ def test_the_gating_loss_can_weigh_tasks_alike(fused_dir, samples, tmp_path):
     trainer.train()
     batch = Collator(routing=True)(samples)
     fresh, _ = load_run(fused_dir, dtype="float32")
-    outputs = fresh.model(batch["input_ids"], batch["attention_mask"], output_router_logits=True)
-    own = mean_routing_probs(outputs.router_logits, batch["routing_mask"])[range(8), batch["task_ids"]]
+    _, router_logits = decode(fresh, batch["input_ids"], batch["attention_mask"])
+    own = mean_routing_probs(router_logits, batch["routing_mask"])[range(8), batch["task_ids"]]
     expected = sum(-own[batch["task_ids"] == task].log().mean() for task in range(3)) / 3
     assert trainer.state.log_history[0]["gate_loss"] == pytest.approx(expected.item(), rel=1e-4)
 
@@ -165,16 +166,16 @@ def test_the_gating_loss_trains_the_routers_and_on_request_what_is_below_them(
         block.router.gate_gradient = gate_gradient
     model.train()
     batch = Collator(routing=True)(samples)
-    outputs = model.model(batch["input_ids"], batch["attention_mask"], output_router_logits=True)
-    probs = mean_routing_probs(outputs.router_logits, batch["routing_mask"])
+    _, router_logits = decode(model, batch["input_ids"], batch["attention_mask"])
+    probs = mean_routing_probs(router_logits, batch["routing_mask"])
     last = model.blocks[-1].router.weight
     inputs = [p for block in model.blocks[:-1] for p in block.experts.parameters()]
     loss = -probs[range(8), batch["task_ids"]].log().mean()
     *below, of_last = torch.autograd.grad(loss, [*inputs, last], allow_unused=True)
     assert any(grad is not None and grad.abs().max() > 0 for grad in below) == reached
     # by hand, from the last router's logits alone
-    logits = outputs.router_logits[-1].detach().requires_grad_()
-    others = [x.detach() for x in outputs.router_logits[:-1]]
+    logits = router_logits[-1].detach().requires_grad_()
+    others = [x.detach() for x in router_logits[:-1]]
     probs = mean_routing_probs((*others, logits), batch["routing_mask"])
     (of_logits,) = torch.autograd.grad(-probs[range(8), batch["task_ids"]].log().mean(), logits)
     seen = []
@@ -233,13 +234,11 @@ def test_padding_changes_nothing(fused_dir, samples):
 
     def run(batch):
         with torch.no_grad():
-            outputs = model.model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], output_router_logits=True
-            )
-            logits = model.lm_head(outputs.last_hidden_state)[:, :-1].log_softmax(-1)
+            hidden, router_logits = decode(model, batch["input_ids"], batch["attention_mask"])
+            logits = model.lm_head(hidden)[:, :-1].log_softmax(-1)
         labels = batch["labels"][:, 1:]
         picked = logits.gather(2, labels.clamp(min=0)[..., None])[..., 0] * (labels != IGNORED)
-        return picked.sum(1), mean_routing_probs(outputs.router_logits, batch["routing_mask"])
+        return picked.sum(1), mean_routing_probs(router_logits, batch["routing_mask"])
 
     losses, probs = run(together)
     for i, sample in enumerate(samples):

@@ -23,7 +23,7 @@ from data import hub
 from data.batching import batches_by_length, pad
 from evaluator.judges.protocols import HARM_CATEGORIES
 from models import base
-from models.llama import multiply_head_once
+from models.causal_lm import multiply_head_once
 from models.loading import device, resolve_base
 from workspace.files import sha256
 
