@@ -1,6 +1,7 @@
-"""A fused model in the forms that other programs read; mixtral and peft are checked against ours after writing:
+"""A fused model in the forms that other programs read; all but pt are checked against ours after writing:
 
-python models/export.py --cross_task RUN --to mixtral --output DIR [--dtype float16] [--verify 0]
+python models/export.py --cross_task RUN --to mixtral --output DIR [--dtype float16] [--verify 0]      Llama and Mistral
+python models/export.py --cross_task RUN --to qwen3_moe --output DIR                                   Qwen3
 python models/export.py --cross_task RUN --to peft --expert safety --output DIR
 python models/export.py --cross_task RUN --to pt --output moe.pt
 """
@@ -18,7 +19,8 @@ from cli import flag
 from config import RESULTS_DIR, UserError
 
 MEMORY = """memory: the fused model is held in float32, 4 bytes per parameter of the base (27 GB for 7 B).
-  --to mixtral  the check reads the export back in float32 after ours is let go: 4 bytes per parameter of the base with
+  --to mixtral, qwen3_moe:
+                the check reads the export back in float32 after ours is let go: 4 bytes per parameter of the base with
                 all its experts as dense FFNs (62 GB for three on 7 B); --verify 0 needs the fused model and one layer
   --to peft     the check holds a second base: 8 bytes per parameter (54 GB); --verify 0 needs half
   --to pt       the whole file lies in memory beside the model: 27 GB and 31 GB in float16"""
@@ -31,8 +33,9 @@ class ExportArguments:
     cross_task: str | None = flag(None, "the fused run to export: a name under results/outputs, or its folder")
     to: str = flag(
         "mixtral",
-        "mixtral: a MixtralForCausalLM checkpoint; peft: one expert as an adapter; pt: the released code's moe.pt",
-        choices=["mixtral", "peft", "pt"],
+        "mixtral, qwen3_moe: a MixtralForCausalLM or Qwen3MoeForCausalLM with dense experts; peft: one expert as an "
+        "adapter; pt: the released code's moe.pt",
+        choices=["mixtral", "qwen3_moe", "peft", "pt"],
     )
     output: str | None = flag(None, "where to write: a new folder, or with --to pt a new file")
     expert: str | None = flag(None, "with --to peft: which expert")
@@ -71,16 +74,16 @@ if __name__ == "__main__":
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer, MixtralForCausalLM
+from transformers import AutoTokenizer
 
 from models import base
 from models.adapters import save_adapter
 from models.base_identity import base_sha256
 from models.behaviour import behaviour, compare, greedy_texts, tokenized
+from models.dense_experts import FORMS, form_config, layer_weights, outer_weights, write_dense_experts
 from models.expert_ffn import PROJECTIONS
 from models.loading import is_fused, load_run, run_sources, weights_sha256
-from models.mixtral import MIXTRAL_NAMES, layer_weights, outer_weights, write_mixtral
-from models.mixture import ATTENTION_PROJECTIONS, MixtureForCausalLM
+from models.mixture import ATTENTION_PROJECTIONS, MixtureForCausalLM, read_mixture
 from models.released import expert_key, router_key
 from workspace import run_dir
 
@@ -111,6 +114,8 @@ def export_file(path: Path, base_model: str, args: ExportArguments, partial: Pat
     output = Path(args.output)
     if output.exists():
         raise UserError(f"--output {output}: exists; name a new file")
+    if (model_type := read_mixture(path).base["model_type"]) != "llama":
+        raise UserError(f"--to pt: the released code loads a Llama, and the base is a {model_type} model")
     model, _ = load_run(path, base_model, dtype="float32")
     torch.save(released_state(model, getattr(torch, args.dtype)), partial)
     partial.rename(output)
@@ -132,6 +137,8 @@ def export_folder(path: Path, base_model: str, args: ExportArguments, partial: P
     }
     if output.is_file():
         raise UserError(f"--output {output}: is a file; name a folder")
+    if args.to in FORMS:
+        form_config(read_mixture(path), args.to, args.dtype)
     if output.exists() and any(output.iterdir()):
         run_dir.begin(output, SCRIPT, arguments, "move it away, or name another folder with --output")
         written = run_dir.read_run(output)["meta"]["verified"]
@@ -141,26 +148,28 @@ def export_folder(path: Path, base_model: str, args: ExportArguments, partial: P
         return
     model, tokenizer = load_run(path, base_model, dtype="float32")
     partial.mkdir()
-    export = export_mixtral if args.to == "mixtral" else export_peft
+    export = export_dense_experts if args.to in FORMS else export_peft
     verdict = export(model, tokenizer, partial, args, base_model)
     run_dir.finish(partial, SCRIPT, arguments, train={}, meta={"verified": verdict})
     partial.rename(output)
     print(f"{output}: {verdict}")
 
 
-# ---- Mixtral
+# ---- dense experts
 
 
-def export_mixtral(model: MixtureForCausalLM, tokenizer, folder: Path, args: ExportArguments, base_model: str) -> str:
-    """Write a Mixtral checkpoint into `folder`; unless --verify 0, read it back and compare it with `model`."""
+def export_dense_experts(
+    model: MixtureForCausalLM, tokenizer, folder: Path, args: ExportArguments, base_model: str
+) -> str:
+    """Write dense experts into `folder`; unless --verify 0, read them back and compare them with `model`."""
     if not args.verify:
-        write_mixtral(model, tokenizer, folder, args.cross_task, base_model, args.dtype)
+        write_dense_experts(model, tokenizer, folder, args.to, args.cross_task, base_model, args.dtype)
         return NOT_VERIFIED
     ours = behaviour(model, greedy_texts(model, tokenized(tokenizer)))
-    write_mixtral(model, tokenizer, folder, args.cross_task, base_model, args.dtype)
+    write_dense_experts(model, tokenizer, folder, args.to, args.cross_task, base_model, args.dtype)
     attention = model.config._attn_implementation
     model.to("meta")  # ours is not needed any more, and the export is the larger one
-    written = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    written = FORMS[args.to].model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
     if tokenized(AutoTokenizer.from_pretrained(folder)) != tokenized(tokenizer):
         raise UserError("the export is not the model, and was not kept: its tokenizer gives other tokens")
     return compare(ours, behaviour(written, ours.texts), args.dtype)
@@ -223,6 +232,7 @@ def alpha_of(scaling: float, rank: int) -> float:
 
 def released_state(model: MixtureForCausalLM, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state dict that the released code loads: all of it in memory, and the head always written out."""
+    form = FORMS["mixtral"]
 
     def copied(weight: Tensor) -> Tensor:
         return weight.detach().to(dtype, copy=True)
@@ -230,13 +240,13 @@ def released_state(model: MixtureForCausalLM, dtype: torch.dtype) -> dict[str, T
     state = {name: copied(weight) for name, weight in outer_weights(model)}
     state["lm_head.weight"] = copied(model.lm_head.weight)
     for number in range(len(model.blocks)):
-        for name, weight in layer_weights(model, number):
+        for name, weight in layer_weights(model, number, form):
             _, moe, tail = name.partition(".block_sparse_moe.")
             if moe and tail.startswith("gate"):
                 name = router_key(number)
             elif moe:
                 _, expert, matrix, _ = tail.split(".")
-                projection = next(p for p, short in MIXTRAL_NAMES.items() if short == matrix)
+                projection = next(p for p, short in form.expert_names.items() if short == matrix)
                 name = expert_key(number, int(expert), projection)
             state[name] = copied(weight)
     return state

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, MixtralForCausalLM
 
 from config import UserError
 from data.prompts import render_prompt
-from models import base, behaviour, export, llama_moe, mixtral
+from models import base, behaviour, dense_experts, export, llama_moe
 from models.adapters import Expert
 from models.expert_ffn import PROJECTIONS
 from models.loading import load_run
@@ -156,13 +156,13 @@ def test_the_checkpoint_is_mixtrals_on_disk(fused, tmp_path, capsys):
 
 @pytest.mark.parametrize("spoilt", ["input_layernorm", "experts.2.w2", "gate"])
 def test_a_corrupted_weight_fails_the_export_and_leaves_nothing(fused, tmp_path, capsys, monkeypatch, spoilt):
-    written = mixtral.layer_weights
+    written = dense_experts.layer_weights
 
-    def corrupted(model, number):
-        for name, weight in written(model, number):
+    def corrupted(model, number, form):
+        for name, weight in written(model, number, form):
             yield name, weight * 1.1 if number == 1 and f"{spoilt}.weight" in name else weight
 
-    monkeypatch.setattr(mixtral, "layer_weights", corrupted)
+    monkeypatch.setattr(dense_experts, "layer_weights", corrupted)
     error = failed(["--cross_task", fused, "--output", tmp_path / "out" / "mixtral"], capsys)
     assert "is not the model" in error and "greedy tokens" in error
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mixtral.lock"]
@@ -364,7 +364,7 @@ def test_without_the_check_nothing_is_read_back(fused_dir, tmp_path, capsys, mon
         raise AssertionError("was read back")
 
     monkeypatch.setattr(export, "compare", refuse)
-    monkeypatch.setattr(export.MixtralForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr(MixtralForCausalLM, "from_pretrained", refuse)
     load_weights = CountedCalls(base.load_weights)
     monkeypatch.setattr(base, "load_weights", load_weights)
     arguments = ["--cross_task", str(fused_dir), "--output", str(tmp_path / "mixtral")]
@@ -408,12 +408,12 @@ def test_two_exports_do_not_mix_and_a_killed_ones_leftovers_are_removed_by_the_n
     arguments = ["--cross_task", str(fused_dir), "--output", str(tmp_path / "mixtral")]
     stuck = f"""
 import time
-from models import export, mixtral
-written = mixtral.layer_weights
-def slowly(model, number):
-    yield from written(model, number)
+from models import dense_experts, export
+written = dense_experts.layer_weights
+def slowly(model, number, form):
+    yield from written(model, number, form)
     time.sleep(600 if number == 1 else 0)
-mixtral.layer_weights = slowly
+dense_experts.layer_weights = slowly
 export.main({arguments!r})
 """
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import save_adapter
 from peft import PeftModel
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -29,9 +30,10 @@ from data.encoding import Encoder
 from data.sources import Record
 from evaluator import evaluate_likelihood
 from evaluator.scoring import score_answers
-from models import base, ensemble, llama_moe, merging
+from models import base, ensemble, export, llama_moe, merging
 from models.base_identity import base_sha256
 from models.causal_lm import VERIFIED
+from models.dense_experts import FORMS
 from models.loading import load_run
 
 SHAPE = dict(
@@ -168,6 +170,46 @@ def test_the_loss_at_labels_and_its_gradient_are_those_of_all_logits(family):
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     for mine, reference in zip(*(torch.autograd.grad(loss, trained) for loss in (ours, theirs)), strict=True):
         assert (mine - reference).norm() < 1e-6 * reference.norm().clamp(min=1e-9)
+
+
+EXPORTS = {
+    "llama": "the base has attention_bias: --to mixtral has no place for biases; use --to peft",
+    "mistral": "mixtral",
+    "qwen2": "none of mixtral, qwen3_moe; use --to peft",
+    "qwen3": "qwen3_moe",
+    "gemma3_text": "none of mixtral, qwen3_moe; use --to peft",
+}
+
+
+def test_the_form_of_dense_experts_is_the_same_model_or_refused_by_name(family, tmp_path, capsys):
+    base_dir, _, moe = family
+    expected = EXPORTS[AutoConfig.from_pretrained(base_dir).model_type]
+    form = expected if expected in FORMS else "mixtral"
+    arguments = ["--cross_task", str(moe), "--output", str(tmp_path / "export"), "--to"]
+    if form != expected:
+        with pytest.raises(SystemExit):
+            export.main([*arguments, form])
+        assert expected in capsys.readouterr().err and not (tmp_path / "export").exists()
+        return
+    export.main([*arguments, form])
+    ours, theirs = load_run(moe, dtype="float32")[0], load_run(tmp_path / "export", dtype="float32")[0]
+    assert type(theirs) is FORMS[form].model_class
+    ids = torch.randint(2, 600, (2, 17))
+    with torch.no_grad():
+        assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-4
+    if form != "mixtral":
+        with pytest.raises(SystemExit):
+            export.main([*arguments[:-3], "--output", str(tmp_path / "other"), "--to", "mixtral"])
+        assert f"is --to {form}" in capsys.readouterr().err
+
+
+def test_one_expert_leaves_as_an_adapter(family, tmp_path):
+    base_dir, folder, moe = family
+    export.main(["--cross_task", str(moe), "--to", "peft", "--expert", "safety", "--output", str(tmp_path / "adapter")])
+    ids = torch.randint(2, 600, (1, 9))
+    with torch.no_grad():
+        models = [load_run(path, dtype="float32")[0](ids).logits for path in (folder / "safety", tmp_path / "adapter")]
+    assert (models[0] - models[1]).abs().max() < 1e-4
 
 
 @pytest.mark.slow

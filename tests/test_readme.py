@@ -34,6 +34,13 @@ def test_every_script_and_flag_that_is_shown_exists(path):
         assert flags <= {field.name for arguments in FLAGS[script] for field in dataclasses.fields(arguments)}, argv
 
 
+def test_every_file_that_is_named_exists():
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        named = re.findall(r"\b(?:models|evaluator|data|runs|benchmarks|workspace|tests|docs)/[\w/]+\.\w+", text)
+        assert not [name for name in named if not (ROOT / name).exists()], path.name
+
+
 def test_the_tables_are_the_committed_measurements():
     table = (ROOT / "docs" / "measurements" / "demo_table.md").read_text()
     assert table.split("\n\n")[0].strip() in (ROOT / "docs" / "reproduction.md").read_text()

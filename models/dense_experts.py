@@ -1,12 +1,22 @@
-"""The fused model written as a MixtralForCausalLM checkpoint: every expert a dense FFN, everything low-rank merged."""
+"""The fused model written as a MixtralForCausalLM or Qwen3MoeForCausalLM: every expert a dense FFN, everything low-rank
+merged."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, MixtralConfig
+from transformers import (
+    GenerationConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from config import UserError
 from data.prompts import WITHOUT_INPUT
@@ -14,7 +24,36 @@ from models.expert_ffn import PROJECTIONS
 from models.mixture import ATTENTION_PROJECTIONS, MixtureConfig, MixtureForCausalLM
 from workspace.files import read_json, write_json
 
-MIXTRAL_NAMES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+class Form(NamedTuple):
+    """bases: model_type of the bases that it fits; moe: where a layer's mixture is; expert_names: of the projections of
+    an expert; more_norms: the attention's own."""
+
+    model_class: type[PreTrainedModel]
+    config_class: type[PreTrainedConfig]
+    bases: tuple[str, ...]
+    moe: str
+    expert_names: dict[str, str]
+    more_norms: tuple[str, ...] = ()
+
+
+FORMS = {
+    "mixtral": Form(
+        MixtralForCausalLM,
+        MixtralConfig,
+        ("llama", "mistral"),
+        "block_sparse_moe",
+        {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
+    ),
+    "qwen3_moe": Form(
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        ("qwen3",),
+        "mlp",
+        {name: name for name in PROJECTIONS},
+        ("self_attn.q_norm", "self_attn.k_norm"),
+    ),
+}
 SHARED_SETTINGS = (
     "vocab_size",
     "hidden_size",
@@ -36,40 +75,57 @@ SHARED_SETTINGS = (
 )
 
 
-def write_mixtral(model: MixtureForCausalLM, tokenizer, folder: Path, run: str, base_model: str, dtype: str) -> None:
+def write_dense_experts(
+    model: MixtureForCausalLM, tokenizer, folder: Path, form: str, run: str, base_model: str, dtype: str
+) -> None:
     """Write configuration, tokenizer, model card and weights in `dtype` into `folder`, one shard per layer.
 
-    run and base_model are named in the card. UserError where Mixtral has no place for something.
+    form: a key of FORMS; run and base_model are named in the card. UserError where the form has no place for something.
     """
-    settings = mixtral_config(model.mixture, dtype)
+    settings = form_config(model.mixture, form, dtype)
     save_config(settings, folder)
     GenerationConfig(
         bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(model.mixture, run, base_model, dtype), encoding="utf-8")
-    write_shards(model, getattr(torch, dtype), folder)
+    card = model_card(model.mixture, FORMS[form].model_class.__name__, run, base_model, dtype)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_shards(model, FORMS[form], getattr(torch, dtype), folder)
 
 
-def mixtral_config(mixture: MixtureConfig, dtype: str) -> MixtralConfig:
-    """The same model's configuration as a Mixtral; UserError where Mixtral has no place for something."""
-    settings = mixture.base
+def form_config(mixture: MixtureConfig, form: str, dtype: str) -> PreTrainedConfig:
+    """The same model's configuration in a form; UserError where the form has no place for something."""
+    settings, to = mixture.base, FORMS[form]
+    if settings["model_type"] not in to.bases:
+        fitting = [name for name, other in FORMS.items() if settings["model_type"] in other.bases]
+        said = f"--to {fitting[0]}" if fitting else f"none of {', '.join(FORMS)}; use --to peft"
+        raise UserError(f"--to {form}: the form of dense experts for a {settings['model_type']} base is {said}")
     for name in ("attention_bias", "mlp_bias"):
-        if settings[name]:
-            raise UserError(f"the base has {name}: Mixtral's form has no biases; use --to peft")
-    return MixtralConfig(
+        if settings.get(name):
+            raise UserError(f"the base has {name}: --to {form} has no place for biases; use --to peft")
+    layer_types = set(settings.get("layer_types") or ())
+    if len(layer_types) > 1:
+        raise UserError(f"the base's layers differ ({', '.join(sorted(layer_types))}), as --to {form}'s cannot")
+    window = settings.get("sliding_window")
+    own = {"sliding_window": window} if form == "mixtral" else {
+        "moe_intermediate_size": settings["intermediate_size"],
+        "norm_topk_prob": True,
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+    }  # fmt: skip
+    return to.config_class(
         **{name: settings[name] for name in SHARED_SETTINGS},
-        architectures=["MixtralForCausalLM"],
+        **own,
+        architectures=[to.model_class.__name__],
         num_local_experts=mixture.num_experts,
         num_experts_per_tok=mixture.num_experts_per_tok,
-        sliding_window=None,
         output_router_logits=False,
         router_aux_loss_coef=0.0,
         dtype=dtype,
     )
 
 
-def save_config(settings: MixtralConfig, folder: Path) -> None:
+def save_config(settings: PreTrainedConfig, folder: Path) -> None:
     """config.json, with the rope parameters also under the names that readers older than transformers 5 look for."""
     settings.save_pretrained(folder)
     rope = dict(settings.rope_parameters)
@@ -77,12 +133,12 @@ def save_config(settings: MixtralConfig, folder: Path) -> None:
     write_json(folder / "config.json", {**read_json(folder / "config.json"), **old_names})
 
 
-def write_shards(model: MixtureForCausalLM, dtype: torch.dtype, folder: Path) -> None:
+def write_shards(model: MixtureForCausalLM, form: Form, dtype: torch.dtype, folder: Path) -> None:
     """Safetensors and their index: a shard for the embeddings and one per layer, so that one at a time is in memory."""
     num_shards = len(model.blocks) + 1
     weight_map, total_size = {}, 0
     for number in range(num_shards):
-        named = layer_weights(model, number - 1) if number else outer_weights(model)
+        named = layer_weights(model, number - 1, form) if number else outer_weights(model)
         shard = {name: weight.detach().to(dtype).contiguous() for name, weight in named}
         file = f"model-{number + 1:05}-of-{num_shards:05}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
@@ -100,18 +156,18 @@ def outer_weights(model: MixtureForCausalLM) -> Iterator[tuple[str, Tensor]]:
         yield "lm_head.weight", model.lm_head.weight
 
 
-def layer_weights(model: MixtureForCausalLM, number: int) -> Iterator[tuple[str, Tensor]]:
-    """One layer's weights under Mixtral's names on disk, everything low-rank merged."""
+def layer_weights(model: MixtureForCausalLM, number: int, form: Form) -> Iterator[tuple[str, Tensor]]:
+    """One layer's weights under the form's names on disk, everything low-rank merged."""
     prefix, layer = f"model.layers.{number}", model.model.layers[number]
-    for name in ("input_layernorm", "post_attention_layernorm"):
+    for name in ("input_layernorm", "post_attention_layernorm", *form.more_norms):
         yield f"{prefix}.{name}.weight", layer.get_submodule(name).weight
     for name in ATTENTION_PROJECTIONS:
         yield f"{prefix}.self_attn.{name}.weight", merged_attention(layer.self_attn.get_submodule(name))
-    yield f"{prefix}.block_sparse_moe.gate.weight", layer.mlp.router.weight
+    yield f"{prefix}.{form.moe}.gate.weight", layer.mlp.router.weight
     for expert in range(model.mixture.num_experts):
         for name in PROJECTIONS:
             weight = layer.mlp.experts.merged(expert, name, layer.mlp.get_submodule(name).weight)
-            yield f"{prefix}.block_sparse_moe.experts.{expert}.{MIXTRAL_NAMES[name]}.weight", weight
+            yield f"{prefix}.{form.moe}.experts.{expert}.{form.expert_names[name]}.weight", weight
 
 
 def merged_attention(module: nn.Module) -> Tensor:
@@ -121,7 +177,7 @@ def merged_attention(module: nn.Module) -> Tensor:
     return module.base_layer.weight + module.get_delta_weight("default")
 
 
-def model_card(mixture: MixtureConfig, run: str, base_model: str, dtype: str) -> str:
+def model_card(mixture: MixtureConfig, architecture: str, run: str, base_model: str, dtype: str) -> str:
     """README.md of an exported checkpoint."""
     experts = "\n".join(f"- expert {i}: {e['name']} (rank {e['rank']})" for i, e in enumerate(mixture.experts))
     return f"""---
@@ -131,7 +187,7 @@ pipeline_tag: text-generation
 ---
 # {Path(run).name}
 
-An H3Fusion mixture of aligned experts (https://arxiv.org/abs/2411.17792) as a plain Mixtral checkpoint, {dtype}:
+An H3Fusion mixture of aligned experts (https://arxiv.org/abs/2411.17792) as a plain {architecture}, {dtype}:
 top-{mixture.num_experts_per_tok} of {mixture.num_experts} experts per token.
 
 {experts}
