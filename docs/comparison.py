@@ -1,4 +1,4 @@
-"""The committed comparison: docs/results/*.json, into the page, README's table and picture and docs/reproduction.md's.
+"""The committed comparison: docs/results/*.json, into the page, the README's result and picture, docs/comparison.md.
 
 python docs/comparison.py       after runs/comparison.sh --save docs/results
 """
@@ -9,6 +9,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import matplotlib.pyplot as plt
+
+from config import TASKS
 from evaluator import figures
 from evaluator.comparison import KINDS, compare, split_seed
 from evaluator.kept_runs import DUPLICATES, read_kept
@@ -35,6 +38,21 @@ MAIN = (
     "moe",
     REFERENCE,
 )
+EQUAL = "mixed_rank_24"  # one LoRA with the fused model's trained parameters and steps
+LABELS = {
+    "raw": "the raw base",
+    "raw_chat": "the raw base, its own chat template",
+    "helpfulness": "the helpfulness expert",
+    "safety": "the safety expert",
+    "truthfulness": "the truthfulness expert",
+    "merge_linear": "the uniform merge",
+    "merge_ties": "the TIES merge",
+    "ensemble_probabilities": "the ensemble of probabilities",
+    EQUAL: "one LoRA of its size on the same data",
+    "mixed_rank_24_twice": "one LoRA, twice the steps",
+    "moe": "fused, not aligned",
+    REFERENCE: "fused and aligned",
+}
 BEGIN, END = "<!-- made by docs/comparison.py: {} -->", "<!-- to here -->"
 
 
@@ -58,47 +76,63 @@ def difference_text(row: dict) -> str:
     return f"{paired['difference']:+.3f} [{low:+.3f}, {high:+.3f}], p = {paired['p_holm']:.2g}".replace("-", "−")
 
 
+def headline(comparison: dict) -> str:
+    """The README's result: the fused model against the best of each kind, and against one LoRA of its size."""
+    rows = {row["run"]: row for row in comparison["rows"]}
+    own = rows[REFERENCE]["metrics"]["mean_nll_per_token"]["value"]
+
+    def against(label: str, *names: str) -> str:
+        """What the fused model has less or more than the best of these runs, in words."""
+        best = min((rows[name] for name in names), key=lambda row: row["metrics"]["mean_nll_per_token"]["value"])
+        paired = best["paired"]["mean_nll_per_token"]
+        if paired["p_holm"] >= SIGNIFICANT:
+            return f"not certainly different from {label} ({minus(paired['difference'])})"
+        low, high = (abs(end) for end in sorted(paired["interval"], key=abs))
+        word = "below" if paired["difference"] < 0 else "above"
+        return f"{abs(paired['difference']):.3f} [{low:.3f}, {high:.3f}] {word} {label}"
+
+    experts, merges, averages = (
+        tuple(row["run"] for row in rows.values() if row["kind"] == kind and "mean_nll_per_token" in row["metrics"])
+        for kind in ("expert", "merge", "ensemble")
+    )
+    parts = [against("the best expert", *experts), against("the best merge", *merges)]
+    parts += [against("the best ensemble", *averages), f"and {against('one LoRA of its size on the same data', EQUAL)}"]
+    return (
+        f"**Result**: over {len(rows[REFERENCE]['seeds'])} seeds, with 160 questions per task, the fused model's mean "
+        f"loss on held-out answers is {own:.3f} nats per token. That is {', '.join(parts)}."
+    )
+
+
 def sentences(comparison: dict) -> str:
-    """What the paired tests say, of all rows and, task by task, of one LoRA on the mixed data."""
+    """What the paired tests say: of all rows, task by task of one LoRA of its size, and whose seeds are missing."""
     rows = {row["run"]: row for row in comparison["rows"]}
     seeds = {name: len(row["seeds"]) for name, row in rows.items() if name in MAIN and row["kind"] != "raw"}
-    text = [
-        "SmolLM2-135M-Instruct, 160 questions per task of Alpaca, BeaverTails / PKU-SafeRLHF and TruthfulQA, two "
-        "epochs; up to 200 held-out rows per task (docs/reproduction.md). " + verdict(comparison)
-    ]
-    parts = []
+    tasks = []
     for one in NLL:
-        paired = rows["mixed_rank_24"]["paired"][one.name]
+        paired = rows[EQUAL]["paired"][one.name]
         certain = paired["p_holm"] < SIGNIFICANT
         word = "not certainly different" if not certain else "better" if paired["difference"] < 0 else "worse"
-        parts.append(f"{word} on {one.task} ({minus(paired['difference'])})")
-    text.append(
-        "Against one LoRA of as many parameters, on the same rows for as many steps (`mixed_rank_24`): "
-        + ", ".join(parts)
-        + "."
-    )
+        tasks.append(f"{word} on {one.task} ({minus(paired['difference'])})")
+    text = f"{verdict(comparison)} Against one LoRA of its size on the same rows (`{EQUAL}`) it is {', '.join(tasks)}."
     if (fewest := min(seeds.values())) < 3:
-        text.append(
-            f"So far of {fewest} seed{'s' if fewest > 1 else ''}: {', '.join(n for n, k in seeds.items() if k < 3)}."
-        )
-    return " ".join(text)
+        missing = ", ".join(name for name, count in seeds.items() if count < 3)
+        text += f" So far of {fewest} seed{'s' if fewest > 1 else ''}: {missing}."
+    return text
 
 
 def minus(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
-def table(comparison: dict, names: tuple[str, ...] | None = None) -> str:
-    """The markdown table of the rows (names: of these, in this order)."""
-    rows = {row["run"]: row for row in comparison["rows"]}
-    chosen = [rows[name] for name in names if name in rows] if names else list(rows.values())
+def table(comparison: dict) -> str:
+    """The markdown table of all rows."""
     lines = [
         "| run | kind | seeds | mean NLL/token ↓ | fused − run, paired | "
         + " | ".join(f"{one.task} ↓" for one in NLL)
         + " | safe preferred ↑ | MC1 ↑ | trained, M | steps |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in chosen:
+    for row in comparison["rows"]:
         metrics, cost = row["metrics"], row["cost"]
         scores = [metrics.get(name) for name in (*(one.name for one in NLL), "safe_preferred", "mc1")]
         cells = [
@@ -126,15 +160,59 @@ def put(path: Path, name: str, text: str) -> str:
     return f"{before}{begin}\n\n{text}\n\n{END}{after}"
 
 
+def picture(comparison: dict) -> str:
+    """The README's figure: each main row's paired difference, beside what it costs to serve and to train."""
+    rows = {row["run"]: row for row in comparison["rows"]}
+    ordered = sorted(MAIN, key=lambda name: -rows[name]["metrics"]["mean_nll_per_token"]["value"])
+    with plt.rc_context(figures.STYLE):
+        figure, axes = plt.subplots(
+            1,
+            3,
+            figsize=(9, 3.9),
+            layout="constrained",
+            sharey=True,
+            width_ratios=[5, 2, 2],
+            gridspec_kw={"wspace": 0.04},
+        )
+        for place, name in enumerate(ordered):
+            row = rows[name]
+            colour = figures.COLOURS[KINDS.index(row["kind"])]
+            if (paired := row["paired"].get("mean_nll_per_token")) is not None:
+                ends = [[abs(end - paired["difference"])] for end in paired["interval"]]
+                axes[0].errorbar(paired["difference"], place, xerr=ends, fmt="o", markersize=5, color=colour)
+            else:
+                axes[0].plot(0, place, "D", markersize=6, color=colour)
+            axes[1].barh(place, row["cost"]["relative_cost_of_a_token"], color=colour, height=0.6)
+            axes[2].barh(place, trained_in_all(name, rows) / 1e6, color=colour, height=0.6)
+        axes[0].axvline(0, color=figures.INK, linewidth=0.8)
+        axes[0].set_yticks(range(len(ordered)), [LABELS[name] for name in ordered], fontsize=9)
+        axes[0].get_yticklabels()[ordered.index(REFERENCE)].set_fontweight("bold")
+        for axis, label in zip(
+            axes,
+            ("fused − run: mean loss on held-out answers, nats\n(left of 0: the fused model is better)",
+             "cost of a token\n(raw base: 1)", "trained parameters,\nexperts included, M"),
+            strict=True,
+        ):  # fmt: skip
+            axis.set_xlabel(label, fontsize=9)
+        return figures.to_svg(figure, "Paired difference of each run from the fused model, cost of a token, parameters")
+
+
+def trained_in_all(name: str, rows: dict[str, dict]) -> float:
+    """Parameters that were trained for a run: its own (a fusion goes on training its experts' own), or its experts'."""
+    own, kind = rows[name]["cost"]["trained_parameters"], rows[name]["kind"]
+    made_of_experts = kind in ("merge", "ensemble", "fused") and not own
+    return sum(rows[task]["cost"]["trained_parameters"] for task in TASKS) if made_of_experts else own or 0
+
+
 def documents(comparison: dict) -> dict[Path, str]:
     """{file: what it must hold} of all that is made from a comparison but the page."""
-    figure = figures.differences(comparison["rows"], REFERENCE, KINDS)
+    figure = picture(comparison)
     figure = figure.replace("<svg", '<svg color="#1b1f24"', 1)  # an image of its own brings its ink and its paper
     figure = figure.replace('style="', 'style="background: #ffffff; ', 1)
-    main_rows = f"{sentences(comparison)}\n\n{table(comparison, MAIN)}"
+    all_rows = f"{sentences(comparison)}\n\n{table(comparison)}"
     return {
-        ROOT / "README.md": put(ROOT / "README.md", "main rows", main_rows),
-        ROOT / "docs" / "reproduction.md": put(ROOT / "docs" / "reproduction.md", "all rows", table(comparison)),
+        ROOT / "README.md": put(ROOT / "README.md", "headline", headline(comparison)),
+        ROOT / "docs" / "comparison.md": put(ROOT / "docs" / "comparison.md", "all rows", all_rows),
         ROOT / "docs" / "figures" / "comparison.svg": figure,
     }
 
