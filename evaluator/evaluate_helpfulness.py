@@ -7,6 +7,7 @@ itself. alpaca_eval_gpt4 is the paper's judge (AlpacaEval 1), weighted_alpaca_ev
 """
 
 import hashlib
+import importlib.util
 import json
 import shlex
 import sys
@@ -50,6 +51,8 @@ class HelpfulnessArguments(EvaluateArguments):
                 dry_run=self.dry_run or None,
                 num_samples=None if self.num_samples == -1 else self.num_samples,
             )
+        elif importlib.util.find_spec("alpaca_eval") is None:
+            raise UserError(f"--judge {self.judge}: needs AlpacaEval: pip install -r requirements-eval.txt")
 
 
 if __name__ == "__main__":

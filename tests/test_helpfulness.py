@@ -1,6 +1,7 @@
 """AlpacaEval's files and its library as the judge, against a local server whose preferences are known by hand."""
 
 import csv
+import importlib.util
 import json
 import os
 import shutil
@@ -295,6 +296,13 @@ def test_what_cannot_work_is_said_before_anything_is_asked(answers, capsys, monk
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     assert said in error_of(capsys, evaluate, answers, *arguments)
+
+
+def test_without_alpaca_eval_one_line_says_how_to_get_it(answers, capsys, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "alpaca_eval" else found(name))
+    said = error_of(capsys, evaluate, answers, "--judge", "alpaca_eval_gpt4")
+    assert said == "error: --judge alpaca_eval_gpt4: needs AlpacaEval: pip install -r requirements-eval.txt"
 
 
 def test_the_length_controlled_win_rate(tmp_path, monkeypatch, capsys):
