@@ -34,7 +34,7 @@ def main() -> None:
         (16.6, "3  align the fusion"),
     ):
         axes.text(x, 8.2, title, fontsize=11, weight="bold", color="#222222")
-    box(axes, 0.3, 3.4, 1.9, 1.4, "one base\nLlama\n(frozen)", fill="#eeeeee")
+    box(axes, 0.3, 3.4, 1.9, 1.4, "one base\n(frozen)", fill="#eeeeee")
     for row, (task, colour) in enumerate(EXPERTS.items()):
         y = 6.2 - 2.4 * row
         box(axes, 3.6, y, 2.7, 1.3, f"{task}\nLoRA of the FFN", colour=colour)
@@ -54,7 +54,7 @@ def main() -> None:
         1.1,
         5.9,
         1.0,
-        "base FFN, stored once:\none pass each through W_gate, W_up, W_down",
+        "base FFN, stored once: one pass\neach through W_gate, W_up, W_down",
         fill="#eeeeee",
         size=7,
     )
@@ -63,7 +63,7 @@ def main() -> None:
     arrow(axes, (12.6, 6.0), (14.3, 4.5), "#888888", curve=-0.1)
     arrow(axes, (10.6, 2.2), (11.5, 2.7))
     arrow(axes, (14.4, 3.4), (13.6, 2.2))
-    box(axes, 16.7, 5.6, 4.9, 1.9, "L = L_SFT + λ · L_gate + Σ γᵢ · driftᵢ", size=7.8)
+    box(axes, 16.7, 5.6, 4.9, 1.9, "L  =  L_SFT + λ · L_gate\n+ Σ γᵢ · driftᵢ", size=9)
     axes.text(
         16.7,
         4.9,
