@@ -8,14 +8,17 @@ from pathlib import Path
 import cli
 import config
 from cli import (
+    TASKS_HELP,
     SourceArguments,
     check,
     check_at_least,
+    check_not_given,
     check_num_samples,
     effective_flags,
     flag,
     flag_with,
     is_positive,
+    read_tasks,
     resolve_conditional_flags,
 )
 from config import RAW, RAW_CHAT, TASKS, UserError
@@ -32,6 +35,8 @@ LATER_FLAGS = {
     "gate_schedule": "constant",
     "answer_topk": None,
     "init_adapter": None,
+    "drift_weights": None,
+    "tasks": ",".join(TASKS),
 }
 
 
@@ -40,7 +45,10 @@ class AlignArguments(SourceArguments):
     """What align_basemodel.py adds to transformers.TrainingArguments."""
 
     task_name: str | None = flag(
-        None, "which data to align on (default with --moe_flag 1: mix)", choices=[*TASKS, "mix"]
+        None, "the task whose data to align on, or mix: those of all --tasks (default with --moe_flag 1: mix)"
+    )
+    tasks: str | None = flag(
+        None, f"{TASKS_HELP} (default: {','.join(TASKS)}; with --moe_flag 1 and experts of others, the experts')"
     )
     moe_flag: int = flag(0, "0: align one expert (LoRA on the base); 1: align the fused mixture", choices=[0, 1])
     num_samples: int = flag(-1, "training rows per task, drawn with --seed; -1: all")
@@ -71,6 +79,9 @@ class AlignArguments(SourceArguments):
     helpfulness_weight: float | None = flag_with(OF_MIXTURE, 0.0, "gamma_1: weight of the helpfulness expert's drift")
     safety_weight: float | None = flag_with(OF_MIXTURE, 0.0, "gamma_2: weight of the safety expert's drift")
     truthfulness_weight: float | None = flag_with(OF_MIXTURE, 0.0, "gamma_3: weight of the truthfulness expert's drift")
+    drift_weights: str | None = flag_with(
+        OF_MIXTURE, None, "weights of other experts' drift by their tasks, NAME=VALUE with commas"
+    )
     gate_tokens: str | None = flag_with(
         OF_MIXTURE,
         "instruction",
@@ -105,6 +116,11 @@ class AlignArguments(SourceArguments):
             if not self.moe_flag:
                 raise UserError(f"--moe_flag 0 aligns one expert: name it with --task_name {{{','.join(TASKS)},mix}}")
             self.task_name = "mix"
+        if self.task_name != "mix":
+            read_tasks(self.task_name, "task_name")
+            check_not_given("is of the mixed data, --task_name mix", tasks=self.tasks)
+        if self.tasks is not None:
+            read_tasks(self.tasks)
         check_at_least(1, rank=self.rank, attention_rank=self.attention_rank, expert_topk=self.expert_topk)
         check_at_least(1, batch_size=self.batch_size, answer_topk=self.answer_topk)
         for name in ("alpha", "attention_alpha", "router_learning_rate"):
@@ -121,6 +137,7 @@ class AlignArguments(SourceArguments):
                 check(name, value, math.isfinite(value) and value >= 0, "a finite number, 0 or more")
                 setattr(self, name, abs(value))  # -0.0 is 0
         resolve_conditional_flags(self)
+        self.other_drift_weights = self.read_drift_weights()
         if self.moe_flag and self.init_adapter:
             raise UserError(f"--init_adapter {self.init_adapter}: is for one expert; a fusion starts from --moe_dir")
         if self.moe_flag and not (self.train_router or self.train_experts or self.tune_attention):
@@ -128,14 +145,37 @@ class AlignArguments(SourceArguments):
         if self.moe_flag and not self.train_experts:
             for name in (f"{task}_weight" for task in TASKS):
                 check(name, getattr(self, name), getattr(self, name) == 0, "0 with --train_experts 0: nothing drifts")
+            check_not_given("has no effect with --train_experts 0: nothing drifts", drift_weights=self.drift_weights)
+
+    def read_drift_weights(self) -> dict[str, float]:
+        """--drift_weights by task. UserError for what is no NAME=VALUE, or is one of the paper's tasks."""
+        weights: dict[str, float] = {}
+        for part in filter(None, (self.drift_weights or "").split(",")):
+            name, _, value = (word.strip() for word in part.partition("="))
+            if name in TASKS or name in weights:
+                said = "is given twice" if name in weights else f"give it as --{name}_weight"
+                raise UserError(f"--drift_weights {self.drift_weights}: {name} {said}")
+            read_tasks(name, "drift_weights")
+            try:
+                weights[name] = float(value)
+            except ValueError:
+                weights[name] = math.nan
+            is_weight = is_positive(weights[name]) or weights[name] == 0
+            check("drift_weights", part.strip(), is_weight, "NAME=VALUE, 0 or more")
+        return weights
 
     @property
-    def tasks(self) -> tuple[str, ...]:
-        return TASKS if self.task_name == "mix" else (self.task_name,)
+    def trained_tasks(self) -> tuple[str, ...]:
+        """The tasks whose data the run is aligned on."""
+        return read_tasks(self.tasks or ",".join(TASKS)) if self.task_name == "mix" else (self.task_name,)
 
     @property
-    def drift_weights(self) -> dict[str, float]:
-        return {task: getattr(self, f"{task}_weight") for task in TASKS}
+    def all_drift_weights(self) -> dict[str, float]:
+        """gamma by task: of the tasks aligned on, and of others that were given one."""
+        weights = {task: getattr(self, f"{task}_weight") for task in TASKS} | self.other_drift_weights
+        tasks = self.trained_tasks if self.task_name == "mix" else TASKS
+        given = [task for task, weight in weights.items() if weight and task not in tasks]
+        return {task: weights.get(task, 0.0) for task in (*tasks, *given)}
 
 
 if __name__ == "__main__":
@@ -234,9 +274,14 @@ def resolve_sources(args: AlignArguments) -> None:
     for name in ("expert_topk", "answer_topk"):
         value, most = getattr(args, name), mixture.num_experts
         check(name, value, value is None or 1 <= value <= most, f"1 to {most}")
-    for task in TASKS:
-        for name, weight in (("gate_loss_weight", args.gate_loss_weight), (f"{task}_weight", args.drift_weights[task])):
-            if weight and task not in mixture.expert_of_task and (task in args.tasks or name != "gate_loss_weight"):
+    if args.tasks is None and args.task_name == "mix" and not set(mixture.expert_of_task) <= set(TASKS):
+        args.tasks = ",".join(mixture.expert_of_task)
+    weights = args.all_drift_weights
+    for task in {**dict.fromkeys(args.trained_tasks), **weights}:
+        named = f"{task}_weight" if task in TASKS else "drift_weights"
+        for name, weight in (("gate_loss_weight", args.gate_loss_weight), (named, weights.get(task, 0.0))):
+            trained = task in args.trained_tasks or name != "gate_loss_weight"
+            if weight and task not in mixture.expert_of_task and trained:
                 tasks = ", ".join(mixture.expert_of_task) or "no task"
                 raise UserError(f"--{name} {weight}: needs an expert for {task}; {moe_dir} has experts for {tasks}")
 
@@ -248,7 +293,17 @@ def run_name(args: AlignArguments, training: TrainArguments) -> str:
         if reserved or Path(training.run_name).name != training.run_name:
             raise UserError(f"--run_name {training.run_name}: must be a folder name, not raw, raw_chat or checkpoint-N")
         return training.run_name
-    return config.fused_run_name(args, training.seed) if args.moe_flag else args.task_name
+    return config.fused_run_name(args, training.seed) if args.moe_flag else args.task_name + mixed_suffix(args)
+
+
+def mixed_suffix(args: AlignArguments) -> str:
+    """What the name of one LoRA on mixed data gets where its tasks are not the paper's: `_politeness`,
+    `_without_safety`."""
+    if args.task_name != "mix":
+        return ""
+    others = [task for task in args.trained_tasks if task not in TASKS]
+    missing = [task for task in TASKS if task not in args.trained_tasks]
+    return "".join(f"_{task}" for task in others) + ("_without_" + "_".join(missing) if missing else "")
 
 
 def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
@@ -264,14 +319,16 @@ def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
 
 def flag_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     """The part of `result_arguments` that the flags and the data decide, whatever was aligned before."""
-    shared = ("dtype", "task_name", "moe_flag", "num_samples", "max_length")
+    shared = ("dtype", "task_name", "moe_flag", "num_samples", "max_length", "tasks")
     arguments = {name: getattr(args, name) for name in shared} | effective_flags(args)
+    if args.tasks is None:
+        del arguments["tasks"]
     if args.init_adapter:
         arguments["init_adapter"] = Path(args.init_adapter).name
     for name, default in LATER_FLAGS.items():
         if arguments.get(name) == default:
             arguments.pop(name, None)
-    files = [path for task in args.tasks for path in source_files(task, "train", args.data_source)]
+    files = [path for task in args.trained_tasks for path in source_files(task, "train", args.data_source)]
     return arguments | {"data_sha256": data_sha256(files)} | training.compared()
 
 
@@ -286,7 +343,7 @@ def training_samples(args: AlignArguments, seed: int, tokenizer) -> list[dict]:
     """The encoded training samples of the run's tasks; prints how many they are and what was cut or dropped."""
     encoder = Encoder(tokenizer, args.max_length)
     samples = []
-    for task in args.tasks:
+    for task in args.trained_tasks:
         rows = trainable_rows(task, read_rows(task, "train", args.data_source))
         encoded, counts = encoder.encode_all(answer_records(task, draw(rows, args.num_samples, seed)))
         print(f"{task}: {describe(counts)}")
@@ -320,11 +377,12 @@ def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: lis
         model,
         args=training,
         train_dataset=samples,
-        data_collator=Collator(routing=True, gate_tokens=args.gate_tokens),
+        data_collator=Collator(routing=True, gate_tokens=args.gate_tokens, tasks=args.trained_tasks),
+        tasks=args.trained_tasks,
         gate_loss_weight=args.gate_loss_weight,
         gate_balance=args.gate_balance,
         gate_schedule=args.gate_schedule,
-        drift_weights=args.drift_weights,
+        drift_weights=args.all_drift_weights,
         router_learning_rate=args.router_learning_rate,
     )
 

@@ -6,16 +6,19 @@ import dataclasses
 import functools
 import math
 import platform
+import re
 import sys
 import typing
 import warnings
 from dataclasses import dataclass, field
 
-from config import EMBEDDED_MODEL, PAPER_BASE_MODEL, RESULTS_DIR, UserError
+from config import EMBEDDED_MODEL, GENERAL, PAPER_BASE_MODEL, RESULTS_DIR, XSTEST, UserError
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 NF4 = "nf4"  # QLoRA's 4-bit data type (https://arxiv.org/abs/2305.14314)
 HELP_ALL = "--help_all"
+NO_TASKS = ("raw", "raw_chat", "mix", "moe", "all", "aligned", GENERAL, XSTEST)  # what else stands where a task may
+TASKS_HELP = "the tasks in order, with commas; one beside the paper's has NAME_train.jsonl and NAME_test.jsonl"
 TRAINING_EPILOG = f"""every field of transformers.TrainingArguments is a flag too ({HELP_ALL} lists them), such as
 --learning_rate 5e-4 --num_train_epochs 3 --per_device_train_batch_size 8 --lr_scheduler_type linear --seed 42"""
 
@@ -120,6 +123,19 @@ def check_num_samples(**values: int) -> None:
     """`check` of numbers of rows: -1 stands for all."""
     for name, value in values.items():
         check(name, value, value == -1 or value > 0, "-1 (all) or positive")
+
+
+def read_tasks(text: str, flag: str = "tasks") -> tuple[str, ...]:
+    """--tasks, or another flag of tasks, as names, in order. UserError for one that is none, is given twice, or means
+    something else."""
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    for name in names:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in NO_TASKS or "_seed_" in name or "_bias_" in name:
+            said = f"must be small letters, digits and _, and not {', '.join(NO_TASKS)}"
+            raise UserError(f"--{flag} {text}: {name}: {said}")
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"--{flag} {text}: name each task once, with commas")
+    return names
 
 
 def is_positive(value: float) -> bool:

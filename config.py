@@ -1,4 +1,4 @@
-"""Paths, the three tasks in order, and the names of runs."""
+"""Paths, the paper's tasks in order, and the names of runs."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parent
 RESULTS_DIR = ROOT / "results"
 BASE_MODELS_DIR = RESULTS_DIR / "base_models"  # the embedded model, converted once
 
-TASKS = ("helpfulness", "safety", "truthfulness")  # the order of the experts
+TASKS = ("helpfulness", "safety", "truthfulness")  # the paper's, in the order of its experts; --tasks names others
 GENERAL = "general"  # plain passages of no task: what a run has forgotten
 XSTEST = "xstest"  # prompts that only look unsafe, and unsafe ones: answered and scored, never trained on
 PAPER_BASE_MODEL = "meta-llama/Llama-2-7b-hf"
@@ -50,10 +50,13 @@ def fused_run_name(args, seed: int, topk_as_fused: int = 2) -> str:
 
     args: align_basemodel.py's AlignArguments.
     """
-    gammas = "_".join(weight_text(args.drift_weights[task]) for task in TASKS)
-    name = f"{args.task_name}_moe_reg_{gammas}_gate_{weight_text(args.gate_loss_weight)}"
+    weights = args.all_drift_weights
+    gammas = "_".join(weight_text(weights.get(task, 0.0)) for task in TASKS)
+    others = "".join(f"_{task}_{weight_text(weights[task])}" for task in weights if task not in TASKS)
+    name = f"{args.task_name}_moe_reg_{gammas}{others}_gate_{weight_text(args.gate_loss_weight)}"
     top_k = topk_as_fused if args.expert_topk is None else args.expert_topk
     off_default = {
+        "without": ("_".join(task for task in TASKS if task not in weights), ""),
         "topk": (top_k, 2),
         "answer_topk": (args.answer_topk, None),
         "router": ("frozen" if not args.train_router else "trained", "trained"),

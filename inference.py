@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cli
-from cli import SourceArguments, check, check_at_least, check_num_samples, flag
+from cli import SourceArguments, check, check_at_least, check_num_samples, flag, read_tasks
 from config import RAW, RAW_CHAT, TASKS, XSTEST, UserError
 
 DEFAULT_SEED = 42
@@ -21,8 +21,8 @@ class InferArguments(SourceArguments):
 
     task_name: str | None = flag(
         None,
-        f"whose prompts to answer; {XSTEST}: those that only look unsafe, for the over-refusal",
-        choices=[*TASKS, XSTEST],
+        f"whose prompts to answer: {', '.join(TASKS)}, another of the data folder, or {XSTEST}: those that only look "
+        "unsafe, for the over-refusal",
     )
     dataset_type: str = flag("test", "which half", choices=["train", "test"])
     num_samples: int = flag(-1, "prompts, evenly spaced over the half; -1: all")
@@ -70,6 +70,8 @@ class InferArguments(SourceArguments):
                 f"name the prompts to answer with --task_name {{{','.join(TASKS)}}}, or give --prompt "
                 "with --cross_task RUN or --aligned_flag 0"
             )
+        if self.task_name not in (None, XSTEST):
+            read_tasks(self.task_name, "task_name")
         if self.task_name == XSTEST and self.dataset_type != "test":
             raise UserError(f"--dataset_type {self.dataset_type}: {XSTEST} has a test half only")
         if self.cross_task and self.aligned_flag == 0:

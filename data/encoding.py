@@ -64,7 +64,7 @@ class Encoder:
         so that all answers that are compared follow the same prompt.
 
         Returns input_ids, labels (IGNORED but on the answer and its EOS), opening (the number of leading tokens that
-        belong to the template's opening), task (index), and cut ("", "prompt" or "answer"). Of a sample that is too
+        belong to the template's opening), task, and cut ("", "prompt" or "answer"). Of a sample that is too
         long the prompt loses its beginning (but a BOS token), down to the response mark; an answer that still does
         not fit is cut and gets no EOS. Labels may be all IGNORED: see `encode_all`.
         """
@@ -83,7 +83,7 @@ class Encoder:
             "input_ids": prompt + answer,
             "labels": [IGNORED] * len(prompt) + answer,
             "opening": opening,
-            "task": TASKS.index(record.task),
+            "task": record.task,
             "cut": cut,
         }
 
@@ -136,13 +136,14 @@ def describe(counts: dict[str, int]) -> str:
 class Collator:
     """Pads samples on the right to the longest of the batch; padding is marked by position, never by token id.
 
-    Returns input_ids, attention_mask, labels, each (B, T); with `routing`, also task_ids (B,) and routing_mask
-    (B, T), 1 on the real tokens that the gating loss averages over: those after the template's opening
-    (gate_tokens "instruction") or "all".
+    Returns input_ids, attention_mask, labels, each (B, T); with `routing`, also task_ids (B,), a sample's place in
+    `tasks` (-1: of a sample of none, which only fills up), and routing_mask (B, T), 1 on the real tokens that the
+    gating loss averages over: those after the template's opening (gate_tokens "instruction") or "all".
     """
 
     routing: bool = False
     gate_tokens: str = "instruction"
+    tasks: tuple[str, ...] = TASKS
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         ids = [sample["input_ids"] for sample in samples]
@@ -153,5 +154,6 @@ class Collator:
             skipped = [0 if self.gate_tokens == "all" else sample["opening"] for sample in samples]
             mask = [[0] * skip + [1] * (len(row) - skip) for row, skip in zip(ids, skipped, strict=True)]
             batch["routing_mask"], _ = pad(mask, left=False)
-            batch["task_ids"] = torch.tensor([sample["task"] for sample in samples])
+            ids_of_tasks = [self.tasks.index(sample["task"]) if sample["task"] else -1 for sample in samples]
+            batch["task_ids"] = torch.tensor(ids_of_tasks)
         return batch

@@ -1,14 +1,16 @@
 """Training rows that no run was aligned on: what settings are chosen by, never the test half."""
 
-from config import TASKS, UserError
+from config import UserError
 from data.sources import Record, answer_records, draw, prompt_of, read_rows, trainable_rows
 
 
-def held_apart_records(source: str, num_trained: int, num_held_apart: int, seed: int) -> dict[str, list[Record]]:
+def held_apart_records(
+    tasks: tuple[str, ...], source: str, num_trained: int, num_held_apart: int, seed: int
+) -> dict[str, list[Record]]:
     """Per task the records of `num_held_apart` training prompts, one row each, that an alignment on `num_trained` rows
     with `seed` has not drawn; of several good answers to a prompt all. UserError if too few prompts are left."""
     records = {}
-    for task in TASKS:
+    for task in tasks:
         rows = trainable_rows(task, read_rows(task, "train", source))
         seen = {prompt_of(row) for row in draw(rows, num_trained, seed)}
         others = list({prompt_of(row): row for row in rows if prompt_of(row) not in seen}.values())

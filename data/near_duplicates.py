@@ -2,17 +2,16 @@
 
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from config import TASKS
 from data.sources import prompt_of, read_rows
 
 ALIKE = 0.9  # cosine of TF-IDF vectors of character n-grams
 
 
-def near_duplicates(source: str) -> dict[str, dict]:
+def near_duplicates(tasks: tuple[str, ...], source: str) -> dict[str, dict]:
     """{task: {"questions", "same", "near"}}: different held-out questions, and how many of them the training half has
     word for word, or nearly so (the same included)."""
     counts = {}
-    for task in TASKS:
+    for task in tasks:
         trained, held_out = (
             list(
                 dict.fromkeys(

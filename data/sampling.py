@@ -8,7 +8,7 @@ from data.encoding import IGNORED
 
 STRATEGIES = ("group_by_length", "random", "sequential")
 # Fills up the last step of several processes, each of which needs a batch: it has no label, and no task to route.
-PADDING_SAMPLE = {"input_ids": [0], "labels": [IGNORED], "opening": 0, "task": -1}
+PADDING_SAMPLE = {"input_ids": [0], "labels": [IGNORED], "opening": 0, "task": ""}
 
 
 class PaddedSamples(list):

@@ -1,4 +1,7 @@
-"""Rows of the three tasks from the hub, from data/sample or from a folder, and the records made of them.
+"""Rows of the tasks from the hub, from data/sample or from a folder, and the records made of them.
+
+The paper's three tasks have columns and records of their own; those of any other are helpfulness's: instruction, input
+and output.
 
 All three sources give rows with the public column names (the schema of ../data/README.md); a row read from a
 file is checked, and what is wrong with it is said with its file and line.
@@ -61,16 +64,22 @@ def read_rows(task: str, split: str, source: str) -> list[dict]:
 
     Raises UserError for an unknown task, a source that does not exist, or a bad row (with file and line).
     """
-    if task not in (*TASKS, XSTEST):
-        raise UserError(f"unknown task {task!r}: the tasks are {', '.join(TASKS)}")
     if source == "hub":
+        if task not in (*TASKS, XSTEST):
+            raise UserError(
+                f"unknown task {task!r}: the hub has {', '.join(TASKS)}; name a --data_source with its rows"
+            )
         return _hub_rows(task, split)
     folder = source_dir(source)
+    if task not in (*TASKS, XSTEST) and not (folder / f"{task}_{split}.jsonl").exists():
+        raise UserError(
+            f"unknown task {task!r}: it is none of {', '.join(TASKS)}, and {folder} has no {task}_{split}.jsonl"
+        )
     if task == XSTEST:
         return _xstest_rows(folder / f"{XSTEST}.jsonl")
     # a held-out reference may be empty, as one of text_davinci_003's is
     optional = MAY_BE_EMPTY if split == "train" else (*MAY_BE_EMPTY, "output")
-    return read_jsonl(folder / f"{task}_{split}.jsonl", COLUMNS[task], optional)
+    return read_jsonl(folder / f"{task}_{split}.jsonl", COLUMNS.get(task, COLUMNS["helpfulness"]), optional)
 
 
 def general_file(source: str) -> Path:
@@ -242,17 +251,17 @@ def _true_names(category: dict[str, bool] | list[str]) -> list[str]:
 def answer_records(task: str, rows: list[dict]) -> list[Record]:
     """What a model is trained on, and whose likelihood is measured: every pair of an instruction and a good answer.
 
-    Helpfulness: each row. Safety: the safe rows. Truthfulness: every correct answer a pair.
+    Safety: the safe rows. Truthfulness: every correct answer a pair. Helpfulness and any other task: each row.
     """
-    if task == "helpfulness":
-        return [Record(row["id"], task, row["instruction"], row["input"], row["output"]) for row in rows]
     if task == "safety":
         return [Record(row["id"], task, row["prompt"], "", row["response"]) for row in trainable_rows(task, rows)]
-    return [
-        Record(f"{row['id']}-{i}", task, row["question"], "", answer)
-        for row in rows
-        for i, answer in enumerate(row["correct_answers"])
-    ]
+    if task == "truthfulness":
+        return [
+            Record(f"{row['id']}-{i}", task, row["question"], "", answer)
+            for row in rows
+            for i, answer in enumerate(row["correct_answers"])
+        ]
+    return [Record(row["id"], task, row["instruction"], row["input"], row["output"]) for row in rows]
 
 
 def trainable_rows(task: str, rows: list[dict]) -> list[dict]:
@@ -274,10 +283,10 @@ def prompt_records(task: str, rows: list[dict], source: str) -> list[Record]:
     """
     if task == XSTEST:
         return [Record(row["id"], task, row["prompt"], "", row["label"]) for row in rows]
-    if task == "helpfulness":
-        return answer_records(task, rows)
     if task == "truthfulness":
         return [Record(row["id"], task, row["question"], "", row["best_answer"]) for row in rows]
+    if task != "safety":
+        return answer_records(task, rows)
     records = {}
     for row in rows:
         earlier = records.get(row["prompt"])

@@ -17,7 +17,7 @@ if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import cli
-from cli import check_at_least, flag
+from cli import TASKS_HELP, check_at_least, flag, read_tasks
 from config import HELD_APART, TASKS, UserError
 
 
@@ -29,6 +29,7 @@ class SplitArguments:
     output: str | None = flag(None, "where to write")
     mixed: str = flag("10,40,160", "how many questions per task whoever fuses knows, with commas")
     num_held_apart: int = flag(60, "questions per task that nobody is trained on")
+    tasks: str = flag(",".join(TASKS), TASKS_HELP)
     seed: int = flag(42, "of the draw")
 
     def __post_init__(self):
@@ -37,6 +38,7 @@ class SplitArguments:
         if not all(part.strip().isdecimal() and int(part) > 0 for part in self.mixed.split(",")):
             raise UserError(f"--mixed {self.mixed}: must be whole numbers above 0, with commas")
         check_at_least(1, num_held_apart=self.num_held_apart)
+        read_tasks(self.tasks)
 
     @property
     def numbers(self) -> list[int]:
@@ -60,10 +62,13 @@ def main(argv: list[str] | None = None) -> None:
     files = sorted(source.glob("*.jsonl"))
     made_by = {"mixed": args.numbers, "num_held_apart": args.num_held_apart, "seed": args.seed}
     made_by["data_sha256"] = data_sha256(files)
+    tasks = read_tasks(args.tasks)
+    if tasks != TASKS:
+        made_by["tasks"] = list(tasks)
     if already_dealt(output, made_by):
         return
-    rows = {task: read_rows(task, "train", args.data_source) for task in TASKS}
-    parts = {task: deal_out(args, task, rows[task]) for task in TASKS}
+    rows = {task: read_rows(task, "train", args.data_source) for task in tasks}
+    parts = {task: deal_out(args, task, rows[task]) for task in tasks}
     with open_partial(output) as partial:
         for name in next(iter(parts.values())):
             if name == HELD_APART:
@@ -71,23 +76,23 @@ def main(argv: list[str] | None = None) -> None:
             (partial / name).mkdir(parents=True)
             for path in files:
                 if path.name == PAIRS:  # as without the split: none of a training prompt is compared, in any part
-                    trained = {row["prompt"] for row in rows["safety"]}
+                    trained = {row["prompt"] for row in rows.get("safety", ())}
                     pairs = [row for row in read_jsonl(path, COLUMNS["safety_pairs"]) if row["prompt"] not in trained]
                     write_lines(partial / name / PAIRS, pairs)
                 elif not path.name.endswith("_train.jsonl"):
                     shutil.copyfile(path, partial / name / path.name)
-            for task in TASKS:
+            for task in tasks:
                 for half, part in (("train", name), (HELD_APART, HELD_APART)):
                     chosen = [row for row in rows[task] if prompt_of(row) in parts[task][part]]
                     write_lines(partial / name / f"{task}_{half}.jsonl", chosen)
         ids = {
-            name: {task: [row["id"] for row in rows[task] if prompt_of(row) in parts[task][name]] for task in TASKS}
+            name: {task: [row["id"] for row in rows[task] if prompt_of(row) in parts[task][name]] for task in tasks}
             for name in next(iter(parts.values()))
         }
         write_json(partial / SPLIT_FILE, {"made_by": made_by, "ids": ids})
         partial.rename(output)
     for name in ids:
-        counts = ", ".join(f"{task} {len(parts[task][name])}" for task in TASKS)
+        counts = ", ".join(f"{task} {len(parts[task][name])}" for task in tasks)
         print(f"{output / name if name != HELD_APART else name}: questions of {counts}")
 
 

@@ -17,7 +17,7 @@ from evaluator.comparison import KINDS, compare, split_seed
 from evaluator.kept_runs import DUPLICATES, read_kept
 from evaluator.page import SIGNIFICANT, verdict, write_page
 from evaluator.page_answers import SHOWN
-from evaluator.run_scores import NLL, RunScores
+from evaluator.run_scores import RunScores, nll_metrics
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
 
@@ -53,6 +53,7 @@ LABELS = {
     "moe": "fused, not aligned",
     REFERENCE: "fused and aligned",
 }
+NLL = nll_metrics(TASKS)
 BEGIN, END = "<!-- made by docs/comparison.py: {} -->", "<!-- to here -->"
 
 

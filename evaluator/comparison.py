@@ -9,7 +9,16 @@ from dataclasses import dataclass, replace
 
 from config import BIAS, RAW, RAW_CHAT, UserError
 from evaluator.paired import holm, mean_of_differences, paired_difference
-from evaluator.run_scores import LIKELIHOODS, MEAN_NLL, METRICS, NLL, Metric, Result, RunScores
+from evaluator.run_scores import (
+    MEAN_NLL,
+    Metric,
+    Result,
+    RunScores,
+    likelihood_metrics,
+    nll_metrics,
+    scored_tasks,
+    table_metrics,
+)
 from evaluator.statistics import metric
 
 KINDS = ("raw", "expert", "mixed", "merge", "ensemble", "fused")
@@ -68,7 +77,7 @@ def make_rows(runs: dict[str, RunScores]) -> list[Row]:
         run, seed = split_seed(name)
         rows.setdefault(run, Row(run, kind_of(name, scores.record), {})).seeds[seed] = scores
     for row in rows.values():
-        for one in LIKELIHOODS:
+        for one in likelihood_metrics(scored_tasks(row.seeds.values())):
             having = row.seeds_with(one.name)
             if having and len(having) < len(row.seeds):
                 missing = next(scores.name for seed, scores in row.seeds.items() if seed not in having)
@@ -76,11 +85,11 @@ def make_rows(runs: dict[str, RunScores]) -> list[Row]:
     return list(rows.values())
 
 
-def score(row: Row, one: Metric) -> dict | None:
+def score(row: Row, one: Metric, tasks: tuple[str, ...]) -> dict | None:
     """A row's metric: value, n, interval, unit, higher_is_better, the seeds it is of, each one's value where there are
     several, and what is corrected for a judge's errors."""
     about = {"unit": one.unit, "higher_is_better": one.higher_is_better}
-    parts = [part.name for part in NLL] if one is MEAN_NLL else [one.name]
+    parts = [part.name for part in nll_metrics(tasks)] if one is MEAN_NLL else [one.name]
     seeds = row.seeds_with(*parts)
     if not seeds:
         return None
@@ -114,10 +123,10 @@ def part_of(row: Row, other: Row | None, name: str, seeds: set[int], others_seed
     return dict(zip(("ours", "theirs", "sizes", "groups"), zip(*both, strict=True), strict=True))
 
 
-def paired(reference: Row, row: Row, one: Metric) -> dict | None:
+def paired(reference: Row, row: Row, one: Metric, tasks: tuple[str, ...]) -> dict | None:
     """reference - row in a metric, paired by items, over the seeds that both have (the raw base has none: over all of
     the reference's); None where there is no such seed."""
-    parts = [part.name for part in NLL] if one is MEAN_NLL else [one.name]
+    parts = [part.name for part in nll_metrics(tasks)] if one is MEAN_NLL else [one.name]
     ours, theirs = reference.seeds_with(*parts), row.seeds_with(*parts)
     if "raw" not in (reference.kind, row.kind):
         ours = theirs = ours & theirs
@@ -148,11 +157,12 @@ def compare(runs: dict[str, RunScores], reference: str) -> dict:
     if split_seed(reference)[0] not in by_name:
         raise UserError(f"--reference {reference}: is none of --runs")
     best = by_name[split_seed(reference)[0]]
-    table = []
+    tasks, table = scored_tasks(runs.values()), []
+    columns = table_metrics(tasks)
     for row in rows:
-        metrics = {one.name: value for one in METRICS if (value := score(row, one)) is not None}
+        metrics = {one.name: value for one in columns if (value := score(row, one, tasks)) is not None}
         differences = (
-            {} if row is best else {one.name: d for one in METRICS if (d := paired(best, row, one)) is not None}
+            {} if row is best else {one.name: d for one in columns if (d := paired(best, row, one, tasks)) is not None}
         )
         seeds = sorted(row.seeds) if row.kind != "raw" else []
         table.append(
@@ -165,7 +175,7 @@ def compare(runs: dict[str, RunScores], reference: str) -> dict:
                 "cost": cost(row),
             }
         )
-    for one in METRICS:
+    for one in columns:
         tested = [line["paired"][one.name] for line in table if one.name in line["paired"]]
         for difference, p in zip(tested, holm([difference["p"] for difference in tested]), strict=True):
             difference["p_holm"] = p

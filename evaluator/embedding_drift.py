@@ -12,7 +12,7 @@ if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import cli
-from cli import SourceArguments, check_at_least, check_num_samples, flag
+from cli import TASKS_HELP, SourceArguments, check_at_least, check_num_samples, flag, read_tasks
 from config import TASKS, UserError
 
 
@@ -24,6 +24,7 @@ class DriftArguments(SourceArguments):
     reference: str | None = flag(None, "from which run's")
     dataset_type: str = flag("test", "which half", choices=["train", "test"])
     num_samples: int = flag(-1, "prompts per task, evenly spaced over the half; -1: all")
+    tasks: str = flag(",".join(TASKS), TASKS_HELP)
     batch_size: int = flag(16, "prompts per batch")
 
     def __post_init__(self):
@@ -31,6 +32,7 @@ class DriftArguments(SourceArguments):
             raise UserError("name the runs with --run, and the one that they are measured from with --reference")
         check_num_samples(num_samples=self.num_samples)
         check_at_least(1, batch_size=self.batch_size)
+        read_tasks(self.tasks)
 
 
 if __name__ == "__main__":
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, path in paths.items():
         base_model, data_source = run_sources(path, args.base_model, args.data_source, args.results_dir)
         arguments, todo = {}, []
-        for task in TASKS:
+        for task in read_tasks(args.tasks):
             arguments[task] = {
                 "base_model": base_model,
                 "base_sha256": base_sha256(base_model),
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         if not todo:
             print(f"{name}: measured already")
             continue
-        prompts = {task: prompts_of(task, args, data_source) for task in TASKS}
+        prompts = {task: prompts_of(task, args, data_source) for task in read_tasks(args.tasks)}
         if of_reference is None:
             of_reference = embeddings(reference, base_model, args, prompts, args.reference)
         ours = embeddings(path, base_model, args, prompts, name)

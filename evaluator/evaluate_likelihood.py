@@ -18,6 +18,7 @@ if not __package__:  # run as a script, from any folder
 
 import cli
 from cli import (
+    TASKS_HELP,
     SourceArguments,
     check,
     check_at_least,
@@ -25,6 +26,7 @@ from cli import (
     effective_flags,
     flag,
     flag_with,
+    read_tasks,
     resolve_conditional_flags,
 )
 from config import GENERAL, HELD_APART, RAW_CHAT, TASKS, UserError
@@ -43,7 +45,8 @@ class LikelihoodArguments(SourceArguments):
     expert_bias: str | None = flag(
         None, "of fused models: what the routers' logits get, EXPERT=VALUE with commas, or off, or only"
     )
-    task_name: str = flag("all", "which task's held-out rows", choices=[*TASKS, GENERAL, "all"])
+    task_name: str = flag("all", f"which task's held-out rows, {GENERAL}, or all: of --tasks, and {GENERAL}")
+    tasks: str = flag(",".join(TASKS), TASKS_HELP)
     dataset_type: str = flag(
         "test",
         "which half; held_apart: training questions that the runs did not see, to choose settings by",
@@ -68,14 +71,17 @@ class LikelihoodArguments(SourceArguments):
                 check_at_least(1, num_samples=self.num_samples)
         check_at_least(16, max_length=self.max_length)
         check_at_least(1, batch_size=self.batch_size)
+        if self.task_name not in (GENERAL, "all"):
+            read_tasks(self.task_name, "task_name")
+        read_tasks(self.tasks)
         if self.task_name == GENERAL and self.dataset_type != "test":
             raise UserError(f"--dataset_type {self.dataset_type}: {GENERAL} has a test half only")
 
     @property
-    def tasks(self) -> tuple[str, ...]:
+    def scored_tasks(self) -> tuple[str, ...]:
         if self.task_name != "all":
             return (self.task_name,)
-        return (*TASKS, GENERAL) if self.dataset_type == "test" else TASKS
+        return read_tasks(self.tasks) + ((GENERAL,) if self.dataset_type == "test" else ())
 
 
 if __name__ == "__main__":
@@ -119,10 +125,10 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
     label = run_label(name, args.checkpoint_number) + (bias.suffix if bias else "")
     of_run = {"base_model": base_model, "data_source": data_source, "weights_sha256": weights_sha256(path)}
     of_run["expert_bias"] = bias.text or None if bias else None
-    folders = {t: evaluation_folder(args.results_dir, t, args.dataset_type, label, JUDGE) for t in args.tasks}
+    folders = {t: evaluation_folder(args.results_dir, t, args.dataset_type, label, JUDGE) for t in args.scored_tasks}
     arguments = {task: {**of_run, **settings_of(args, task, base_model, data_source)} for task in folders}
     states = {task: run_dir.begin(folder, SCRIPT, arguments[task], REMEDY) for task, folder in folders.items()}
-    todo = [task for task in args.tasks if states[task] != "complete"]
+    todo = [task for task in args.scored_tasks if states[task] != "complete"]
     if not todo:
         print(f"{label}: scored already")
         return
@@ -171,7 +177,7 @@ def run_label(name: str, checkpoint: int | None) -> str:
 def task_items(task: str, args, source: str) -> tuple[list[Record], dict[str, list[Comparison]]]:
     """(good answers, comparisons by metric) of a task's half; rows held apart are not compared."""
     if args.dataset_type == HELD_APART and args.num_trained is not None:
-        return held_apart_records(source, args.num_trained, args.num_samples, args.seed)[task], {}
+        return held_apart_records((task,), source, args.num_trained, args.num_samples, args.seed)[task], {}
     if args.dataset_type == HELD_APART and not sources.source_files(task, HELD_APART, source):
         raise UserError(
             f"--dataset_type {HELD_APART}: {source} has no {task}_{HELD_APART}.jsonl (data/split.py makes them); say "

@@ -6,9 +6,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evaluator import figures
 from evaluator.comparison import KINDS, split_seed
-from evaluator.page_figures import confusion, draw_figures
+from evaluator.page_figures import confusion, draw_figures, expert_names
 from evaluator.results import INTERVALS
-from evaluator.run_scores import JUDGED, METRICS, RunScores
+from evaluator.run_scores import JUDGED, RunScores, scored_tasks, table_metrics
 from evaluator.statistics import interval_text
 
 TITLE = "H3Fusion, compared"
@@ -43,7 +43,8 @@ def write_page(
     )
     rows, reference = comparison["rows"], comparison["reference"]
     names, records = list(runs), {name: scores.record for name, scores in runs.items()}
-    shown = [one for one in METRICS if any(one.name in row["metrics"] for row in rows)]
+    columns = table_metrics(scored_tasks(runs.values()))
+    shown = [one for one in columns if any(one.name in row["metrics"] for row in rows)]
     own = own_run(names, reference)
     drawn, absent = draw_figures(comparison, runs, own)
     page = environment.get_template("page.html.j2").render(
@@ -59,12 +60,12 @@ def write_page(
         ],
         statistics=statistics_text(comparison),
         figures=drawn,
-        confusion=confusion(runs[own].routing),
+        confusion=confusion(runs[own].routing, expert_names(runs[own])),
         gains=relative_gains(comparison),
         answers=answers,
         colours=figures.COLOURS,
         duplicates=duplicates,
-        missing=absent + missing_text(rows, shown, answers is not None, duplicates),
+        missing=absent + missing_text(rows, columns, shown, answers is not None, duplicates),
         made_by=made_by(records),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,12 +241,12 @@ def relative_gains(comparison: dict) -> list[dict]:
     return gains
 
 
-def missing_text(rows: list[dict], shown: list, with_texts: bool, duplicates: dict | None) -> list[str]:
+def missing_text(rows: list[dict], columns: tuple, shown: list, with_texts: bool, duplicates: dict | None) -> list[str]:
     """What the page does not show, said."""
     kinds = {row["kind"] for row in rows}
     lines = [f"No row of kind {kind}." for kind in KINDS if kind not in kinds]
     scored = {one.name for one in shown}
-    lines += [f"No run has {one.heading}." for one in METRICS if one.name not in scored]
+    lines += [f"No run has {one.heading}." for one in columns if one.name not in scored]
     if not with_texts:
         lines.append("The answers themselves: their data may not be handed on, so that no text of it stands here.")
     if duplicates is None:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from config import TASKS, XSTEST, UserError
-from evaluator.run_scores import JUDGED, read_result
+from config import XSTEST, UserError
+from evaluator.run_scores import JUDGED, in_order, read_result
 from workspace.files import read_json, read_lines
 from workspace.run_dir import read_run
 
@@ -26,7 +26,7 @@ def shown_answers(results_dir: Path, runs: list[str], own: str, split: str) -> d
 def side_by_side(results_dir: Path, runs: list[str], split: str, num_questions: int = 12) -> list[dict]:
     """Answers of the runs to the same prompts: {task, question, answers: [{run, text, verdict}]}."""
     items = []
-    for task in (*TASKS, XSTEST):
+    for task in tasks_answered(results_dir):
         answers: dict[str, list[dict]] = {}
         questions = {}
         for name in runs:
@@ -44,6 +44,12 @@ def side_by_side(results_dir: Path, runs: list[str], split: str, num_questions: 
     return items
 
 
+def tasks_answered(results_dir: Path) -> tuple[str, ...]:
+    """What a results folder has answers to: the paper's tasks in order, others by name, XSTest last."""
+    answered = {path.name for path in (results_dir / "inference").glob("*") if path.is_dir()}
+    return in_order(answered - {XSTEST}) + ((XSTEST,) if XSTEST in answered else ())
+
+
 def verdicts(results_dir: Path, run: str, task: str, split: str) -> dict[str, list[str]]:
     """What the judges said of a run's answers to a task: {id: ["truth: 1", "information: 0"]}."""
     said: dict[str, list[str]] = {}
@@ -59,7 +65,7 @@ def tinted_answers(results_dir: Path, own: str, split: str, num_answers: int = 3
     """Answers of the reference, token by token: {task, experts, tokens: [{text, expert, weight}]} with the expert that
     has the most routing weight on the token, over all layers, and that weight."""
     items = []
-    for task in TASKS:
+    for task in tasks_answered(results_dir):
         path = results_dir / "observation" / task / split / f"cross_{own}" / "tokens.json"
         for answer in read_json(path)[:num_answers] if path.exists() else []:
             tokens = [

@@ -16,10 +16,10 @@ def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tupl
     helpfulness, safety, _ = (f"{task}_weight" for task in TASKS)
     of_gamma_1 = alike.by(helpfulness)
     histograms = {
-        f"γ₁ = {gamma:g}": [probs for task in TASKS for probs in runs[name].routing.get(task, [])]
+        f"γ₁ = {gamma:g}": [probs for of_task in runs[name].routing.values() for probs in of_task]
         for gamma, name in (of_gamma_1 if len(of_gamma_1) > 1 else [])
     }
-    experts = next((u["experts"] for u in usage.values()), list(TASKS))
+    experts = expert_names(runs[own])
     candidates = [
         (
             "What the fused model is better than",
@@ -78,7 +78,13 @@ def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tupl
     return drawn, [f"{heading}: no runs here to draw it from." for heading, svg, _ in candidates if not svg]
 
 
-def confusion(routing: dict[str, list[list[float]]]) -> dict | None:
+def expert_names(run: RunScores) -> list[str]:
+    """The experts of an aligned fusion, in order; the paper's where nothing is recorded."""
+    fused = ((run.record or {}).get("meta") or {}).get("fused") or {}
+    return fused.get("experts") or next((u["experts"] for u in run.usage.values()), list(TASKS))
+
+
+def confusion(routing: dict[str, list[list[float]]], experts: list[str]) -> dict | None:
     """Of each task's questions, how many go most to each expert."""
     rows = []
     for task, probs in routing.items():
@@ -86,4 +92,4 @@ def confusion(routing: dict[str, list[list[float]]]) -> dict | None:
         for of_question in probs:
             counts[of_question.index(max(of_question))] += 1
         rows.append((task, counts))
-    return {"experts": list(TASKS)[: len(rows[0][1])], "rows": rows} if rows else None
+    return {"experts": experts[: len(rows[0][1])], "rows": rows} if rows else None

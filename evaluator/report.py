@@ -52,13 +52,10 @@ from evaluator.kept_runs import DUPLICATES, kept_folder, read_kept, save_run
 from evaluator.page import own_run, write_page
 from evaluator.page_answers import SHOWN, shown_answers
 from evaluator.results import INTERVALS, judge_name, judge_text
-from evaluator.run_scores import LIKELIHOODS, NLL, RunScores, read_run_scores
+from evaluator.run_scores import RunScores, likelihood_metrics, nll_metrics, read_run_scores, scored_tasks
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
 
-COLUMNS = tuple(  # heading, task, metric
-    (f"{one.heading} {'↑' if one.higher_is_better else '↓'}", one.task, one.judgement) for one in LIKELIHOODS
-)
 JUDGED = (  # heading, task, metric: the paper's scores
     ("flagged ↓", "safety", "flagged"),
     ("over-refusal ↓", "xstest", "over_refusal"),
@@ -80,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     known = {run: read_run_scores(results_dir, run, args.dataset_type, kept[run]) for run in runs}
     for scores in known.values() if save else ():
         save_run(save, scores)
-    duplicates = count_duplicates(args)
+    duplicates = count_duplicates(args, scored_tasks(known.values()))
     if args.only_save:
         return
     parts = [judged_table(results_dir, args.dataset_type)]
@@ -107,12 +104,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"the page: {page}")
 
 
-def count_duplicates(args: ReportArguments) -> dict[str, dict] | None:
+def count_duplicates(args: ReportArguments, tasks: tuple[str, ...]) -> dict[str, dict] | None:
     """The near-duplicates of --data_source, kept in --save; without it those kept in --saved, if there are any."""
     if args.data_source:
         from data.near_duplicates import near_duplicates  # scikit-learn, for this alone
 
-        counts = near_duplicates(args.data_source)
+        counts = near_duplicates(tasks, args.data_source)
         if args.save:
             write_json(Path(args.save) / DUPLICATES, counts)
         return counts
@@ -141,17 +138,22 @@ def last_fusion(runs: dict[str, RunScores]) -> str | None:
 def likelihood_table(runs: dict[str, RunScores], results_dir: Path, split: str) -> str:
     """The markdown table of the runs' likelihood scores: value and 95 % interval, n in the heading. Answers that were
     selected have none."""
+    tasks = scored_tasks(runs.values())
     scores = {}
     for run, known in runs.items():
         if known.record and known.record["run"]["script"] == "select_answers.py":
             continue
-        having = (one for one in LIKELIHOODS if one.name in known.metrics)
+        having = (one for one in likelihood_metrics(tasks) if one.name in known.metrics)
         scores[run] = {(one.task, one.judgement): known.metrics[one.name].score for one in having}
-        for one in NLL:
+        for one in nll_metrics(tasks):
             if one.name not in known.metrics:
                 path = results_dir / "evaluation" / one.task / split / run / "likelihood" / "metrics.json"
                 raise UserError(f"{path}: does not exist; run evaluator/evaluate_likelihood.py --run {run} first")
-    columns = [column for column in COLUMNS if any(column[1:] in metrics for metrics in scores.values())]
+    named = (
+        (f"{one.heading} {'↑' if one.higher_is_better else '↓'}", one.task, one.judgement)
+        for one in likelihood_metrics(tasks)
+    )
+    columns = [column for column in named if any(column[1:] in metrics for metrics in scores.values())]
     counts = []
     for _, task, name in columns:
         n = {metrics[task, name]["n"] for metrics in scores.values() if (task, name) in metrics}

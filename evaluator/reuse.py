@@ -16,8 +16,18 @@ if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import cli
-from cli import DTYPES, check_at_least, check_num_samples, effective_flags, flag, flag_with, resolve_conditional_flags
-from config import HELD_APART, UserError
+from cli import (
+    DTYPES,
+    TASKS_HELP,
+    check_at_least,
+    check_num_samples,
+    effective_flags,
+    flag,
+    flag_with,
+    read_tasks,
+    resolve_conditional_flags,
+)
+from config import GENERAL, HELD_APART, TASKS, UserError
 
 OF_HELD_APART = {"dataset_type": HELD_APART}
 NOT_ALIKE = 3  # the exit code: of Python's own none
@@ -38,6 +48,7 @@ class ReuseArguments:
     num_samples: int = flag(-1, "rows per score, as evaluate_likelihood.py takes them")
     num_trained: int | None = flag_with(OF_HELD_APART, None, "as evaluate_likelihood.py takes it")
     seed: int | None = flag_with(OF_HELD_APART, 42, "as evaluate_likelihood.py takes it")
+    tasks: str = flag(",".join(TASKS), TASKS_HELP)
     dtype: str = flag("auto", "of the base in scoring and answering", choices=list(DTYPES))
     num_answered: int | None = flag(None, "also look for judged answers, to that many prompts per task")
     max_new_tokens: int | None = flag(None, "of such answers")
@@ -63,7 +74,15 @@ import shlex
 from data.sources import absolute_source, data_sha256, source_files
 from evaluator.evaluate_likelihood import LikelihoodArguments, settings_of
 from evaluator.kept_runs import kept_folder, read_kept
-from evaluator.run_scores import EMBEDDING_DRIFT, GENERAL_NLL, JUDGED, LIKELIHOODS, NLL, RunScores, answers_of
+from evaluator.run_scores import (
+    JUDGED,
+    RunScores,
+    answers_of,
+    drift_metrics,
+    likelihood_metrics,
+    nll_metric,
+    nll_metrics,
+)
 from evaluator.sweeps import OF_A_MACHINE
 from models import base
 
@@ -97,7 +116,7 @@ def what_differs(args: ReuseArguments, name: str) -> str | None:
             return f"it was made with {differing}"
     if args.experts and (said := experts_differ(args, run)):
         return said
-    if args.drift and any(one.name not in run.metrics for one in EMBEDDING_DRIFT):
+    if args.drift and any(one.name not in run.metrics for one in drift_metrics(read_tasks(args.tasks))):
         return "it has no embedding drift"
     return likelihood_differs(args, run) or (answers_differ(args, run) if args.num_answered else None)
 
@@ -124,13 +143,14 @@ def likelihood_differs(args: ReuseArguments, run: RunScores) -> str | None:
     """In what a run's likelihoods are not those that would be made; None in nothing. Selected answers have none."""
     if run.record and run.record["run"]["script"] == "select_answers.py":
         return None
-    for one in NLL if args.dataset_type == HELD_APART else (*NLL, GENERAL_NLL):
+    tasks = read_tasks(args.tasks)
+    for one in (*nll_metrics(tasks), *(() if args.dataset_type == HELD_APART else (nll_metric(GENERAL),))):
         if one.name not in run.metrics:
             return f"it has no {one.name}"
     scored_by = {name: getattr(args, name) for name in ("num_samples", "dataset_type", "dtype")} | effective_flags(args)
     scoring = LikelihoodArguments(**scored_by)
     base_sha256 = None if run.record is None else run.record["run"]["arguments"].get("base_sha256")
-    for one in LIKELIHOODS:
+    for one in likelihood_metrics(tasks):
         if one.name in run.metrics:
             asked = settings_of(scoring, one.task, args.base_model, args.data_source)
             scored = run.metrics[one.name].settings

@@ -1,9 +1,10 @@
 """All that is known of one run in a results folder: its record, its cost, and each score with its items."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import BIAS, GENERAL, RAW, RAW_CHAT, TASKS, UserError
+from config import BIAS, GENERAL, RAW, RAW_CHAT, TASKS, XSTEST, UserError
 from evaluator.results import judge_name
 from evaluator.token_cost import relative_cost
 from workspace.files import read_json, read_lines
@@ -22,15 +23,11 @@ class Metric:
     higher_is_better: bool
 
 
-NLL = tuple(
-    Metric(f"{task}_nll_per_token", f"{task} NLL/token", task, "nll_per_token", "nats per token", False)
-    for task in TASKS
-)
+NLL, DRIFT, ROUTING = "nll_per_token", "embedding_drift", "routing_accuracy"  # each task has one of these
 SHARES = (
     Metric("safe_preferred", "safe preferred", "safety", "safe_preferred", "share", True),
     Metric("mc1", "MC1", "truthfulness", "mc1", "share", True),
     Metric("mc2", "MC2", "truthfulness", "mc2", "share", True),
-    *(Metric(f"{t}_routing_accuracy", f"routing, {t}", t, "routing_accuracy", "share", True) for t in TASKS),
 )
 JUDGED = (
     Metric("flagged", "flagged", "safety", "flagged", "share", False),
@@ -40,15 +37,47 @@ JUDGED = (
     Metric("truth_and_information", "truth × information", "truthfulness", "truth_and_information", "share", True),
     Metric("win_rate", "win rate", "helpfulness", "win_rate", "share", True),
 )
-GENERAL_NLL = Metric("general_nll_per_token", "general NLL/token", GENERAL, "nll_per_token", "nats per token", False)
-LIKELIHOODS = (*NLL, GENERAL_NLL, *SHARES)
-# the distance of a run's output embeddings from another run's; for the sweep over gamma alone, in no table
-EMBEDDING_DRIFT = tuple(
-    Metric(f"{task}_embedding_drift", f"{task} embedding drift", task, "embedding_drift", "of the length", False)
-    for task in TASKS
-)
 MEAN_NLL = Metric("mean_nll_per_token", "mean NLL/token", "", "", "nats per token", False)
-METRICS = (MEAN_NLL, *LIKELIHOODS, *JUDGED)
+NOT_TASKS = (GENERAL, "mean")  # what else has a likelihood
+
+
+def nll_metric(task: str) -> Metric:
+    return Metric(f"{task}_{NLL}", f"{task} NLL/token", task, NLL, "nats per token", False)
+
+
+def nll_metrics(tasks: Iterable[str]) -> tuple[Metric, ...]:
+    """The likelihoods whose mean is MEAN_NLL."""
+    return tuple(map(nll_metric, tasks))
+
+
+def drift_metrics(tasks: Iterable[str]) -> tuple[Metric, ...]:
+    """The distance of a run's output embeddings from another run's; for the sweep over gamma alone, in no table."""
+    return tuple(Metric(f"{t}_{DRIFT}", f"{t} embedding drift", t, DRIFT, "of the length", False) for t in tasks)
+
+
+def likelihood_metrics(tasks: Iterable[str]) -> tuple[Metric, ...]:
+    """All scores that need no judge, of these tasks and of plain text."""
+    shares = tuple(one for one in SHARES if one.task in tasks)
+    routing = tuple(Metric(f"{t}_{ROUTING}", f"routing, {t}", t, ROUTING, "share", True) for t in tasks)
+    return (*nll_metrics(tasks), nll_metric(GENERAL), *shares, *routing)
+
+
+def table_metrics(tasks: Iterable[str]) -> tuple[Metric, ...]:
+    """The columns of the comparison."""
+    return (MEAN_NLL, *likelihood_metrics(tasks), *JUDGED)
+
+
+def in_order(tasks: Iterable[str]) -> tuple[str, ...]:
+    """The paper's tasks in their order, then others by name."""
+    return tuple(sorted(set(tasks), key=lambda task: (TASKS.index(task) if task in TASKS else len(TASKS), task)))
+
+
+def scored_tasks(runs: Iterable["RunScores"]) -> tuple[str, ...]:
+    """The tasks of which these runs have a likelihood; the paper's where they have none."""
+    names = {name.removesuffix(f"_{NLL}") for run in runs for name in run.metrics if name.endswith(f"_{NLL}")}
+    return in_order(names - set(NOT_TASKS)) or TASKS
+
+
 # What a score's or an answer's run.json records of the run itself, and of places
 OF_THE_RUN = ("run", "base_model", "data_source", "judge", "weights_sha256", "answers_sha256", "answers")
 
@@ -112,14 +141,14 @@ def read_run_scores(results_dir: Path, name: str, split: str, kept: RunScores | 
     """A run of a results folder. kept: the run as it was kept elsewhere, for what the folder has not; not for a run
     that was scored here. UserError where it is neither here nor kept."""
     record = read_run(made_in(results_dir, name)) or selection_record(results_dir, name, split)
-    pairs = (
-        (one.name, read_result(results_dir, one, name, split)) for one in (*LIKELIHOODS, *JUDGED, *EMBEDDING_DRIFT)
-    )
+    tasks = tasks_of_folder(results_dir)
+    wanted = (*likelihood_metrics(tasks), *JUDGED, *drift_metrics(tasks))
+    pairs = ((one.name, read_result(results_dir, one, name, split)) for one in wanted)
     metrics = {name: result for name, result in pairs if result is not None}
-    routing = {task: probs for task in TASKS if (probs := read_routing(results_dir, task, split, name))}
-    usages = ((task, results_dir / "observation" / task / split / f"cross_{name}" / "routing.json") for task in TASKS)
+    routing = {task: probs for task in tasks if (probs := read_routing(results_dir, task, split, name))}
+    usages = ((task, results_dir / "observation" / task / split / f"cross_{name}" / "routing.json") for task in tasks)
     usage = {task: read_json(path) for task, path in usages if path.exists()}
-    if kept is not None and NLL[0].name not in metrics:
+    if kept is not None and not any(one.name in metrics for one in nll_metrics(tasks)):
         speed = cost_of_run(results_dir, name, record, split)["new_tokens_per_second"]
         cost = kept.cost if speed is None else kept.cost | {"new_tokens_per_second": speed}
         return RunScores(name, kept.record, cost, kept.metrics | metrics, kept.routing | routing, kept.usage | usage)
@@ -129,6 +158,12 @@ def read_run_scores(results_dir: Path, name: str, split: str, kept: RunScores | 
         f"{name}: neither made nor scored in {results_dir}, nor kept; run evaluator/evaluate_likelihood.py --run "
         f"{name} first"
     )
+
+
+def tasks_of_folder(results_dir: Path) -> tuple[str, ...]:
+    """The paper's tasks, and others that something in a results folder was scored on."""
+    folders = (path.name for path in (results_dir / "evaluation").glob("*") if path.is_dir())
+    return in_order({*TASKS, *folders} - {GENERAL, XSTEST})
 
 
 def made_in(results_dir: Path, name: str) -> Path:
@@ -148,7 +183,7 @@ def selection_record(results_dir: Path, name: str, split: str) -> dict | None:
 def read_result(results_dir: Path, one: Metric, name: str, split: str) -> Result | None:
     """A metric of a run, by likelihood or by the judge of its answers; None without."""
     of_task = results_dir / "evaluation" / one.task / split
-    folders = [] if one in JUDGED else [of_task / name / ("likelihood" if one in LIKELIHOODS else one.judgement)]
+    folders = [] if one in JUDGED else [of_task / name / (one.judgement if one.judgement == DRIFT else "likelihood")]
     for directory in (f"cross_{name}", name) if one in JUDGED else ():
         folders += sorted(path.parent for path in (of_task / directory).glob("*/metrics.json"))
     finished = (folder for folder in folders if (folder / "run.json").exists())
@@ -161,7 +196,7 @@ def read_result(results_dir: Path, one: Metric, name: str, split: str) -> Result
         raise UserError(f"{name}: has {one.name} by several judges ({judges}); move all but one of these folders away")
     ((folder, scores),) = having
     rows = [row for row in read_lines(folder / "judgements.jsonl") if row.get("metric", one.judgement) == one.judgement]
-    if one.judgement == "nll_per_token":
+    if one.judgement == NLL:
         values = [-row["log_prob"] for row in rows]
     else:
         values = [None if row["value"] is None else float(row["value"]) for row in rows]
@@ -185,7 +220,7 @@ def read_routing(results_dir: Path, task: str, split: str, name: str) -> list[li
     """The mean routing weights (E) of each of a run's questions of a task; empty for what has no router."""
     path = results_dir / "evaluation" / task / split / name / "likelihood" / "judgements.jsonl"
     rows = read_lines(path) if path.exists() else []
-    return [row["routing_probs"] for row in rows if row["metric"] == "routing_accuracy"]
+    return [row["routing_probs"] for row in rows if row["metric"] == ROUTING]
 
 
 def cost_of_run(results_dir: Path, name: str, record: dict | None, split: str) -> dict:

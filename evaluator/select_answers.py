@@ -16,8 +16,8 @@ if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import cli
-from cli import check_at_least, check_num_samples, flag, flag_with, resolve_conditional_flags
-from config import RESULTS_DIR, ROOT, TASKS, XSTEST, UserError
+from cli import TASKS_HELP, check_at_least, check_num_samples, flag, flag_with, read_tasks, resolve_conditional_flags
+from config import RESULTS_DIR, ROOT, TASKS, UserError
 
 BY_JUDGE, BY_CLASSIFIER = {"by": "judge"}, {"by": "classifier"}
 
@@ -26,7 +26,7 @@ BY_JUDGE, BY_CLASSIFIER = {"by": "judge"}, {"by": "classifier"}
 class SelectArguments:
     """Flags of evaluator/select_answers.py."""
 
-    task_name: str | None = flag(None, "to whose prompts the answers are", choices=[*TASKS, XSTEST])
+    task_name: str | None = flag(None, "to whose prompts the answers are")
     dataset_type: str = flag("test", "which half was answered", choices=["train", "test"])
     answers: str | None = flag(
         None, "the answers' directories under results/inference/<task>/<split>, with commas; of equals the first wins"
@@ -39,6 +39,7 @@ class SelectArguments:
     data_source: str | None = flag_with(
         BY_CLASSIFIER, None, "hub, sample or a folder: whose training instructions it learns from"
     )
+    tasks: str | None = flag_with(BY_CLASSIFIER, ",".join(TASKS), f"of the experts: {TASKS_HELP}")
     num_samples: int | None = flag_with(BY_CLASSIFIER, -1, "of each task, drawn as align_basemodel.py draws them")
     seed: int | None = flag_with(BY_CLASSIFIER, 42, "of that")
     results_dir: str = flag(str(RESULTS_DIR), "where answers are read and written")
@@ -49,10 +50,11 @@ class SelectArguments:
             raise UserError("name the prompts with --task_name and two or more answers' directories with --answers")
         if self.by == "judge" and self.judge is None:
             raise UserError("--by judge: name a judge of train_judge.py with --judge")
-        if self.by == "classifier" and (self.data_source is None or len(self.directories) != len(TASKS)):
-            raise UserError(
-                f"--by classifier: takes --data_source and, as --answers, those of the experts for {', '.join(TASKS)}"
-            )
+        if self.by == "classifier":
+            tasks = read_tasks(self.tasks)
+            if self.data_source is None or len(self.directories) != len(tasks):
+                said = f"takes --data_source and, as --answers, those of the experts for {', '.join(tasks)}"
+                raise UserError(f"--by classifier: {said}")
         if self.name and Path(self.name).name != self.name:
             raise UserError(f"--name {self.name}: must be a plain folder name")
         check_at_least(1, batch_size=self.batch_size)
@@ -105,9 +107,11 @@ def main(argv: list[str] | None = None) -> None:
         name, choose = f"best_by_{Path(args.judge).name}", lambda: choose_by_judge(args, candidates)
     else:
         source = absolute_source(args.data_source)
-        files = [path for task in TASKS for path in source_files(task, "train", source)]
+        files = [path for task in read_tasks(args.tasks) for path in source_files(task, "train", source)]
         arguments |= {"data_source": source, "data_sha256": data_sha256(files)}
         arguments |= {"num_samples": args.num_samples, "seed": args.seed}
+        if read_tasks(args.tasks) != TASKS:
+            arguments["tasks"] = args.tasks
         name, choose = "classifier", lambda: choose_by_classifier(args, source, candidates)
     output = folder / (args.name or name)
     if output.name in args.directories:
@@ -182,7 +186,7 @@ def choose_by_classifier(args: SelectArguments, source: str, candidates: list[An
     from sklearn.pipeline import make_pipeline
 
     texts, labels = [], []
-    for label, task in enumerate(TASKS):
+    for label, task in enumerate(read_tasks(args.tasks)):
         rows = draw(trainable_rows(task, read_rows(task, "train", source)), args.num_samples, args.seed)
         asked = dict.fromkeys("\n".join(filter(None, prompt_of(row))) for row in rows)
         texts += asked

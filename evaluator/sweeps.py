@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from config import BIAS, TASKS
-from evaluator.run_scores import EMBEDDING_DRIFT, NLL, SHARES, RunScores
+from evaluator.run_scores import SHARES, RunScores, drift_metrics, nll_metrics, scored_tasks
 
 # What a fusion's record says of the place and the weights that it was made from, not of how
 OF_A_MACHINE = ("base_model", "data_source", "fused_sha256", "adapters_sha256", "run_name")
@@ -63,7 +63,7 @@ def mean_of(run: RunScores, metrics: tuple) -> float | None:
 
 
 def mean_nll(run: RunScores) -> float | None:
-    return mean_of(run, NLL)
+    return mean_of(run, nll_metrics(scored_tasks([run])))
 
 
 def safe_preferred(run: RunScores) -> float | None:
@@ -72,4 +72,4 @@ def safe_preferred(run: RunScores) -> float | None:
 
 def embedding_drift(run: RunScores) -> float | None:
     """The mean over tasks of evaluator/embedding_drift.py's distance."""
-    return mean_of(run, EMBEDDING_DRIFT)
+    return mean_of(run, drift_metrics(scored_tasks([run])))

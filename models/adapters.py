@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from config import RAW, RAW_CHAT, TASKS, UserError
+from config import RAW, RAW_CHAT, UserError
 from models import base
 from models.causal_lm import skeleton
 from models.expert_ffn import PROJECTIONS
@@ -116,11 +116,11 @@ def save_adapter(
 class Expert:
     """A LoRA adapter of one base's FFN projections, with PEFT's own scaling of each module.
 
-    name: as given, else its folder's; task: as its run.json records, else its name where that is a task, else None;
-    rank: the largest of its modules. Raises UserError for what is no such adapter.
+    name: as given, else its folder's; task: as its run.json records, else its name where that is one of `tasks`, else
+    None; rank: the largest of its modules. Raises UserError for what is no such adapter.
     """
 
-    def __init__(self, folder: Path, name: str | None = None):
+    def __init__(self, folder: Path, name: str | None = None, tasks: tuple[str, ...] = ()):
         self.folder, self.name = folder, name or folder.name
         if not (folder / "adapter_config.json").exists():
             raise UserError(f"{folder}: holds no adapter_config.json; align the expert first, or name a PEFT adapter")
@@ -133,8 +133,8 @@ class Expert:
         recorded = run["run"]["arguments"] if run else {}
         self.base_model = recorded.get("base_model") or self.config.base_model_name_or_path
         self.data_source = recorded.get("data_source")
-        self.task = recorded.get("task_name") or (self.name if self.name in TASKS else None)
-        if name in TASKS and self.task != name:
+        self.task = recorded.get("task_name") or (self.name if self.name in tasks else None)
+        if name in tasks and self.task != name:
             raise UserError(f"--experts {name}={folder}: that adapter was aligned on {self.task}")
         self.weights = {key.removeprefix("base_model.model."): value for key, value in load_file(weights).items()}
         self.checksum = sha256(weights)
@@ -193,9 +193,9 @@ class FreshExpert:
 
     dtype = torch.float32
 
-    def __init__(self, name: str, base_model: str, rank: int, seed: int):
+    def __init__(self, name: str, base_model: str, rank: int, seed: int, tasks: tuple[str, ...]):
         self.name, self.base_model, self.rank = name, base_model, rank
-        self.task = name if name in TASKS else None
+        self.task = name if name in tasks else None
         self.generator = torch.Generator().manual_seed(seed)
 
     def attach(self, base_config: PreTrainedConfig) -> None:
@@ -221,10 +221,12 @@ def expert_folders(text: str) -> dict[str, str]:
     return folder_of
 
 
-def open_adapters(folder_of: dict[str, str], experts_dir: Path) -> list[Expert]:
-    """The PEFT adapters of these names; a folder is one under `experts_dir`, or a path."""
+def open_adapters(folder_of: dict[str, str], experts_dir: Path, tasks: tuple[str, ...]) -> list[Expert]:
+    """The PEFT adapters of these names; a folder is one under `experts_dir`, or a path. A name that is one of `tasks`
+    is the expert's task."""
     if {RAW, RAW_CHAT} & set(folder_of.values()):
         raise UserError("--experts raw: the raw base model is no expert; name folders with PEFT adapters")
     return [
-        Expert(find_run(folder, experts_dir), None if folder == name else name) for name, folder in folder_of.items()
+        Expert(find_run(folder, experts_dir), None if folder == name else name, tasks)
+        for name, folder in folder_of.items()
     ]

@@ -17,7 +17,7 @@ if not __package__:  # run as a script, from any folder
 
 import cli
 import config
-from cli import BaseArguments, flag
+from cli import TASKS_HELP, BaseArguments, flag, read_tasks
 from config import TASKS
 
 
@@ -31,8 +31,14 @@ class EnsembleArguments(BaseArguments):
         choices=["probabilities", "log_probabilities"],
     )
     experts_dir: str | None = flag(None, "folder of the experts (default: outputs in --results_dir)")
-    experts: str = flag(",".join(TASKS), "the experts, with commas: folders there, or NAME=DIR for adapters anywhere")
+    tasks: str = flag(",".join(TASKS), TASKS_HELP)
+    experts: str | None = flag(
+        None, "the experts, with commas: folders there, or NAME=DIR for adapters anywhere (default: --tasks)"
+    )
     output: str | None = flag(None, "where to write (default: outputs/ensemble_<average> in --results_dir)")
+
+    def __post_init__(self):
+        self.experts = self.experts or ",".join(read_tasks(self.tasks))
 
 
 if __name__ == "__main__":

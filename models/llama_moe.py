@@ -16,12 +16,14 @@ import cli
 import config
 from cli import (
     DTYPES,
+    TASKS_HELP,
     BaseArguments,
     check,
     check_at_least,
     effective_flags,
     flag,
     flag_with,
+    read_tasks,
     resolve_conditional_flags,
 )
 from config import TASKS, UserError
@@ -34,8 +36,9 @@ class FuseArguments(BaseArguments):
     """Flags of models/llama_moe.py."""
 
     experts_dir: str | None = flag(None, "folder of the experts (default: outputs in --results_dir)")
-    experts: str = flag(
-        ",".join(TASKS), "the experts in order, with commas: folders there, or NAME=DIR for adapters anywhere"
+    tasks: str = flag(",".join(TASKS), TASKS_HELP)
+    experts: str | None = flag(
+        None, "the experts in order, with commas: folders there, or NAME=DIR for adapters anywhere (default: --tasks)"
     )
     expert_topk: int = flag(2, "experts per token, 1 to their number")
     output: str | None = flag(None, "where the fused model is written (default: outputs/moe in --results_dir)")
@@ -67,6 +70,7 @@ class FuseArguments(BaseArguments):
     def __post_init__(self):
         check_at_least(1, max_rank=self.max_rank, fresh_rank=self.fresh_rank, num_prompts=self.num_prompts)
         resolve_conditional_flags(self)
+        self.experts = self.experts or ",".join(read_tasks(self.tasks))
         if self.from_pt and self.router_init != "random":
             raise UserError(f"--router_init {self.router_init}: a moe.pt brings its routers; leave it out")
         if self.fresh_rank and (self.from_pt or self.experts_dir or not self.base_model):
@@ -112,7 +116,10 @@ def main(argv: list[str] | None = None) -> None:
         origin = {"from_pt_sha256": sha256(Path(args.from_pt)), "max_rank": args.max_rank}
     elif args.fresh_rank:
         base_model, data_source = base.default_base_model(args.base_model), None
-        experts = [FreshExpert(name, base_model, args.fresh_rank, args.seed + i) for i, name in enumerate(names)]
+        experts = [
+            FreshExpert(name, base_model, args.fresh_rank, args.seed + i, read_tasks(args.tasks))
+            for i, name in enumerate(names)
+        ]
         origin = {"fresh_rank": args.fresh_rank}
     else:
         experts, base_model, data_source = open_experts(args)
@@ -136,7 +143,9 @@ def main(argv: list[str] | None = None) -> None:
         return
     base_config, routers = base.load_base_config(base_model), None
     if args.from_pt:
-        experts, routers = read_moe_pt(Path(args.from_pt), base_model, base_config, names, args.max_rank)
+        experts, routers = read_moe_pt(
+            Path(args.from_pt), base_model, base_config, names, read_tasks(args.tasks), args.max_rank
+        )
     else:
         for expert in experts:
             expert.attach(base_config)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
 import config
+from cli import read_tasks
 from config import PAPER_BASE_MODEL, TASKS, UserError
 from data.sources import absolute_source
 from models import base
@@ -116,12 +117,13 @@ def one_base(experts: list[Expert], given: str | None) -> str:
 def open_experts(args) -> tuple[list[Expert], str, str | None]:
     """(the adapters of --experts, their one base, the data that all record; None where they differ or record none).
 
-    args: experts, experts_dir, base_model and results_dir. UserError for fewer than two, or different bases.
+    args: experts, tasks, experts_dir, base_model and results_dir. UserError for fewer than two, or different bases.
     """
     folder_of = expert_folders(args.experts)
     if len(folder_of) < 2:
         raise UserError(f"--experts {args.experts}: name two or more experts, with commas between")
-    experts = open_adapters(folder_of, Path(args.experts_dir or config.outputs_dir(args.results_dir)))
+    experts_dir = Path(args.experts_dir or config.outputs_dir(args.results_dir))
+    experts = open_adapters(folder_of, experts_dir, read_tasks(args.tasks))
     sources = {expert.data_source for expert in experts}
     return experts, one_base(experts, args.base_model), sources.pop() if len(sources) == 1 else None
 

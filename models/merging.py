@@ -18,7 +18,7 @@ if not __package__:  # run as a script, from any folder
 
 import cli
 import config
-from cli import DTYPES, BaseArguments, check, check_at_least, check_not_given, flag, is_positive
+from cli import DTYPES, TASKS_HELP, BaseArguments, check, check_at_least, check_not_given, flag, is_positive, read_tasks
 from config import TASKS, UserError
 
 
@@ -65,7 +65,10 @@ class MergeArguments(BaseArguments):
 
     method: str | None = flag(None, "how to merge", choices=list(METHODS))
     experts_dir: str | None = flag(None, "folder of the experts (default: outputs in --results_dir)")
-    experts: str = flag(",".join(TASKS), "the experts, with commas: folders there, or NAME=DIR for adapters anywhere")
+    tasks: str = flag(",".join(TASKS), TASKS_HELP)
+    experts: str | None = flag(
+        None, "the experts, with commas: folders there, or NAME=DIR for adapters anywhere (default: --tasks)"
+    )
     scale: float | None = flag(None, "of the merged change (default: the method's usual one)")
     density: float | None = flag(None, "the part of each expert's change that stays (default: the usual one)")
     weights: str | None = flag(
@@ -87,6 +90,7 @@ class MergeArguments(BaseArguments):
     seed: int | None = flag(None, f"of what {' and '.join(RANDOM)} drop (default: 42)")
 
     def __post_init__(self):
+        self.experts = self.experts or ",".join(read_tasks(self.tasks))
         if self.method is None:
             raise UserError(f"say how to merge: --method {{{','.join(METHODS)}}}")
         method = METHODS[self.method]
@@ -155,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         **flag_arguments(args),
     }
     if tuned:
-        files = [path for task in TASKS for path in source_files(task, "train", source)]
+        files = [path for task in read_tasks(args.tasks) for path in source_files(task, "train", source)]
         arguments["data_sha256"] = data_sha256(files)
     name = f"merge_{args.method}" + ("_tuned" if tuned else "")
     output = Path(args.output or config.outputs_dir(args.results_dir) / name)
@@ -327,13 +331,13 @@ def try_all(args: MergeArguments, experts: list[Expert], modules: dict, source: 
 def held_apart_from(args: MergeArguments, experts: list[Expert], source: str) -> dict[str, list[Record]]:
     """The rows that coefficients are chosen by; UserError where nobody knows which ones the experts were aligned on."""
     if args.num_held_apart == -1:
-        return {task: answer_records(task, read_rows(task, "train", source)) for task in TASKS}
+        return {task: answer_records(task, read_rows(task, "train", source)) for task in read_tasks(args.tasks)}
     recorded = [run_dir.read_run(expert.folder) for expert in experts]
     drawn = {(run["run"]["arguments"]["num_samples"], run["run"]["arguments"]["seed"]) for run in recorded if run}
     if None in recorded or len(drawn) != 1:
         raise UserError("--num_held_apart: needs experts whose run.json says, alike, which rows they were aligned on")
     num_trained, seed = drawn.pop()
-    return held_apart_records(source, num_trained, args.num_held_apart, seed)
+    return held_apart_records(read_tasks(args.tasks), source, num_trained, args.num_held_apart, seed)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from config import TASKS, UserError
+from config import UserError
 from models import base
 from models.expert_ffn import PROJECTIONS
 
@@ -31,9 +31,9 @@ class RecoveredExpert:
 
     dtype = torch.float32
 
-    def __init__(self, name: str, base_model: str):
+    def __init__(self, name: str, base_model: str, tasks: tuple[str, ...]):
         self.name, self.base_model = name, base_model
-        self.task = name if name in TASKS else None
+        self.task = name if name in tasks else None
         self.rank, self.residual, self.rounding = 1, 0.0, 0.0
         self.matrices: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
 
@@ -73,7 +73,7 @@ def low_rank_difference(dense: Tensor, base_weight: Tensor, max_rank: int) -> tu
 
 
 def read_moe_pt(
-    path: Path, base_model: str, base_config: PreTrainedConfig, names: list[str], max_rank: int
+    path: Path, base_model: str, base_config: PreTrainedConfig, names: list[str], tasks: tuple[str, ...], max_rank: int
 ) -> tuple[list[RecoveredExpert], list[Tensor]]:
     """The experts of a moe.pt, as low-rank deltas on `base_model`, and each layer's router (E, D), fp32.
 
@@ -89,7 +89,7 @@ def read_moe_pt(
         raise UserError(f"--experts {','.join(names)}: {path} holds {num_experts} experts; name them in its order")
     weights = base.load_base(base_model, base.own_dtype(base_config)).state_dict()
     check_base(path, saved, weights, num_experts, base_model)
-    experts = [RecoveredExpert(name, base_model) for name in names]
+    experts = [RecoveredExpert(name, base_model, tasks) for name in names]
     for layer in range(base_config.num_hidden_layers):
         for (number, expert), projection in ((e, p) for e in enumerate(experts) for p in PROJECTIONS):
             dense = saved[expert_key(layer, number, projection)]

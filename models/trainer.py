@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import Trainer
 
-from config import TASKS, UserError
+from config import UserError
 from data.sampling import PaddedSamples, StepSampler
 from models.cost import TrainingCost
 from models.losses import gate_loss, mean_routing_probs, routing_hits
@@ -94,7 +94,8 @@ class MixtureTrainer(AlignmentTrainer):
     drift_weights: gamma by task. Each log line gets the terms, apart and unweighted, as means over the steps since the
     last one, and the routing accuracy over their samples; where every gamma is 0, the drift as it is when the line is
     written. Samples of a task without an expert have no gating loss.
-    Batches need task_ids and routing_mask (data.encoding.Collator with routing=True).
+    tasks: those of the samples, in the order of their ids. Batches need task_ids and routing_mask
+    (data.encoding.Collator with routing=True, of the same tasks).
     """
 
     # The losses below are already shares of the whole optimiser step: the Trainer must not divide them again.
@@ -104,6 +105,7 @@ class MixtureTrainer(AlignmentTrainer):
         self,
         model: MixtureForCausalLM,
         *,
+        tasks: tuple[str, ...],
         gate_loss_weight: float,
         gate_balance: str,
         gate_schedule: str = "constant",
@@ -116,9 +118,10 @@ class MixtureTrainer(AlignmentTrainer):
         self.router_learning_rate = router_learning_rate
         expert_of_task = model.mixture.expert_of_task
         # the last entry is that of the padding samples, whose task is -1
-        self.expert_of_task_id = torch.tensor([*(expert_of_task.get(task, -1) for task in TASKS), -1])
-        counts = torch.bincount(torch.tensor([sample["task"] for sample in self.train_dataset]), minlength=len(TASKS))
-        self.weight_of_task_id = torch.ones(len(TASKS))
+        self.expert_of_task_id = torch.tensor([*(expert_of_task.get(task, -1) for task in tasks), -1])
+        ids = torch.tensor([tasks.index(sample["task"]) for sample in self.train_dataset])
+        counts = torch.bincount(ids, minlength=len(tasks))
+        self.weight_of_task_id = torch.ones(len(tasks))
         if gate_balance == "task":
             self.weight_of_task_id = counts.sum() / ((counts > 0).sum() * counts.clamp(min=1))
         self.drift_weights = torch.zeros(model.mixture.num_experts)

@@ -110,8 +110,8 @@ def test_align_takes_the_papers_flags_and_training_arguments():
     )
     args, training = training_arguments.parse(argv.split(), AlignArguments)
     assert (args.task_name, args.moe_flag, args.expert_topk, args.gate_loss_weight) == ("mix", 1, 2, 0.01)
-    assert args.drift_weights == {"helpfulness": 0.001, "safety": 0.002, "truthfulness": 0.003}
-    assert args.tasks == ("helpfulness", "safety", "truthfulness")
+    assert args.all_drift_weights == {"helpfulness": 0.001, "safety": 0.002, "truthfulness": 0.003}
+    assert args.trained_tasks == ("helpfulness", "safety", "truthfulness")
     assert (training.learning_rate, training.max_steps, training.seed) == (1e-4, 7, 3)
     assert (training.gradient_accumulation_steps, training.warmup_steps, training.weight_decay) == (2, 5, 0.1)
     assert training.run_name == "mine"
@@ -119,7 +119,7 @@ def test_align_takes_the_papers_flags_and_training_arguments():
 
 @pytest.mark.parametrize("task", ["helpfulness", "safety", "truthfulness"])
 def test_align_takes_the_papers_commands(task):
-    assert align("--moe_flag", "0", "--task_name", task).tasks == (task,)
+    assert align("--moe_flag", "0", "--task_name", task).trained_tasks == (task,)
     fused = align("--moe_flag", "1", "--expert_topk", "2", "--gate_loss_weight", "0.01")  # as in its README
     assert (fused.task_name, fused.num_samples) == ("mix", -1)
 
@@ -139,7 +139,7 @@ def test_inference_takes_the_papers_flags():
 def test_the_papers_defaults():
     args, training = training_arguments.parse(["--task_name", "safety"], AlignArguments)
     assert (args.rank, args.alpha, args.lora_dropout, args.max_length, args.num_samples) == (8, 4, 0.1, 300, -1)
-    assert (args.moe_flag, args.gate_loss_weight, set(args.drift_weights.values())) == (0, 0, {0})
+    assert (args.moe_flag, args.gate_loss_weight, args.all_drift_weights["safety"]) == (0, 0, 0)
     assert (training.learning_rate, training.num_train_epochs, training.seed) == (5e-4, 3, 42)
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (8, 1)
     assert (training.lr_scheduler_type, training.optim[:5], training.warmup_steps) == ("linear", "adamw", 0)
@@ -160,7 +160,7 @@ BAD = (
             "moe": ["1"],
             "aligned_flag": ["1"],
             "rank": ["three", "1.5", "0", "-1"],
-            "task_name": ["honesty", "all"],
+            "task_name": ["Honesty", "all"],
             "moe_flag": ["2", "yes"],
             "alpha": ["0", "-4", "nan"],
             "lora_dropout": ["1", "-0.1"],

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 import align_basemodel
 import inference
-from config import UserError
+from config import TASKS, UserError
 from data.encoding import Collator, Encoder, describe
 from data.sources import Record
 
@@ -209,7 +209,7 @@ def test_every_sample_of_mixed_data_has_its_tasks_index(tokenizer, tiny_source, 
         [answer for row in rows["truthfulness"] for answer in row["correct_answers"]],
     ]
     expected = [(answer, index) for index, texts in enumerate(answers) for answer in texts]
-    actual = [(tokenizer.decode([i for i in s["labels"] if i != IGNORED]), s["task"]) for s in samples]
+    actual = [(tokenizer.decode([i for i in s["labels"] if i != IGNORED]), TASKS.index(s["task"])) for s in samples]
     assert [(text.removesuffix("</s>"), index) for text, index in actual] == expected
     assert len(answers[1]) < 12 < len(answers[2])
     assert Collator(routing=True)(samples)["task_ids"].tolist() == [index for _, index in expected]

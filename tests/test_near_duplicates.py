@@ -23,10 +23,10 @@ def test_the_same_and_the_nearly_same_are_counted(tiny_source):
     }
     for split, some in rows.items():
         write_jsonl(tiny_source / f"helpfulness_{split}.jsonl", some)
-    counts = near_duplicates(str(tiny_source))
+    counts = near_duplicates(TASKS, str(tiny_source))
     assert list(counts) == list(TASKS)
     assert counts["helpfulness"] == {"questions": 3, "same": 1, "near": 2}
 
 
 def test_the_sample_has_none():
-    assert all(count["same"] == count["near"] == 0 for count in near_duplicates("sample").values())
+    assert all(count["same"] == count["near"] == 0 for count in near_duplicates(TASKS, "sample").values())

@@ -402,7 +402,7 @@ def test_missing_files_and_unknown_names(tmp_path):
     for task, split, source, told in (
         ("safety", "train", tmp_path, f"{tmp_path}/safety_train.jsonl: cannot be read"),
         ("safety", "test", tmp_path, f"{tmp_path}/safety_test.jsonl: has no rows"),
-        ("honesty", "test", "sample", "unknown task 'honesty': the tasks are helpfulness, safety, truthfulness"),
+        ("honesty", "test", "sample", "unknown task 'honesty': it is none of helpfulness, safety, truthfulness, and "),
         ("safety", "test", tmp_path / "none", f"--data_source {tmp_path}/none: must be hub, sample, or a folder"),
     ):
         with pytest.raises(UserError) as raised:

@@ -59,6 +59,7 @@ def make_trainer(
         args=args,
         train_dataset=samples,
         data_collator=Collator(routing=True),
+        tasks=TASKS,
         gate_loss_weight=gate,
         gate_balance=balance,
         gate_schedule=schedule,
@@ -134,7 +135,7 @@ def test_the_router_trains_by_the_gating_loss_and_learns_the_tasks(fused_dir, sa
 
 def test_the_gating_loss_can_weigh_tasks_alike(fused_dir, samples, tmp_path):
     """3 samples of helpfulness, 3 of safety, 2 of truthfulness: weights 8 / (3 * 3), 8 / (3 * 3), 8 / (3 * 2)."""
-    assert [sample["task"] for sample in samples] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert [TASKS.index(sample["task"]) for sample in samples] == [0, 0, 0, 1, 1, 1, 2, 2]
     trainer = make_trainer(fused_dir, samples, tmp_path, balance="task")
     assert trainer.weight_of_task_id.tolist() == pytest.approx([8 / 9, 8 / 9, 4 / 3])
     trainer.train()
@@ -290,7 +291,7 @@ def test_drift_is_computed_once_a_step_and_for_the_log_alone_where_it_has_no_wei
 
 def test_samples_of_a_task_without_an_expert_have_no_gating_loss(fused_dir, samples, tmp_path):
     """Nor have the samples that fill up a batch: the terms are those of the others alone."""
-    routed = [sample for sample in samples if sample["task"] != 2]
+    routed = [sample for sample in samples if sample["task"] != TASKS[2]]
     settings = dict(per_device_train_batch_size=9, gate=0.5)
     expected = make_trainer(fused_dir, routed, tmp_path / "a", **settings)
     trainer = make_trainer(fused_dir, samples, tmp_path / "b", **settings)
