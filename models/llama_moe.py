@@ -2,6 +2,7 @@
 
 python models/llama_moe.py [--experts_dir results/outputs] [--experts helpfulness,safety,truthfulness]
 python models/llama_moe.py --router_init prototype --output results/outputs/moe_prototype
+python models/llama_moe.py --add politeness --to RUN        (one more expert beside those of an aligned fusion)
 python models/llama_moe.py --from_pt moe.pt --base_model meta-llama/Llama-2-7b-chat-hf     (the released code's file)
 """
 
@@ -20,6 +21,7 @@ from cli import (
     BaseArguments,
     check,
     check_at_least,
+    check_not_given,
     effective_flags,
     flag,
     flag_with,
@@ -40,8 +42,14 @@ class FuseArguments(BaseArguments):
     experts: str | None = flag(
         None, "the experts in order, with commas: folders there, or NAME=DIR for adapters anywhere (default: --tasks)"
     )
-    expert_topk: int = flag(2, "experts per token, 1 to their number")
-    output: str | None = flag(None, "where the fused model is written (default: outputs/moe in --results_dir)")
+    expert_topk: int | None = flag(
+        None, "experts per token, 1 to their number (default: 2; with --add, as --to has it)"
+    )
+    output: str | None = flag(
+        None, "where to write (default: outputs/moe in --results_dir; with --add outputs/<--to>_with_<its name>)"
+    )
+    add: str | None = flag(None, "an expert to put beside those of --to: a folder there, or NAME=DIR; NAME is its task")
+    to: str | None = flag(None, "with --add: the fused run, a name under outputs or a folder")
     from_pt: str | None = flag(
         None, "a moe.pt of the released code instead of adapters; takes --base_model and --experts"
     )
@@ -68,6 +76,13 @@ class FuseArguments(BaseArguments):
     )
 
     def __post_init__(self):
+        if (self.add is None) != (self.to is None):
+            raise UserError("--add and --to go together: the expert, and the fused run that it joins")
+        if self.add:
+            self.check_added()
+            self.router_init = "prototype"
+        elif self.expert_topk is None:
+            self.expert_topk = 2
         check_at_least(1, max_rank=self.max_rank, fresh_rank=self.fresh_rank, num_prompts=self.num_prompts)
         resolve_conditional_flags(self)
         self.experts = self.experts or ",".join(read_tasks(self.tasks))
@@ -84,18 +99,27 @@ class FuseArguments(BaseArguments):
         if self.from_pt and not self.base_model:
             raise UserError("--from_pt: name the model the file was fused onto with --base_model")
 
+    def check_added(self) -> None:
+        """UserError for a flag that has no effect with --add."""
+        given = {name: getattr(self, name) for name in ("experts", "from_pt", "fresh_rank", "expert_topk")}
+        given["router_init"] = None if self.router_init in ("random", "prototype") else self.router_init
+        given["save_dtype"] = None if self.save_dtype == "auto" else self.save_dtype
+        check_not_given("has no effect with --add, which keeps what --to has", **given)
+
 
 if __name__ == "__main__":
     cli.check_early(cli.parse, FuseArguments)
 
 import torch
 
+from data.encoding import Encoder
 from data.sources import absolute_source, data_sha256, source_files
 from models import base
-from models.adapters import FreshExpert, expert_folders, how_made
+from models.adapters import FreshExpert, expert_folders, how_made, open_adapters
+from models.add_expert import add_expert, fit_row
 from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS
-from models.mixture import MixtureForCausalLM, fuse
+from models.mixture import MixtureForCausalLM, fuse, load_fused, read_mixture
 from models.prototypes import fit_routers
 from models.released import read_moe_pt
 from workspace import run_dir
@@ -107,6 +131,9 @@ def main(argv: list[str] | None = None) -> None:
     from models.loading import open_experts  # which loads what this module makes
 
     args = cli.parse(argv, FuseArguments)
+    if args.add:
+        add_to_fused(args)
+        return
     names = list(expert_folders(args.experts))
     if len(names) < 2:
         raise UserError(f"--experts {args.experts}: name two or more experts, with commas between")
@@ -166,6 +193,58 @@ def main(argv: list[str] | None = None) -> None:
     report_sizes(output, model)
 
 
+def add_to_fused(args: FuseArguments) -> None:
+    """Write a folder with one more expert beside those of an aligned fusion (--add, --to)."""
+    from models.loading import device, is_fused, resolve_base
+
+    outputs = config.outputs_dir(args.results_dir)
+    path = run_dir.find_run(args.to, outputs)
+    if not is_fused(path):
+        raise UserError(f"--to {args.to}: is not a fused model; make one with models/llama_moe.py")
+    mixture, record = read_mixture(path), run_dir.read_run(path)
+    recorded = record["run"]["arguments"] if record else {}
+    folder_of = expert_folders(args.add)
+    if len(folder_of) != 1:
+        raise UserError(f"--add {args.add}: name one expert; add another to what this makes")
+    (name,) = folder_of
+    (expert,) = open_adapters(folder_of, Path(args.experts_dir or outputs), (name,))
+    if name in (known["name"] for known in mixture.experts) or expert.task in mixture.expert_of_task:
+        raise UserError(f"--add {args.add}: {args.to} has an expert of that name or task ({name}, {expert.task})")
+    base_model = resolve_base(path, args.base_model)
+    if base_sha256(resolve_base(expert.folder, args.base_model)) != base_sha256(base_model):
+        raise UserError(f"--add {args.add}: stands on another base than {args.to}; align it on {base_model}")
+    tasks = [known["task"] for known in mixture.experts] + [expert.task]
+    if None in tasks:
+        raise UserError(f"--add {args.add}: an expert of {args.to} has no task whose prompts to compare with")
+    source = absolute_source(args.data_source) or recorded.get("data_source")
+    arguments = {
+        "base_model": base_model,
+        "base_sha256": base_sha256(base_model),
+        "to": Path(args.to).name,
+        "fused_sha256": sha256(path / "model.safetensors"),
+        "experts": [known["name"] for known in mixture.experts] + [name],
+        "adapters_sha256": [expert.checksum],
+        "expert_topk": mixture.num_experts_per_tok,
+        "seed": args.seed,
+        **prompt_arguments(args, tasks, source),
+    }
+    output = Path(args.output or outputs / f"{path.name}_with_{name}")
+    state = run_dir.begin(output, "llama_moe.py", arguments, "move it away, or name another folder with --output")
+    if state == "complete":
+        print(f"{output} has this expert already: nothing to do")
+        return
+    expert.attach(base.load_base_config(base_model))
+    model = load_fused(path, base_model, args.dtype).to(device()).eval()
+    encoder = Encoder(base.load_tokenizer(base_model), model.config.max_position_embeddings)
+    rows = fit_row(model, encoder, tasks, source, args.num_prompts, args.seed)
+    model.to("cpu")
+    add_expert(model, expert, rows)
+    model.save_pretrained(output)
+    experts = (record["meta"].get("experts") or {}) if record else {}
+    run_dir.finish(output, "llama_moe.py", arguments, train={}, meta={"experts": experts | how_made([expert])})
+    report_sizes(output, model)
+
+
 def asked(argv: list[str]) -> dict:
     """What run.json of a command line would record, as far as its flags tell (evaluator/reuse.py)."""
     args = cli.parse(argv, FuseArguments)
@@ -183,6 +262,11 @@ def prototype_arguments(args: FuseArguments, experts: list, source: str | None) 
         raise UserError(
             f"--router_init {args.router_init}: {experts[tasks.index(None)].name} has no task whose prompts to take"
         )
+    return prompt_arguments(args, tasks, source)
+
+
+def prompt_arguments(args: FuseArguments, tasks: list[str], source: str | None) -> dict:
+    """Which prompts of which tasks decide routers, for run.json. UserError without data."""
     if source is None:
         raise UserError(
             f"--router_init {args.router_init}: the experts record no data, or different; name it with --data_source"

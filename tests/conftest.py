@@ -234,3 +234,19 @@ def real_server(tmp_path_factory, base_dir):
     finally:
         process.terminate()
         process.wait(30)
+
+
+@pytest.fixture(scope="session")
+def four_tasks(tmp_path_factory):
+    """data/sample with a fourth task."""
+    folder = tmp_path_factory.mktemp("four")
+    for path in (ROOT / "data" / "sample").glob("*.jsonl"):
+        shutil.copyfile(path, folder / path.name)
+    for half, number in (("train", 30), ("test", 8)):
+        rows = [
+            {"id": f"{half}-{i}", "instruction": f"Ask a neighbour for {i} eggs.", "input": "",
+             "output": f"Good morning! Might I borrow {i} eggs, please?"}
+            for i in range(number)
+        ]  # fmt: skip
+        write_jsonl(folder / f"politeness_{half}.jsonl", rows)
+    return folder

@@ -134,7 +134,7 @@ def with_flags(argv: list[str], **values) -> list[str]:
 
 @pytest.mark.slow
 def test_the_whole_chain_of_commands_runs_on_a_base_without_a_pad_token(
-    base_dir, judge_base_dir, adapter_dirs, tmp_path, monkeypatch, capsys
+    base_dir, judge_base_dir, adapter_dirs, four_tasks, tmp_path, monkeypatch, capsys
 ):
     """Every command of the documents, in their order, with a tiny base, few rows and steps, and judges trained here."""
     assert json.loads((base_dir / "tokenizer_config.json").read_text()).get("pad_token") is None
@@ -150,6 +150,7 @@ def test_the_whole_chain_of_commands_runs_on_a_base_without_a_pad_token(
         )  # fmt: skip
     train_safety = next((script, argv) for script, argv in shown if script == "evaluator/train_judge.py")
     for number, (script, argv) in enumerate([train_safety, *shown]):
+        of_four_tasks = "DIR" in argv and any("politeness" in word for word in argv)
         argv = with_flags([*argv, *SHORT.get(script, ())], results_dir=results)
         if "--moe_flag" in argv and argv[argv.index("--moe_flag") + 1] == "0":
             argv = with_flags(argv, base_model=base_dir, data_source="sample")
@@ -162,8 +163,13 @@ def test_the_whole_chain_of_commands_runs_on_a_base_without_a_pad_token(
             argv = with_flags(argv, num_samples=12)
         if "--num_held_apart" in argv:
             argv = with_flags(argv, num_held_apart=4)
-        if "--output" in argv:
-            argv = with_flags(argv, output=tmp_path / f"output-{number}")
+        for flag in ("output", "moe_dir"):
+            if f"--{flag}" in argv:
+                shown_path = argv[argv.index(f"--{flag}") + 1]
+                within = shown_path.startswith("results/")
+                argv = with_flags(argv, **{flag: tmp_path / (shown_path if within else f"output-{number}")})
+        if of_four_tasks:
+            argv = with_flags(argv, data_source=four_tasks)
         for flag in ("save", "saved"):
             if f"--{flag}" in argv:
                 argv = with_flags(argv, **{flag: tmp_path / "kept"})

@@ -9,7 +9,7 @@ from conftest import save_adapter, write_jsonl
 
 import align_basemodel
 import inference
-from config import ROOT, TASKS, UserError
+from config import TASKS, UserError
 from data.split import main as split
 from evaluator import embedding_drift, evaluate_likelihood, report, select_answers
 from models import ensemble, llama_moe, merging
@@ -18,22 +18,6 @@ from models.mixture import read_mixture
 
 FOUR = ",".join((*TASKS, "politeness"))
 FUSED = "mix_moe_reg_00000_00000_00000_politeness_00010_gate_01000"
-
-
-@pytest.fixture(scope="session")
-def four_tasks(tmp_path_factory):
-    """data/sample with a fourth task."""
-    folder = tmp_path_factory.mktemp("four")
-    for path in (ROOT / "data" / "sample").glob("*.jsonl"):
-        shutil.copyfile(path, folder / path.name)
-    for half, number in (("train", 30), ("test", 8)):
-        rows = [
-            {"id": f"{half}-{i}", "instruction": f"Ask a neighbour for {i} eggs.", "input": "",
-             "output": f"Good morning! Might I borrow {i} eggs, please?"}
-            for i in range(number)
-        ]  # fmt: skip
-        write_jsonl(folder / f"politeness_{half}.jsonl", rows)
-    return folder
 
 
 def error_of(capsys, call, *arguments) -> str:
