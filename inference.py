@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cli
-from cli import SourceArguments, check, check_at_least, check_num_samples, flag, read_tasks
+from cli import SourceArguments, check, check_at_least, check_not_given, check_num_samples, flag, read_tasks
 from config import RAW, RAW_CHAT, TASKS, XSTEST, UserError
 
 DEFAULT_SEED = 42
@@ -40,6 +40,8 @@ class InferArguments(SourceArguments):
         "out all others",
     )
     prompt: str | None = flag(None, "answer this instruction in the terminal instead")
+    chat: int = flag(0, "1: a conversation in the terminal instead", choices=[0, 1])
+    compare: str | None = flag(None, "with --prompt: answer by each of these runs, with commas")
     batch_size: int = flag(16, "prompts per batch")
     temperature: float = flag(0.6, "sampling temperature; 0: greedy")
     max_new_tokens: int = flag(512, "longest answer")
@@ -65,9 +67,20 @@ class InferArguments(SourceArguments):
             raise UserError(f"--expert_bias {self.expert_bias}: is not known to a server; leave --server_url out")
         if self.server_url and self.cross_task == RAW_CHAT:
             raise UserError(f"--cross_task {RAW_CHAT}: is asked on this machine; leave --server_url out")
-        if self.task_name is None and (self.prompt is None or not (self.cross_task or self.aligned_flag == 0)):
+        if self.compare is not None:
+            reason = "does not go with --compare, which names the runs"
+            given = {name: getattr(self, name) for name in ("cross_task", "aligned_flag", "expert_bias", "server_url")}
+            check_not_given(reason, **given, checkpoint_number=self.checkpoint_number)
+            if self.prompt is None or not self.compared:
+                raise UserError(f"--compare {self.compare}: name runs with commas, and what to answer with --prompt")
+        if self.chat:
+            reason = "does not go with --chat 1"
+            given = {name: getattr(self, name) for name in ("prompt", "compare", "task_name", "server_url")}
+            check_not_given(reason, **given)
+        run_is_named = bool(self.compare or self.cross_task or self.aligned_flag == 0)
+        if self.task_name is None and not (run_is_named and (self.chat or self.prompt is not None)):
             raise UserError(
-                f"name the prompts to answer with --task_name {{{','.join(TASKS)}}}, or give --prompt "
+                f"name the prompts to answer with --task_name {{{','.join(TASKS)}}}, or give --prompt or --chat 1 "
                 "with --cross_task RUN or --aligned_flag 0"
             )
         if self.task_name not in (None, XSTEST):
@@ -84,6 +97,11 @@ class InferArguments(SourceArguments):
         check_at_least(1, max_new_tokens=self.max_new_tokens)
 
     @property
+    def compared(self) -> list[str]:
+        """The runs of --compare."""
+        return [name.strip() for name in (self.compare or "").split(",") if name.strip()]
+
+    @property
     def run(self) -> str:
         """The run that answers, as `models.loading.find_run` takes it."""
         if self.cross_task:
@@ -95,20 +113,20 @@ class InferArguments(SourceArguments):
 if __name__ == "__main__":
     cli.check_early(cli.parse, InferArguments)
 
-import torch
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from data import sources
-from data.batching import batches_by_length, pad
+from data.batching import batches_by_length
 from data.encoding import prompt_ids
 from data.prompts import STOP_STRING, render_prompt
 from data.sources import Record
 from models import base
 from models.base_identity import base_sha256
 from models.expert_bias import ExpertBias, read_bias
+from models.generation import answer_row, answered_record, generate
 from models.loading import device, is_fused, load_run, run_sources, weights_sha256
 from models.routing import draw_heat_map, routing_usage, token_routing, usage_line
+from models.terminal import answer_prompt, compare_runs, converse, printable
 from workspace import client, run_dir
 from workspace.files import line_of, read_lines, write_json, write_lines
 
@@ -120,31 +138,30 @@ def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, InferArguments)
     if args.server_url:
         client.make_client(args.server_url, args.concurrency, flag="server_url")  # its mistakes, before anything else
+    if args.compare:
+        compare_runs(args, [found_run(args, name) for name in args.compared])
+        return
     # a server's model need not be here: its run then only gives the answers their name
     outputs = Path(args.results_dir) / "outputs"
     elsewhere = args.server_url and not (outputs / args.run).is_dir()
     path = None if elsewhere else run_dir.find_run(args.run, outputs, args.checkpoint_number)
     base_model, data_source = run_sources(path, args.base_model, args.data_source, args.results_dir)
     bias = read_bias(args.expert_bias, path)
-    if args.prompt is not None:
-        answer_one(args, path, base_model, bias)
+    if args.chat:
+        converse(args, path, base_model, bias)
+    elif args.prompt is not None and args.server_url:
+        (answer,) = answers_of_server(args, [Record("prompt", "", args.prompt)])
+        print(printable(answer["output"]))
+    elif args.prompt is not None:
+        answer_prompt(args, path, base_model, bias)
     else:
         answer_task(args, path, base_model, data_source, bias)
 
 
-def answer_one(args: InferArguments, path: Path | None, base_model: str, bias: ExpertBias | None) -> None:
-    """Answer --prompt in the terminal; of a fused model that runs here, say how much each expert was used."""
-    record = Record("prompt", "", args.prompt)
-    if args.server_url:
-        (answer,) = answers_of_server(args, [record])
-        print(answer["output"])
-        return
-    model, tokenizer = load_run(path, base_model, args.dtype, bias)
-    model.to(device())
-    (answer,) = generate(model, tokenizer, [record], args, args.seed)
-    print(answer["output"])
-    if is_fused(path):
-        print(usage_line(routing_usage(model, tokenizer, [answered_record(answer)], 1, progress=False)))
+def found_run(args: InferArguments, name: str) -> tuple[str, Path | None, str]:
+    """(name, folder, base model) of a run of --compare."""
+    path = run_dir.find_run(name, Path(args.results_dir) / "outputs")
+    return name, path, run_sources(path, args.base_model, args.data_source, args.results_dir)[0]
 
 
 def answer_task(
@@ -232,11 +249,6 @@ def observe_routing(model, tokenizer, rows: list[dict], args: InferArguments, fo
     print(f"{usage_line(usage)}: {folder}")
 
 
-def answered_record(row: dict) -> Record:
-    """The record of a line of outputs.jsonl, with the answer that was given."""
-    return Record(row["id"], row["task"], row["instruction"], row["input"], row["output"])
-
-
 def local_arguments(args: InferArguments, path: Path | None, base_model: str) -> dict:
     """What else decides the answers of a model that runs here."""
     return {
@@ -260,47 +272,6 @@ def directory_name(args: InferArguments, bias: ExpertBias | None = None) -> str:
     checkpoint = "" if args.checkpoint_number is None else f"_{args.checkpoint_number}"
     dialled = bias.suffix if bias else ""
     return name + checkpoint + dialled + ("" if args.seed == DEFAULT_SEED else f"_sample_{args.seed}")
-
-
-@torch.inference_mode()
-def generate(model, tokenizer, batch: list[Record], args: InferArguments, seed: int) -> list[dict]:
-    """One answer per record: sampled at --temperature from the whole distribution, or greedy at 0.
-
-    Ends at EOS or before a new "### Instruction:". The same seed and batch give the same answers.
-    """
-    window = model.config.max_position_embeddings - args.max_new_tokens
-    if window < 32:
-        raise UserError(
-            f"--max_new_tokens {args.max_new_tokens}: leaves no room for the prompt in the model's "
-            f"{model.config.max_position_embeddings} positions"
-        )
-    prompts = [prompt_ids(tokenizer, record, args.run == RAW_CHAT)[-window:] for record in batch]
-    ids, mask = pad(prompts, left=True, value=tokenizer.eos_token_id)
-    sampling = {"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if args.temperature > 0 else {}
-    settings = GenerationConfig(
-        max_new_tokens=args.max_new_tokens,
-        do_sample=args.temperature > 0,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        stop_strings=[STOP_STRING],
-        cache_implementation=args.cache_implementation,
-        **sampling,
-    )
-    torch.manual_seed(seed)
-    generated = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=settings,
-        tokenizer=tokenizer,
-    )[:, ids.shape[1] :].tolist()
-    answers = []
-    for record, tokens in zip(batch, generated, strict=True):
-        ended = tokenizer.eos_token_id in tokens
-        tokens = tokens[: tokens.index(tokenizer.eos_token_id)] if ended else tokens
-        text, mark, _ = tokenizer.decode(tokens, skip_special_tokens=True).partition(STOP_STRING)
-        answers.append(answer_row(record, text, len(tokens), stopped=ended or bool(mark)))
-    return answers
 
 
 def answers_of_server(args: InferArguments, records: list[Record]) -> Iterator[dict]:
@@ -332,20 +303,6 @@ def answers_of_server(args: InferArguments, records: list[Record]) -> Iterator[d
                 usage.completion_tokens if usage else None,
                 stopped=bool(mark) or choice.finish_reason == "stop",
             )
-
-
-def answer_row(record: Record, text: str, new_tokens: int | None, stopped: bool) -> dict:
-    """A line of outputs.jsonl, but for its generator."""
-    return {
-        "id": record.id,
-        "instruction": record.instruction,
-        "input": record.input,
-        "output": text.strip(),
-        "task": record.task,
-        "reference": record.output,
-        "new_tokens": new_tokens,
-        "finish_reason": "stop" if stopped else "length",
-    }
 
 
 def finished_batches(outputs: Path, batches: list[list[Record]]) -> set[int]:

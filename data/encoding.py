@@ -109,20 +109,28 @@ def prompt_ids(tokenizer, record: Record, chat: bool = False) -> list[int]:
 
 
 def chat_ids(tokenizer, record: Record) -> list[int]:
-    """Token ids of a record as a user's turn, up to where the assistant's begins: only the template's own special
-    tokens count as such."""
+    """Token ids of a record as a user's turn, up to where the assistant's begins."""
+    return chat_turn_ids(tokenizer, [("\n\n".join(filter(None, (record.instruction, record.input))), "")])
+
+
+def chat_turn_ids(tokenizer, turns: list[tuple[str, str]]) -> list[int]:
+    """Token ids of a conversation, (what was said, the answer) of each turn, up to where the last answer begins. Only
+    the chat template's own special tokens count as such."""
     if tokenizer.chat_template is None:
         raise UserError(f"{RAW_CHAT}: the tokenizer of {tokenizer.name_or_path} has no chat template; leave it out")
-    place = "@@record@@"
-    turn = [{"role": "user", "content": place}]
-    head, _, tail = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True).partition(place)
-    text = "\n\n".join(filter(None, (record.instruction, record.input)))
-    parts = [(head, False), (text, True), (tail, False)]
-    return [
-        token
-        for part, split in parts
-        for token in tokenizer(part, add_special_tokens=False, split_special_tokens=split)["input_ids"]
-    ]
+    texts = [text for turn in turns for text in turn][:-1]
+    roles = [{"role": ("user", "assistant")[i % 2], "content": f"@@{i}@@"} for i in range(len(texts))]
+    rest, ids = tokenizer.apply_chat_template(roles, tokenize=False, add_generation_prompt=True), []
+
+    def add(part: str, split: bool) -> None:
+        ids.extend(tokenizer(part, add_special_tokens=False, split_special_tokens=split)["input_ids"])
+
+    for i, text in enumerate(texts):
+        head, _, rest = rest.partition(f"@@{i}@@")
+        add(head, False)
+        add(text, True)
+    add(rest, False)
+    return ids
 
 
 def describe(counts: dict[str, int]) -> str:

@@ -1,5 +1,6 @@
 """README and docs say what is true: their commands run on a base like Llama-2's, their tables are the measured ones."""
 
+import builtins
 import dataclasses
 import importlib.util
 import json
@@ -132,6 +133,10 @@ def with_flags(argv: list[str], **values) -> list[str]:
     return argv
 
 
+def end_of_input(prompt):
+    raise EOFError
+
+
 @pytest.mark.slow
 def test_the_whole_chain_of_commands_runs_on_a_base_without_a_pad_token(
     base_dir, judge_base_dir, adapter_dirs, four_tasks, tmp_path, monkeypatch, capsys
@@ -139,6 +144,7 @@ def test_the_whole_chain_of_commands_runs_on_a_base_without_a_pad_token(
     """Every command of the documents, in their order, with a tiny base, few rows and steps, and judges trained here."""
     assert json.loads((base_dir / "tokenizer_config.json").read_text()).get("pad_token") is None
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(builtins, "input", end_of_input)
     results = tmp_path / "results"
     every = [command for name in DOCUMENTS for command in commands(ROOT / name)]
     shown = [(script, argv) for script, argv in every if script in MAINS]

@@ -1,0 +1,84 @@
+"""Answers by a model that runs here: the prompts, the sampling and the end of an answer."""
+
+import torch
+from transformers import GenerationConfig
+
+from config import RAW_CHAT, UserError
+from data.batching import pad
+from data.encoding import prompt_ids
+from data.prompts import STOP_STRING
+from data.sources import Record
+
+
+def generate(model, tokenizer, batch: list[Record], args, seed: int) -> list[dict]:
+    """One answer per record: sampled at --temperature from the whole distribution, or greedy at 0.
+
+    Ends at EOS or before a new "### Instruction:". The same seed and batch give the same answers. args: temperature,
+    max_new_tokens, cache_implementation and run, as inference.py's flags have them.
+    """
+    window = prompt_window(model, args.max_new_tokens)
+    prompts = [prompt_ids(tokenizer, record, args.run == RAW_CHAT)[-window:] for record in batch]
+    answers = []
+    for record, tokens in zip(batch, generate_tokens(model, tokenizer, prompts, args, seed), strict=True):
+        ended = tokenizer.eos_token_id in tokens
+        tokens = tokens[: tokens.index(tokenizer.eos_token_id)] if ended else tokens
+        text, mark, _ = tokenizer.decode(tokens, skip_special_tokens=True).partition(STOP_STRING)
+        answers.append(answer_row(record, text, len(tokens), stopped=ended or bool(mark)))
+    return answers
+
+
+def prompt_window(model, max_new_tokens: int) -> int:
+    """How many tokens of a prompt fit beside an answer. UserError where that is next to nothing."""
+    window = model.config.max_position_embeddings - max_new_tokens
+    if window < 32:
+        raise UserError(
+            f"--max_new_tokens {max_new_tokens}: leaves no room for the prompt in the model's "
+            f"{model.config.max_position_embeddings} positions"
+        )
+    return window
+
+
+@torch.inference_mode()
+def generate_tokens(model, tokenizer, prompts: list[list[int]], args, seed: int, streamer=None) -> list[list[int]]:
+    """The tokens after each prompt, with an EOS and what fills up behind it; streamer: one of transformers', which gets
+    them as they come."""
+    ids, mask = pad(prompts, left=True, value=tokenizer.eos_token_id)
+    sampling = {"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if args.temperature > 0 else {}
+    settings = GenerationConfig(
+        max_new_tokens=args.max_new_tokens,
+        do_sample=args.temperature > 0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        stop_strings=[STOP_STRING],
+        cache_implementation=args.cache_implementation,
+        **sampling,
+    )
+    torch.manual_seed(seed)
+    generated = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        generation_config=settings,
+        tokenizer=tokenizer,
+        streamer=streamer,
+    )
+    return generated[:, ids.shape[1] :].tolist()
+
+
+def answer_row(record: Record, text: str, new_tokens: int | None, stopped: bool) -> dict:
+    """A line of outputs.jsonl, but for its generator."""
+    return {
+        "id": record.id,
+        "instruction": record.instruction,
+        "input": record.input,
+        "output": text.strip(),
+        "task": record.task,
+        "reference": record.output,
+        "new_tokens": new_tokens,
+        "finish_reason": "stop" if stopped else "length",
+    }
+
+
+def answered_record(row: dict) -> Record:
+    """The record of a line of outputs.jsonl, with the answer that was given."""
+    return Record(row["id"], row["task"], row["instruction"], row["input"], row["output"])
