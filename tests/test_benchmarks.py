@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import run_script
 
-from benchmarks import bench_moe, whole_model
+from benchmarks import bench_moe, growth, whole_model
 from config import ROOT, UserError
 
 
@@ -40,6 +40,15 @@ def test_the_tables_of_the_documents_are_the_committed_figures():
     of_shape = re.compile(r"\| (SmolLM2-135M|Llama-2-7B), \d+ token")
     quoted = {line for line in text.splitlines() if of_shape.match(line)}
     assert quoted == {line for line in every if of_shape.match(line)}
+
+
+def test_quick_growth_ends_in_json_and_draws_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(growth, "KEPT", tmp_path / "growth.json")
+    growth.main(["--quick", "1"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [(row["experts"], row["rank"]) for row in rows] == growth.points()
+    assert all(row[name] > 0 for row in rows for name in ("ffn_forward", "ffn_forward_backward", "step"))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -220,10 +220,11 @@ def environment() -> dict:
 
 
 def cpu_name() -> str:
-    """The processor's model name where the system tells it."""
+    """The processor's model name where the system tells it, and whether it has AMX, which the name does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return f"{name} with AMX" if any(" amx_tile" in line for line in lines) else name
     except (OSError, StopIteration):
         return platform.processor() or "CPU"
 
