@@ -45,59 +45,59 @@ class AlignArguments(SourceArguments):
     """What align_basemodel.py adds to transformers.TrainingArguments."""
 
     task_name: str | None = flag(
-        None, "the task whose data to align on, or mix: those of all --tasks (default with --moe_flag 1: mix)"
+        None, "the task to align on, or mix for all of --tasks (default with --moe_flag 1: mix)"
     )
     tasks: str | None = flag(
-        None, f"{TASKS_HELP} (default: {','.join(TASKS)}; with --moe_flag 1 and experts of others, the experts')"
+        None, f"with --task_name mix: {TASKS_HELP} (default: the paper's, or those of the fused experts)"
     )
     moe_flag: int = flag(0, "0: align one expert (LoRA on the base); 1: align the fused mixture", choices=[0, 1])
-    num_samples: int = flag(-1, "training rows per task, drawn with --seed; -1: all")
-    max_length: int = flag(300, "tokens; of a longer sample the prompt is cut first")
+    num_samples: int = flag(-1, "training rows per task, drawn with --seed; -1 takes all")
+    max_length: int = flag(300, "longest sample in tokens; a longer one loses the beginning of its prompt")
     batch_size: int | None = flag(None, "samples per device and step; short for --per_device_train_batch_size")
     # one expert
     rank: int | None = flag_with(OF_EXPERT, 8, "LoRA rank r")
     alpha: float | None = flag_with(OF_EXPERT, 4.0, "LoRA alpha")
     lora_dropout: float | None = flag_with(OF_EXPERT, 0.1, "LoRA dropout")
     init_adapter: str | None = flag(
-        None, "of one expert: the adapter that it goes on from, a run's name or a folder; of the same rank and alpha"
+        None, "with --moe_flag 0: continue from this adapter (a run's name or a folder) of the same rank and alpha"
     )
     # the mixture
     moe_dir: str | None = flag(
         None, "the fused model that --moe_flag 1 starts from (default: outputs/moe in --results_dir)"
     )
-    expert_topk: int | None = flag_with(OF_MIXTURE, None, "experts per token, 1 to their number (default: as fused)")
+    expert_topk: int | None = flag_with(OF_MIXTURE, None, "experts per token (default: as fused)")
     answer_topk: int | None = flag_with(
-        OF_MIXTURE, None, "experts per token of the aligned model, where it is to have other than it is trained with"
+        OF_MIXTURE, None, "experts per token once aligned, if not those of the training"
     )
     gate_loss_weight: float | None = flag_with(OF_MIXTURE, 0.0, "lambda of the gating loss")
     gate_schedule: str | None = flag_with(
         OF_MIXTURE,
         "constant",
-        "lambda over the training: constant, or falling to 0 (linear)",
+        "how lambda changes over the training: constant, or linear to 0",
         choices=["constant", "linear"],
     )
     helpfulness_weight: float | None = flag_with(OF_MIXTURE, 0.0, "gamma_1: weight of the helpfulness expert's drift")
     safety_weight: float | None = flag_with(OF_MIXTURE, 0.0, "gamma_2: weight of the safety expert's drift")
     truthfulness_weight: float | None = flag_with(OF_MIXTURE, 0.0, "gamma_3: weight of the truthfulness expert's drift")
     drift_weights: str | None = flag_with(
-        OF_MIXTURE, None, "weights of other experts' drift by their tasks, NAME=VALUE with commas"
+        OF_MIXTURE, None, "drift weights of other tasks' experts: TASK=VALUE, comma-separated"
     )
     gate_tokens: str | None = flag_with(
         OF_MIXTURE,
         "instruction",
-        "tokens the gating loss averages over: those after the template's opening, or all (the paper)",
+        "tokens the gating loss averages over: those after the template's opening, or all, as in the paper",
         choices=["instruction", "all"],
     )
     gate_gradient: str | None = flag_with(
         OF_MIXTURE,
         "all",
-        "what the gating loss trains: all (routers and experts: the paper), or the routers alone",
+        "what the gating loss trains: routers and experts (all, as in the paper), or the routers alone",
         choices=["all", "router"],
     )
     gate_balance: str | None = flag_with(
         OF_MIXTURE,
         "task",
-        "whether tasks weigh alike in the gating loss, or samples (the paper)",
+        "what has equal weight in the gating loss: each task, or each sample as in the paper",
         choices=["task", "sample"],
     )
     train_router: int | None = flag_with(OF_MIXTURE, 1, "0: freeze the router (ablation)", choices=[0, 1])
@@ -107,9 +107,9 @@ class AlignArguments(SourceArguments):
     tune_attention: int | None = flag_with(
         OF_MIXTURE, 0, "1: add LoRA on q, k, v, o, as the released code does", choices=[0, 1]
     )
-    attention_rank: int | None = flag_with(OF_ATTENTION, 8, "its rank")
-    attention_alpha: float | None = flag_with(OF_ATTENTION, 4.0, "its alpha")
-    attention_dropout: float | None = flag_with(OF_ATTENTION, 0.1, "its dropout")
+    attention_rank: int | None = flag_with(OF_ATTENTION, 8, "rank of that LoRA")
+    attention_alpha: float | None = flag_with(OF_ATTENTION, 4.0, "alpha of that LoRA")
+    attention_dropout: float | None = flag_with(OF_ATTENTION, 0.1, "dropout of that LoRA")
 
     def __post_init__(self):
         if self.task_name is None:

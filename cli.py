@@ -18,7 +18,10 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 NF4 = "nf4"  # QLoRA's 4-bit data type (https://arxiv.org/abs/2305.14314)
 HELP_ALL = "--help_all"
 NO_TASKS = ("raw", "raw_chat", "mix", "moe", "all", "aligned", GENERAL, XSTEST)  # what else stands where a task may
-TASKS_HELP = "the tasks in order, with commas; one beside the paper's has NAME_train.jsonl and NAME_test.jsonl"
+TASKS_HELP = (
+    "the tasks, comma-separated and in order; any other than the paper's is read from NAME_train.jsonl and "
+    "NAME_test.jsonl"
+)
 TRAINING_EPILOG = f"""every field of transformers.TrainingArguments is a flag too ({HELP_ALL} lists them), such as
 --learning_rate 5e-4 --num_train_epochs 3 --per_device_train_batch_size 8 --lr_scheduler_type linear --seed 42"""
 
@@ -146,7 +149,9 @@ class Parser(argparse.ArgumentParser):
     """The flags of one dataclass. Errors are a UserError of one line."""
 
     def __init__(self, arguments: type, epilog: str | None = None):
+        about = (sys.modules[arguments.__module__].__doc__ or "").partition("\n\n")[0].rstrip(":")
         super().__init__(
+            description=about,
             allow_abbrev=False,
             usage="%(prog)s [--flag value ...]",
             epilog=epilog,
@@ -204,9 +209,9 @@ class BaseArguments:
     """The base model (None: as the earlier stage recorded, else the paper's) and the place of all results."""
 
     base_model: str | None = flag(
-        None, f"hub id, local folder, or an embedded model: {EMBEDDED_MODEL}, gemma3 (default: {PAPER_BASE_MODEL})"
+        None, f"the base model: a hub id, a local folder, {EMBEDDED_MODEL} or gemma3 (default: {PAPER_BASE_MODEL})"
     )
-    results_dir: str = flag(str(RESULTS_DIR), "where every run is written and looked for (default: results)")
+    results_dir: str = flag(str(RESULTS_DIR), "the folder that runs are written to and read from (default: results)")
 
 
 @dataclass
@@ -214,11 +219,11 @@ class SourceArguments(BaseArguments):
     """And the data (None: as the earlier stage recorded), and the precision of the base."""
 
     data_source: str | None = flag(
-        None, "'hub', 'sample' (in this repository), or a folder of jsonl files (default: as recorded, else hub)"
+        None, "hub, sample (the rows in this repository), or a folder of jsonl files (default: as recorded, else hub)"
     )
     dtype: str = flag(
         "auto",
-        "of the base weights: auto (bfloat16 where the device is fast in it, else float32), ...; nf4: 4 bits by "
-        "bitsandbytes, multiplied in what auto says",
+        "precision of the base's weights; auto: bfloat16 where the device is fast in it, else float32; nf4: 4 bits by "
+        "bitsandbytes",
         choices=[*DTYPES, NF4],
     )

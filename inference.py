@@ -20,41 +20,35 @@ class InferArguments(SourceArguments):
     """Flags of inference.py."""
 
     task_name: str | None = flag(
-        None,
-        f"whose prompts to answer: {', '.join(TASKS)}, another of the data folder, or {XSTEST}: those that only look "
-        "unsafe, for the over-refusal",
+        None, f"the prompts to answer: {', '.join(TASKS)}, another task of the data folder, or {XSTEST}"
     )
-    dataset_type: str = flag("test", "which half", choices=["train", "test"])
-    num_samples: int = flag(-1, "prompts, evenly spaced over the half; -1: all")
+    dataset_type: str = flag("test", "the half of the data", choices=["train", "test"])
+    num_samples: int = flag(-1, "prompts to answer, evenly spaced over the half; -1 takes all")
     cross_task: str | None = flag(
         None,
-        "the run that answers: a name under results/outputs, its folder, or raw_chat (the base by its chat template)",
+        "the run that answers: a name under results/outputs, a folder, or raw_chat (the base by its chat template)",
     )
     aligned_flag: int | None = flag(
-        None, "without --cross_task: 1 (default) the task's own aligned expert, 0 the raw base model", choices=[0, 1]
+        None, "without --cross_task: 1 (default) for the task's own expert, 0 for the raw base", choices=[0, 1]
     )
-    checkpoint_number: int | None = flag(None, "answer with the run's checkpoint-N instead of its end")
+    checkpoint_number: int | None = flag(None, "use checkpoint-N of the run")
     expert_bias: str | None = flag(
         None,
-        "of a fused model: what the routers' logits get, EXPERT=VALUE with commas; off takes an expert out, only takes "
-        "out all others",
+        "add to a fused model's router logits: EXPERT=VALUE, comma-separated; off removes an expert, only removes all "
+        "others",
     )
-    prompt: str | None = flag(None, "answer this instruction in the terminal instead")
-    chat: int = flag(0, "1: a conversation in the terminal instead", choices=[0, 1])
-    compare: str | None = flag(None, "with --prompt: answer by each of these runs, with commas")
+    prompt: str | None = flag(None, "answer this instruction in the terminal")
+    chat: int = flag(0, "1: hold a conversation in the terminal", choices=[0, 1])
+    compare: str | None = flag(None, "with --prompt: show the answers of these runs, comma-separated")
     batch_size: int = flag(16, "prompts per batch")
     temperature: float = flag(0.6, "sampling temperature; 0: greedy")
-    max_new_tokens: int = flag(512, "longest answer")
-    seed: int = flag(DEFAULT_SEED, "of the sampling; another one's answers get a directory of their own")
+    max_new_tokens: int = flag(512, "longest answer in tokens")
+    seed: int = flag(DEFAULT_SEED, "seed of the sampling; other seeds' answers get their own directory")
     cache_implementation: str = flag(
-        "dynamic",
-        "generate's key-value cache; on a GPU it compiles the model for a static one",
-        choices=["dynamic", "static"],
+        "dynamic", "key-value cache; on a GPU static compiles the model", choices=["dynamic", "static"]
     )
     server_url: str | None = flag(
-        None,
-        "an OpenAI-compatible server that runs the model (vLLM, SGLang, llama.cpp, "
-        "transformers serve), such as http://localhost:8000/v1",
+        None, "ask an OpenAI-compatible server that runs the model, such as http://localhost:8000/v1"
     )
     server_model: str | None = flag(None, "the model's name on that server")
     concurrency: int = flag(32, "requests to the server at a time")

@@ -26,7 +26,7 @@ TRAIN = "safety_train.jsonl"
 class RefusalArguments:
     """Flags of data/refusals.py."""
 
-    data_source: str | None = flag(None, "sample, or the folder whose safety pairs are cut in two")
+    data_source: str | None = flag(None, "the data whose safety pairs are split: sample, or a folder")
     output: str | None = flag(None, "where to write")
 
     def __post_init__(self):

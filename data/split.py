@@ -25,12 +25,12 @@ from config import HELD_APART, TASKS, UserError
 class SplitArguments:
     """Flags of data/split.py."""
 
-    data_source: str | None = flag(None, "sample, or the folder whose training half is dealt out")
+    data_source: str | None = flag(None, "the data to split: sample, or a folder")
     output: str | None = flag(None, "where to write")
-    mixed: str = flag("10,40,160", "how many questions per task whoever fuses knows, with commas")
-    num_held_apart: int = flag(60, "questions per task that nobody is trained on")
+    mixed: str = flag("10,40,160", "sizes of the mixed sets, in questions per task, comma-separated")
+    num_held_apart: int = flag(60, "questions per task that nothing is trained on")
     tasks: str = flag(",".join(TASKS), TASKS_HELP)
-    seed: int = flag(42, "of the draw")
+    seed: int = flag(42, "seed of the draw")
 
     def __post_init__(self):
         if self.data_source in (None, "hub") or self.output is None:

@@ -20,10 +20,10 @@ from config import TASKS, UserError
 class DriftArguments(SourceArguments):
     """Flags of evaluator/embedding_drift.py."""
 
-    run: str | None = flag(None, "whose embeddings, with commas: names under results/outputs, or folders")
-    reference: str | None = flag(None, "from which run's")
+    run: str | None = flag(None, "the runs to measure, comma-separated: names under results/outputs, or folders")
+    reference: str | None = flag(None, "the run to measure from")
     dataset_type: str = flag("test", "which half", choices=["train", "test"])
-    num_samples: int = flag(-1, "prompts per task, evenly spaced over the half; -1: all")
+    num_samples: int = flag(-1, "prompts per task, evenly spaced over the half; -1 takes all")
     tasks: str = flag(",".join(TASKS), TASKS_HELP)
     batch_size: int = flag(16, "prompts per batch")
 

@@ -39,26 +39,28 @@ class LikelihoodArguments(SourceArguments):
     """Flags of evaluator/evaluate_likelihood.py."""
 
     run: str = flag(
-        "raw", "what to score, with commas: raw, raw_chat (by the chat template), names under results/outputs, folders"
+        "raw",
+        "the runs to score, comma-separated: raw, raw_chat (raw by its chat template), names under results/outputs, or "
+        "folders",
     )
-    checkpoint_number: int | None = flag(None, "score the run's checkpoint-N instead of its end")
+    checkpoint_number: int | None = flag(None, "score checkpoint-N of the run")
     expert_bias: str | None = flag(
-        None, "of fused models: what the routers' logits get, EXPERT=VALUE with commas, or off, or only"
+        None, "add to a fused model's router logits: EXPERT=VALUE, comma-separated, or off, or only"
     )
-    task_name: str = flag("all", f"which task's held-out rows, {GENERAL}, or all: of --tasks, and {GENERAL}")
+    task_name: str = flag("all", f"a task, {GENERAL} (plain text), or all of --tasks and {GENERAL}")
     tasks: str = flag(",".join(TASKS), TASKS_HELP)
     dataset_type: str = flag(
         "test",
-        "which half; held_apart: training questions that the runs did not see, to choose settings by",
+        "the half of the data; held_apart: training questions that the runs did not see, for choosing settings",
         choices=["train", "test", HELD_APART],
     )
-    num_samples: int = flag(-1, "rows per score, evenly spaced over the half; -1: all (of held_apart: questions)")
+    num_samples: int = flag(-1, "rows per score (of held_apart: questions), evenly spaced; -1 takes all")
     num_trained: int | None = flag_with(
-        OF_HELD_APART, None, "the runs' --num_samples (default: all of what data/split.py held apart)"
+        OF_HELD_APART, None, "the runs' --num_samples (default: the folder is data/split.py's; take all it held apart)"
     )
     seed: int | None = flag_with(OF_HELD_APART, 42, "the runs' --seed")
     max_length: int | None = flag(
-        None, "tokens of prompt and answer; of a longer sample the prompt is cut first (default: the model's window)"
+        None, "longest sample in tokens; a longer one loses the beginning of its prompt (default: the model's window)"
     )
     batch_size: int = flag(16, "samples per batch")
 

@@ -21,21 +21,20 @@ from config import BIAS, HELD_APART, RESULTS_DIR, TASKS, UserError
 class ReportArguments:
     """Flags of evaluator/report.py."""
 
-    runs: str = flag(f"raw,{','.join(TASKS)}", "the runs, in the table's order, with commas")
+    runs: str = flag(f"raw,{','.join(TASKS)}", "the runs, comma-separated, in the table's order")
     reference: str | None = flag(
-        None, "the run that the others are compared with (default: the last aligned fusion of --runs, if there is one)"
+        None, "the run to compare the others with (default: the last aligned fusion of --runs)"
     )
     show_answers: str | None = flag(
-        None, "the results folder whose answers the page shows (--save keeps these too); they hold texts of their data"
+        None,
+        "show the answers of this results folder on the page, and keep them with --save; their texts are its data's",
     )
-    save: str | None = flag(None, "a folder to keep each run in for others, <run>.json: scores by item, no texts")
-    only_save: int = flag(0, "1: keep them and write no report", choices=[0, 1])
-    saved: str | None = flag(None, "such a folder, for the runs that are not in --results_dir")
-    data_source: str | None = flag(
-        None, "hub, sample or a folder: count which of its held-out questions its training rows nearly have"
-    )
+    save: str | None = flag(None, "keep each run's scores by item in this folder, as <run>.json without texts")
+    only_save: int = flag(0, "1: keep the scores and write no report", choices=[0, 1])
+    saved: str | None = flag(None, "read runs that are not in --results_dir from such a folder")
+    data_source: str | None = flag(None, "count held-out questions that nearly stand in the training rows of this data")
     dataset_type: str = flag("test", "which half", choices=["train", "test", HELD_APART])
-    results_dir: str = flag(str(RESULTS_DIR), "where the scores are")
+    results_dir: str = flag(str(RESULTS_DIR), "the folder of the scores (default: results)")
 
     def __post_init__(self):
         if self.only_save and not self.save:

@@ -37,23 +37,23 @@ NOT_ALIKE = 3  # the exit code: of Python's own none
 class ReuseArguments:
     """Flags of evaluator/reuse.py."""
 
-    run: str = flag("raw", "the kept runs, with commas")
+    run: str = flag("raw", "the kept runs, comma-separated")
     saved: str | None = flag(None, "the folder where they are kept")
-    made_by: str | None = flag(None, "the command that would make the run (none: raw, which nothing makes)")
-    experts: str | None = flag(None, "the kept experts that it would be made from, with commas")
-    drift: int = flag(0, "1: it must have its embedding drift", choices=[0, 1])
+    made_by: str | None = flag(None, "the command that would make the run (none for raw)")
+    experts: str | None = flag(None, "the kept experts that it would be made from, comma-separated")
+    drift: int = flag(0, "1: it must have an embedding drift", choices=[0, 1])
     base_model: str | None = flag(None, "the base that it would be made from")
-    data_source: str | None = flag(None, "hub, sample or a folder: the data that it would be scored on")
+    data_source: str | None = flag(None, "the data that it would be scored on: hub, sample or a folder")
     dataset_type: str = flag("test", "which half", choices=["train", "test", HELD_APART])
     num_samples: int = flag(-1, "rows per score, as evaluate_likelihood.py takes them")
     num_trained: int | None = flag_with(OF_HELD_APART, None, "as evaluate_likelihood.py takes it")
     seed: int | None = flag_with(OF_HELD_APART, 42, "as evaluate_likelihood.py takes it")
     tasks: str = flag(",".join(TASKS), TASKS_HELP)
-    dtype: str = flag("auto", "of the base in scoring and answering", choices=list(DTYPES))
-    num_answered: int | None = flag(None, "also look for judged answers, to that many prompts per task")
-    max_new_tokens: int | None = flag(None, "of such answers")
-    temperature: float = flag(0.6, "of such answers")
-    judged: str = flag("flagged,truth,information", "the judged scores that they must have, with commas")
+    dtype: str = flag("auto", "precision of the base in scoring and answering", choices=list(DTYPES))
+    num_answered: int | None = flag(None, "also ask for judged answers to that many prompts per task")
+    max_new_tokens: int | None = flag(None, "of those answers")
+    temperature: float = flag(0.6, "of those answers")
+    judged: str = flag("flagged,truth,information", "the judged scores to ask for, comma-separated")
 
     def __post_init__(self):
         if None in (self.saved, self.base_model, self.data_source):

@@ -26,10 +26,11 @@ BY_JUDGE, BY_CLASSIFIER = {"by": "judge"}, {"by": "classifier"}
 class SelectArguments:
     """Flags of evaluator/select_answers.py."""
 
-    task_name: str | None = flag(None, "to whose prompts the answers are")
+    task_name: str | None = flag(None, "the task whose prompts were answered")
     dataset_type: str = flag("test", "which half was answered", choices=["train", "test"])
     answers: str | None = flag(
-        None, "the answers' directories under results/inference/<task>/<split>, with commas; of equals the first wins"
+        None,
+        "the directories to select from, comma-separated, under results/inference/<task>/<split>; the first wins a tie",
     )
     by: str = flag("consensus", "what selects", choices=["consensus", "judge", "classifier"])
     name: str | None = flag(None, "the directory to write (default: consensus, best_by_<judge> or classifier)")
@@ -37,12 +38,12 @@ class SelectArguments:
     base_model: str | None = flag_with(BY_JUDGE, None, "the judge's base, if it is no longer where the judge names it")
     batch_size: int | None = flag_with(BY_JUDGE, 16, "texts per batch of the judge")
     data_source: str | None = flag_with(
-        BY_CLASSIFIER, None, "hub, sample or a folder: whose training instructions it learns from"
+        BY_CLASSIFIER, None, "the data that the classifier learns from: hub, sample or a folder"
     )
-    tasks: str | None = flag_with(BY_CLASSIFIER, ",".join(TASKS), f"of the experts: {TASKS_HELP}")
-    num_samples: int | None = flag_with(BY_CLASSIFIER, -1, "of each task, drawn as align_basemodel.py draws them")
-    seed: int | None = flag_with(BY_CLASSIFIER, 42, "of that")
-    results_dir: str = flag(str(RESULTS_DIR), "where answers are read and written")
+    tasks: str | None = flag_with(BY_CLASSIFIER, ",".join(TASKS), f"the experts' tasks: {TASKS_HELP}")
+    num_samples: int | None = flag_with(BY_CLASSIFIER, -1, "training rows per task, drawn as align_basemodel.py does")
+    seed: int | None = flag_with(BY_CLASSIFIER, 42, "seed of that draw")
+    results_dir: str = flag(str(RESULTS_DIR), "the folder of the answers (default: results)")
 
     def __post_init__(self):
         resolve_conditional_flags(self)

@@ -27,13 +27,13 @@ class EnsembleArguments(BaseArguments):
 
     average: str = flag(
         "probabilities",
-        "what is averaged at each token (log_probabilities: then normalised)",
+        "what is averaged at each token; log-probabilities are normalised again",
         choices=["probabilities", "log_probabilities"],
     )
     experts_dir: str | None = flag(None, "folder of the experts (default: outputs in --results_dir)")
     tasks: str = flag(",".join(TASKS), TASKS_HELP)
     experts: str | None = flag(
-        None, "the experts, with commas: folders there, or NAME=DIR for adapters anywhere (default: --tasks)"
+        None, "the experts, comma-separated: names in --experts_dir, or NAME=DIR for any adapter (default: --tasks)"
     )
     output: str | None = flag(None, "where to write (default: outputs/ensemble_<average> in --results_dir)")
 

@@ -49,7 +49,7 @@ class ExportArguments:
         None, "1: read the export back and compare it with ours (default: 1; pt: 0)", choices=[0, 1]
     )
     checkpoint_number: int | None = flag(None, "export the run's checkpoint-N instead of its end")
-    results_dir: str = flag(str(RESULTS_DIR), "where runs are looked for")
+    results_dir: str = flag(str(RESULTS_DIR), "the folder that runs are read from (default: results)")
 
     def __post_init__(self):
         if not self.cross_task or not self.output:

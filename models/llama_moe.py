@@ -40,38 +40,35 @@ class FuseArguments(BaseArguments):
     experts_dir: str | None = flag(None, "folder of the experts (default: outputs in --results_dir)")
     tasks: str = flag(",".join(TASKS), TASKS_HELP)
     experts: str | None = flag(
-        None, "the experts in order, with commas: folders there, or NAME=DIR for adapters anywhere (default: --tasks)"
+        None,
+        "the experts in order, comma-separated: names in --experts_dir, or NAME=DIR for any adapter (default: --tasks)",
     )
-    expert_topk: int | None = flag(
-        None, "experts per token, 1 to their number (default: 2; with --add, as --to has it)"
-    )
+    expert_topk: int | None = flag(None, "experts per token (default: 2; with --add, that of --to)")
     output: str | None = flag(
-        None, "where to write (default: outputs/moe in --results_dir; with --add outputs/<--to>_with_<its name>)"
+        None, "where to write (default: outputs/moe in --results_dir; with --add outputs/<--to>_with_<NAME>)"
     )
-    add: str | None = flag(None, "an expert to put beside those of --to: a folder there, or NAME=DIR; NAME is its task")
+    add: str | None = flag(None, "add this expert to --to: a name in --experts_dir or NAME=DIR, where NAME is its task")
     to: str | None = flag(None, "with --add: the fused run, a name under outputs or a folder")
-    from_pt: str | None = flag(
-        None, "a moe.pt of the released code instead of adapters; takes --base_model and --experts"
-    )
-    max_rank: int = flag(32, "with --from_pt: the largest rank an expert's change of the base may have")
+    from_pt: str | None = flag(None, "fuse a moe.pt of the released code; needs --base_model and --experts")
+    max_rank: int = flag(32, "with --from_pt: the largest rank that an expert may differ from the base by")
     fresh_rank: int | None = flag(
-        None, "a control: fresh LoRA of that rank, with B = 0, under the experts' names; takes --base_model"
+        None, "control: fuse fresh LoRA of that rank, with B = 0, under the experts' names; needs --base_model"
     )
     router_init: str = flag(
         "random",
-        "the routers' start: random, by the states of each task's training prompts (prototype), or by what each expert "
-        "changes most (arrow)",
+        "how routers start: random, from the states of each task's training prompts (prototype), or from what each "
+        "expert changes most (arrow)",
         choices=["random", "prototype", "arrow"],
     )
     data_source: str | None = flag_with(
-        OF_PROMPTS, None, "hub, sample or a folder, for the prompts (default: as the experts recorded)"
+        OF_PROMPTS, None, "data of those prompts: hub, sample or a folder (default: as the experts recorded)"
     )
-    num_prompts: int | None = flag_with(OF_PROMPTS, 100, "training prompts per task")
-    dtype: str | None = flag_with(OF_PROMPTS, "auto", "of the base that reads them", choices=list(DTYPES))
-    seed: int = flag(42, "of the router's initial weights, of the prompts drawn and of fresh experts")
+    num_prompts: int | None = flag_with(OF_PROMPTS, 100, "training prompts per task that the routers start from")
+    dtype: str | None = flag_with(OF_PROMPTS, "auto", "precision of the base that reads them", choices=list(DTYPES))
+    seed: int = flag(42, "seed of the routers, the prompts and the fresh experts")
     save_dtype: str = flag(
         "auto",
-        "of the experts on disk: auto keeps the adapters' own, float16 halves the file",
+        "precision of the experts on disk: auto keeps the adapters', float16 halves the file",
         choices=["auto", "float16", "float32"],
     )
 

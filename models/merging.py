@@ -63,31 +63,29 @@ METHODS = {
 class MergeArguments(BaseArguments):
     """Flags of models/merging.py."""
 
-    method: str | None = flag(None, "how to merge", choices=list(METHODS))
+    method: str | None = flag(None, "the merging method", choices=list(METHODS))
     experts_dir: str | None = flag(None, "folder of the experts (default: outputs in --results_dir)")
     tasks: str = flag(",".join(TASKS), TASKS_HELP)
     experts: str | None = flag(
-        None, "the experts, with commas: folders there, or NAME=DIR for adapters anywhere (default: --tasks)"
+        None, "the experts, comma-separated: names in --experts_dir, or NAME=DIR for any adapter (default: --tasks)"
     )
-    scale: float | None = flag(None, "of the merged change (default: the method's usual one)")
-    density: float | None = flag(None, "the part of each expert's change that stays (default: the usual one)")
-    weights: str | None = flag(
-        None, "how much some experts count, EXPERT=WEIGHT with commas (default: 1 each); of several methods relative"
-    )
+    scale: float | None = flag(None, "scale of the merged change (default: the method's usual one)")
+    density: float | None = flag(None, "share of each expert's change that is kept (default: the method's usual one)")
+    weights: str | None = flag(None, "weights of experts: EXPERT=WEIGHT, comma-separated (default: 1 each)")
     num_held_apart: int | None = flag(
         None,
-        "choose scale and density by the likelihood of that many training prompts per task, none aligned on; -1: of "
-        "all in --data_source, where data/split.py has dealt others to the experts",
+        "tune scale and density on that many training prompts per task that no expert saw; -1 takes all of "
+        "--data_source, if data/split.py gave the experts others",
     )
     data_source: str | None = flag(
-        None, "hub, sample or a folder, for these prompts (default: as the experts recorded)"
+        None, "data of these prompts: hub, sample or a folder (default: as the experts recorded)"
     )
-    batch_size: int | None = flag(None, "samples per batch in choosing them (default: 8)")
-    dtype: str | None = flag(None, "of the base in choosing them (default: auto)", choices=list(DTYPES))
+    batch_size: int | None = flag(None, "samples per batch in tuning (default: 8)")
+    dtype: str | None = flag(None, "precision of the base in tuning (default: auto)", choices=list(DTYPES))
     output: str | None = flag(
-        None, "where to write (default: outputs/merge_<method> in --results_dir, merge_<method>_tuned if chosen)"
+        None, "where to write (default: outputs/merge_<method> in --results_dir, merge_<method>_tuned if tuned)"
     )
-    seed: int | None = flag(None, f"of what {' and '.join(RANDOM)} drop (default: 42)")
+    seed: int | None = flag(None, f"seed of what {' and '.join(RANDOM)} drop (default: 42)")
 
     def __post_init__(self):
         self.experts = self.experts or ",".join(read_tasks(self.tasks))
