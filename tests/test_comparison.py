@@ -286,7 +286,7 @@ def test_answers_are_kept_for_others_only_where_they_are_to_be_shown(results, ta
     call(report, *runs, "--show_answers", results, "--save", kept, "--results_dir", results)
     page = (results / "report" / "index.html").read_text()
     shown = page[page.index("Which expert served") : page.index("What is missing")]
-    assert "Answers side by side" in shown and "To prompts of sample." in shown
+    assert "Answers side by side" in shown and "The prompts are those of sample." in shown
     call(report, *runs, "--saved", kept, "--results_dir", other)
     assert shown in (other / "report" / "index.html").read_text()
     (kept / "shown_answers.json").unlink()
