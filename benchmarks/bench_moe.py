@@ -33,7 +33,7 @@ import config
 from benchmarks import whole_model
 from cli import flag
 from config import ROOT, UserError
-from models.expert_ffn import PROJECTIONS, LowRankExperts
+from models.expert_ffn import ACTIVATIONS, PROJECTIONS, LowRankExperts
 from models.loading import device
 from models.router import route
 from workspace.files import read_json, write_json
@@ -64,6 +64,7 @@ class BenchmarkArguments:
     tokens: str | None = flag(None, "with commas (default: 1,8,512; on a GPU also 4096,16384)")
     repeats: int = flag(15, "timed repeats, after two that are not")
     dtype: str = flag("bfloat16", "of base and inputs", choices=["bfloat16", "float32"])
+    activation: str = flag("silu", "of the FFN's gate", choices=list(ACTIVATIONS))
     base_model: str = flag(config.EMBEDDED_MODEL, "with --model 1: the base")
     random_init: str | None = flag(
         None,
@@ -75,11 +76,11 @@ class BenchmarkArguments:
 class Layer(nn.Module):
     """One FFN in every form: base + low-rank experts, and the same experts merged into dense copies."""
 
-    def __init__(self, hidden_size: int, width: int, dtype: torch.dtype):
+    def __init__(self, hidden_size: int, width: int, dtype: torch.dtype, activation: str = "silu"):
         super().__init__()
         sizes = {"gate_proj": (hidden_size, width), "up_proj": (hidden_size, width), "down_proj": (width, hidden_size)}
         self.base = nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
-        self.experts = LowRankExperts(hidden_size, width, NUM_EXPERTS, RANK)
+        self.experts = LowRankExperts(hidden_size, width, NUM_EXPERTS, RANK, activation)
         for matrix in self.experts.parameters():
             nn.init.normal_(matrix, std=matrix.shape[-1] ** -0.5 * 0.3)
         self.experts.scaling.fill_(0.5)
@@ -87,7 +88,9 @@ class Layer(nn.Module):
         self.loaded = copy.deepcopy(self.experts)
         self.loaded.fold_scaling(dtype)
         self.base.to(dtype).requires_grad_(False)
-        settings = MixtralConfig(hidden_size=hidden_size, intermediate_size=width, num_local_experts=NUM_EXPERTS)
+        self.activated = ACTIVATIONS[activation].value
+        sizes = dict(hidden_size=hidden_size, intermediate_size=width, num_local_experts=NUM_EXPERTS)
+        settings = MixtralConfig(**sizes, hidden_act=activation)
         self.mixtral = MixtralExperts(settings).to(dtype).requires_grad_(False)
         self.use(self.trained)
         with torch.no_grad():
@@ -103,7 +106,7 @@ class Layer(nn.Module):
 
 def dense(layer: Layer, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """The limit: the base FFN alone, without experts."""
-    return layer.base["down_proj"](F.silu(layer.base["gate_proj"](x)) * layer.base["up_proj"](x))
+    return layer.base["down_proj"](layer.activated(layer.base["gate_proj"](x)) * layer.base["up_proj"](x))
 
 
 def ours(layer: Layer, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -116,7 +119,7 @@ def expert_loop(layer: Layer, x: Tensor, index: Tensor, weights: Tensor) -> Tens
     for i in range(NUM_EXPERTS):
         token, slot = (index == i).nonzero(as_tuple=True)
         gate, up = F.linear(x[token], layer.mixtral.gate_up_proj[i]).chunk(2, dim=-1)
-        part = F.linear(F.silu(gate) * up, layer.mixtral.down_proj[i]) * weights[token, slot, None]
+        part = F.linear(layer.activated(gate) * up, layer.mixtral.down_proj[i]) * weights[token, slot, None]
         y.index_add_(0, token, part.to(y.dtype))
     return y
 
@@ -131,7 +134,7 @@ def mixlora_sharing(layer: Layer, x: Tensor, index: Tensor, weights: Tensor) -> 
 
     for i in range(NUM_EXPERTS):
         token, slot = (index == i).nonzero(as_tuple=True)
-        hidden = F.silu(gate[token] + low_rank("gate_proj", i, x[token]))
+        hidden = layer.activated(gate[token] + low_rank("gate_proj", i, x[token]))
         hidden = hidden * (up[token] + low_rank("up_proj", i, x[token]))
         part = (layer.base["down_proj"](hidden) + low_rank("down_proj", i, hidden)) * weights[token, slot, None]
         y = y.index_add(0, token, part.to(y.dtype))
@@ -172,7 +175,7 @@ def left_out(usable: dict[str, Callable], layer: Layer, x: Tensor, index: Tensor
     exact = 0
     for i in range(NUM_EXPERTS):
         gate, up = F.linear(x.float(), merged[0][i]).chunk(2, dim=-1)
-        exact = exact + routing_weights[:, i, None] * F.linear(F.silu(gate) * up, merged[1][i])
+        exact = exact + routing_weights[:, i, None] * F.linear(layer.activated(gate) * up, merged[1][i])
     out = {}
     for name, form in usable.items():
         copies = index.numel() * sum(w[0].numel() for w in layer.mixtral.parameters()) * x.element_size()
@@ -247,7 +250,7 @@ def bench_ffn(args: BenchmarkArguments) -> list[dict]:
         if shape not in SHAPES:
             raise UserError(f"--shapes {shape}: must be of {', '.join(SHAPES)}")
         torch.manual_seed(0)
-        layer = Layer(*SHAPES[shape], getattr(torch, args.dtype)).to(target)
+        layer = Layer(*SHAPES[shape], getattr(torch, args.dtype), args.activation).to(target)
         for top_k in map(int, args.top_k.split(",")):
             for count in map(int, tokens.split(",")):
                 timed = [
@@ -344,7 +347,8 @@ def main(argv: list[str] | None = None) -> None:
     elif args.model:
         result = keep("model", whole_model.bench_model(args.base_model, bool(args.quick)), args)
     else:
-        result = keep("ffn", bench_ffn(args), args)
+        part = "ffn" if args.activation == "silu" else f"ffn, {args.activation}"
+        result = keep(part, bench_ffn(args), args)
     print(json.dumps(result))
 
 

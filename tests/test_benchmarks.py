@@ -24,9 +24,10 @@ def test_the_forms_are_one_function_and_one_that_is_not_is_refused(monkeypatch):
         bench_moe.left_out(forms, layer, *inputs)
 
 
-def test_quick_ffn_ends_in_json(capsys):
-    bench_moe.main(["--quick", "1"])
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["ffn"]["results"]
+@pytest.mark.parametrize("activation, part", [("silu", "ffn"), ("gelu_pytorch_tanh", "ffn, gelu_pytorch_tanh")])
+def test_quick_ffn_ends_in_json(activation, part, capsys):
+    bench_moe.main(["--quick", "1", "--activation", activation])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])[part]["results"]
     assert {row["pass"] for row in rows} == {"forward", "forward + backward"}
     assert {"dense", "ours", "expert loop", "MixLoRA", "Mixtral eager"} <= {row["form"] for row in rows}
     assert all(row["ms"] > 0 and row["ratio"] > 0 for row in rows)

@@ -207,10 +207,11 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_a_decoder_layer_compiles_in_one_graph(backend):
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_decoder_layer_compiles_in_one_graph(backend, activation):
     """fullgraph=True: no host synchronisation and no shape that depends on the routing."""
     torch.manual_seed(0)
-    config = tiny_config()
+    config = tiny_config(hidden_act=activation)
     fused = mixture_class(LlamaForCausalLM)(config)
     fused.become(MixtureConfig([{}] * 3, 2, 2, "", {}))
     model = fused.model
