@@ -190,7 +190,7 @@ from models import base, training_arguments
 from models.adapters import add_lora, load_adapter
 from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS
-from models.loading import is_fused, resolve_base
+from models.loading import resolve_base, run_kind
 from models.mixture import load_fused, read_mixture
 from models.trainer import AlignmentTrainer, MixtureTrainer, on_first_process
 from models.training_arguments import TrainArguments
@@ -258,7 +258,7 @@ def resolve_sources(args: AlignArguments) -> None:
         raise UserError(f"--moe_dir {moe_dir}: no fused model there; fuse the experts first with models/llama_moe.py")
     if not (moe_dir / run_dir.COMPLETE).exists():
         raise UserError(f"--moe_dir {moe_dir}: its fusion did not finish; run models/llama_moe.py again")
-    if not is_fused(moe_dir):
+    if run_kind(moe_dir) != "fused":
         raise UserError(f"--moe_dir {moe_dir}: holds no fused model; fuse the experts first with models/llama_moe.py")
     recorded = fused["run"]["arguments"]
     args.base_model = resolve_base(moe_dir, args.base_model)

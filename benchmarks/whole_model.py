@@ -132,7 +132,18 @@ def make_fusion(folder: Path, base_model: str) -> None:
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             llama_moe.main(["--experts_dir", str(folder), "--output", str(folder / "moe")])
-            export.main(["--cross_task", str(folder / "moe"), "--output", str(folder / "mixtral"), "--dtype", dtype])
+            export.main(
+                [
+                    "--cross_task",
+                    str(folder / "moe"),
+                    "--output",
+                    str(folder / "mixtral"),
+                    "--dtype",
+                    dtype,
+                    "--to",
+                    "mixtral",
+                ]
+            )
     except SystemExit as error:
         raise UserError(said.getvalue().strip().splitlines()[-1]) from error
 

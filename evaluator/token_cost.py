@@ -7,7 +7,7 @@ counts as merged into the base's weights, which it can be without a change of fu
 from pathlib import Path
 
 from models.expert_ffn import PROJECTIONS
-from models.mixture import ENSEMBLE, FUSED, MixtureConfig, read_mixture
+from models.mixture import ENSEMBLE, MixtureConfig, read_mixture
 
 
 def base_multiplications(settings: dict) -> int:
@@ -25,7 +25,7 @@ def mixture_multiplications(mixture: MixtureConfig) -> int:
     settings = mixture.base
     hidden, ffn = settings["hidden_size"], settings["intermediate_size"]
     experts = len(PROJECTIONS) * mixture.expert_rank * (hidden + ffn) * mixture.num_experts_per_tok
-    routers = hidden * mixture.num_experts if mixture.model_type == FUSED else 0
+    routers = hidden * mixture.num_experts if mixture.model_type != ENSEMBLE else 0
     return settings["num_hidden_layers"] * (experts + routers)
 
 

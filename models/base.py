@@ -76,10 +76,18 @@ def check_available(base_model: str) -> None:
 
 
 def load_config(base_model: str):
-    """The configuration of a model of any architecture; UserError if it cannot be had. Needs no weights."""
+    """The configuration of a model of any architecture; of an export that holds its base, the base's. UserError if it
+    cannot be had. Needs no weights."""
     check_available(base_model)
+    path = Path(base_path(base_model))
     try:
-        return AutoConfig.from_pretrained(base_path(base_model), token=config.hf_token)
+        settings = read_json(path / "config.json") if (path / "config.json").exists() else {}
+        if "base_model_type" in settings:  # models/shared.py's: its own class is code that this project does not run
+            dropped = ("auto_map", "mixture", "architectures", "model_type", "base_model_type")
+            return AutoConfig.for_model(
+                settings["base_model_type"], **{k: v for k, v in settings.items() if k not in dropped}
+            )
+        return AutoConfig.from_pretrained(str(path) if path.exists() else base_model, token=config.hf_token)
     except (OSError, ValueError) as error:
         raise _not_loaded(base_model, error) from error
 
@@ -128,9 +136,9 @@ def load_base(
 
 def load_tokenizer(base_model: str):
     """The base model's tokenizer; UserError if it cannot be had."""
-    check_available(base_model)
+    own_config = load_config(base_model)
     try:
-        return AutoTokenizer.from_pretrained(base_path(base_model), token=config.hf_token)
+        return AutoTokenizer.from_pretrained(base_path(base_model), token=config.hf_token, config=own_config)
     except (OSError, ValueError) as error:
         raise _not_loaded(base_model, error) from error
 

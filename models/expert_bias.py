@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from config import BIAS, UserError
-from models.mixture import FUSED, MixtureForCausalLM, read_mixture
+from models.mixture import ENSEMBLE, MixtureForCausalLM, read_mixture
 
 OFF, ONLY = "off", "only"
 
@@ -47,7 +47,7 @@ def read_bias(text: str | None, folder: Path | None) -> ExpertBias | None:
     if text is None:
         return None
     mixture = read_mixture(folder)
-    if mixture is None or mixture.model_type != FUSED:
+    if mixture is None or mixture.model_type == ENSEMBLE:
         raise UserError(f"--expert_bias {text}: only a fused model has a router; leave it out")
     experts = tuple(expert["name"] for expert in mixture.experts)
     values: dict[str, str] = {}

@@ -61,13 +61,10 @@ class SharedBaseFFN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, top_k_weights, own, base, a_in, b_gate, b_up, a_down, b_down, activation):
         weight_gate, bias_gate, weight_up, bias_up, weight_down, bias_down = base
-        weights = _per_slot(top_k_weights, x.dtype)
         gate = F.linear(x, weight_gate, bias_gate)  # (N, F)
         up = F.linear(x, weight_up, bias_up)  # (N, F)
-        ax_gate, ax_up = (ax * own for ax in (x @ a_in.T).chunk(2, dim=1))  # each (K, N, E R)
-        hidden = ACTIVATIONS[activation].value_((ax_gate @ b_gate).add_(gate))
-        hidden.mul_((ax_up @ b_up).add_(up))  # h_i (K, N, F)
-        ah = _sum_slots(hidden @ a_down.T * (own * weights))  # w_i A_i^d h_i of all experts (N, E R)
+        matrices = a_in, b_gate, b_up, a_down
+        ax_gate, ax_up, hidden, ah = _slots(x, gate, up, top_k_weights, own, *matrices, activation)
         y = F.linear(_mix(hidden, top_k_weights), weight_down, bias_down).addmm_(ah, b_down)
         ctx.activation = activation
         ctx.save_for_backward(
@@ -137,6 +134,14 @@ class SharedBaseFFN(torch.autograd.Function):
         return grad_x, grad_weights, None, None, *grad_experts, None
 
 
+def _slots(x, gate, up, top_k_weights, own, a_in, b_gate, b_up, a_down, activation):
+    """A x of gate and of up (K, N, E R), h_i (K, N, F), and w_i A_i^d h_i of all experts (N, E R)."""
+    ax_gate, ax_up = (ax * own for ax in (x @ a_in.T).chunk(2, dim=1))
+    hidden = ACTIVATIONS[activation].value_((ax_gate @ b_gate).add_(gate))
+    hidden.mul_((ax_up @ b_up).add_(up))
+    return ax_gate, ax_up, hidden, _sum_slots(hidden @ a_down.T * (own * _per_slot(top_k_weights, x.dtype)))
+
+
 def _per_slot(top_k_weights, dtype):
     """(N, K) -> (K, N, 1)."""
     return top_k_weights.T[:, :, None].to(dtype)
@@ -165,7 +170,8 @@ class LowRankExperts(nn.Module):
     """The LoRA deltas of E experts on the three FFN projections of one layer.
 
     For projection p: `{p}_A` (E, R, in) and `{p}_B` (E, R, out), which is B transposed: the experts' B then lie side by
-    side in memory. `scaling` (3, E), a float64 buffer: alpha / r or alpha / sqrt(r) of each expert and projection.
+    side in memory. `scaling` (3, E), a float64 buffer: alpha / r or alpha / sqrt(r) of each expert and projection; None
+    where it is multiplied into the matrices.
     R is the largest rank: a smaller expert's matrices end in zeros, which get zero gradients (each of A and B
     multiplies the other's) and so stay zero.
     """
@@ -186,7 +192,7 @@ class LowRankExperts(nn.Module):
         scaling = self._buffers.pop("scaling")
         super()._apply(fn, recurse)
         try:
-            self._buffers["scaling"] = fn(scaling)
+            self._buffers["scaling"] = None if scaling is None else fn(scaling)
         except TypeError:
             self._buffers["scaling"] = fn(scaling.float())
         return self
@@ -218,9 +224,11 @@ class LowRankExperts(nn.Module):
     def side_by_side(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """The low-rank operands of SharedBaseFFN: each matrix of all experts as one, the scalings in those that meet
         x and y, which are the smaller ones."""
-        scale_gate, scale_up, scale_down = self.scaling.to(self.gate_proj_A.dtype)[:, :, None, None]
-        a_in = torch.stack((self.gate_proj_A * scale_gate, self.up_proj_A * scale_up)).flatten(0, 1)
-        matrices = a_in, self.gate_proj_B, self.up_proj_B, self.down_proj_A, self.down_proj_B * scale_down
+        scales = 1, 1, 1
+        if self.scaling is not None:
+            scales = self.scaling.to(self.gate_proj_A.dtype)[:, :, None, None]
+        a_in = torch.stack((self.gate_proj_A * scales[0], self.up_proj_A * scales[1])).flatten(0, 1)
+        matrices = a_in, self.gate_proj_B, self.up_proj_B, self.down_proj_A, self.down_proj_B * scales[2]
         return [matrix.flatten(0, 1).to(dtype) for matrix in matrices]
 
     def own_columns(self, top_k_index: torch.Tensor) -> torch.Tensor:
@@ -236,6 +244,9 @@ class LowRankExperts(nn.Module):
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in frozen):
             raise ValueError("the base FFN of the mixture must be frozen: no gradient is formed for its weights")
         device_type = x.device.type
+        drops = self.training and self.dropout > 0
+        if not (torch.is_grad_enabled() or torch.is_autocast_enabled(device_type) or drops):
+            return self.without_gradient(x, top_k_index, top_k_weights, gate_proj, up_proj, down_proj)
         if torch.is_autocast_enabled(device_type):
             x = x.to(torch.get_autocast_dtype(device_type))
         weights = [four_bit.dense_weight(linear).to(x.dtype) for linear in linears]
@@ -246,3 +257,10 @@ class LowRankExperts(nn.Module):
             operands = x, top_k_weights, own, base, *self.side_by_side(x.dtype), self.activation
             with four_bit.dequantised_again(linears, weights):
                 return SharedBaseFFN.apply(*operands)
+
+    def without_gradient(self, x, top_k_index, top_k_weights, gate_proj, up_proj, down_proj):
+        """As `forward`. The base's linear layers are called, whatever an engine has put in their place."""
+        *matrices, b_down = self.side_by_side(x.dtype)
+        own = self.own_columns(top_k_index).to(x.dtype)
+        *_, hidden, ah = _slots(x, gate_proj(x), up_proj(x), top_k_weights, own, *matrices, self.activation)
+        return down_proj(_mix(hidden, top_k_weights)).addmm_(ah, b_down)

@@ -1,6 +1,7 @@
 """A fused model in the forms that other programs read; all but pt are checked against ours after writing:
 
-python models/export.py --cross_task RUN --to mixtral --output DIR [--dtype float16] [--verify 0]      Llama and Mistral
+python models/export.py --cross_task RUN --output DIR [--dtype float16] [--verify 0]                   the base once
+python models/export.py --cross_task RUN --to mixtral --output DIR                                     Llama and Mistral
 python models/export.py --cross_task RUN --to qwen3_moe --output DIR                                   Qwen3
 python models/export.py --cross_task RUN --to peft --expert safety --output DIR
 python models/export.py --cross_task RUN --to pt --output moe.pt
@@ -19,6 +20,7 @@ from cli import flag
 from config import RESULTS_DIR, UserError
 
 MEMORY = """memory: the fused model is held in float32, 4 bytes per parameter of the base (27 GB for 7 B).
+  --to shared   the check reads the export back after ours is let go; --verify 0 needs one file of the base at a time
   --to mixtral, qwen3_moe:
                 the check reads the export back in float32 after ours is let go: 4 bytes per parameter of the base with
                 all its experts as dense FFNs (62 GB for three on 7 B); --verify 0 needs the fused model and one layer
@@ -32,10 +34,10 @@ class ExportArguments:
 
     cross_task: str | None = flag(None, "the fused run to export: a name under results/outputs, or its folder")
     to: str = flag(
-        "mixtral",
-        "mixtral, qwen3_moe: a MixtralForCausalLM or Qwen3MoeForCausalLM with dense experts; peft: one expert as an "
-        "adapter; pt: the released code's moe.pt",
-        choices=["mixtral", "qwen3_moe", "peft", "pt"],
+        "shared",
+        "shared: a checkpoint that holds the base once and brings its code; mixtral, qwen3_moe: transformers' own "
+        "classes, with dense experts; peft: one expert as an adapter; pt: the released code's moe.pt",
+        choices=["shared", "mixtral", "qwen3_moe", "peft", "pt"],
     )
     output: str | None = flag(None, "where to write: a new folder, or with --to pt a new file")
     expert: str | None = flag(None, "with --to peft: which expert")
@@ -74,7 +76,6 @@ if __name__ == "__main__":
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from models import base
 from models.adapters import save_adapter
@@ -82,9 +83,10 @@ from models.base_identity import base_sha256
 from models.behaviour import behaviour, compare, greedy_texts, tokenized
 from models.dense_experts import FORMS, form_config, layer_weights, outer_weights, write_dense_experts
 from models.expert_ffn import PROJECTIONS
-from models.loading import is_fused, load_run, run_sources, weights_sha256
+from models.loading import load_run, run_kind, run_sources, weights_sha256
 from models.mixture import ATTENTION_PROJECTIONS, MixtureForCausalLM, read_mixture
 from models.released import expert_key, router_key
+from models.shared import read_back, write_shared
 from workspace import run_dir
 
 SCRIPT = "export.py"
@@ -95,7 +97,7 @@ NOT_VERIFIED = "written, not verified"
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     path = run_dir.find_run(args.cross_task, Path(args.results_dir) / "outputs", args.checkpoint_number)
-    if not is_fused(path):
+    if run_kind(path) != "fused":
         raise UserError(f"--cross_task {args.cross_task}: is not a fused model; make one with models/llama_moe.py")
     base_model, _ = run_sources(path, args.base_model, None, args.results_dir)
     if args.to == "peft":
@@ -146,13 +148,40 @@ def export_folder(path: Path, base_model: str, args: ExportArguments, partial: P
             raise UserError(f"{output}: holds this export, written with --verify 0; remove it to write and verify it")
         print(f"{output} is this export already ({written}): nothing to do")
         return
-    model, tokenizer = load_run(path, base_model, dtype="float32")
     partial.mkdir()
-    export = export_dense_experts if args.to in FORMS else export_peft
-    verdict = export(model, tokenizer, partial, args, base_model)
+    if args.to == "shared":
+        verdict = export_shared(path, partial, args, base_model)
+    else:
+        model, tokenizer = load_run(path, base_model, dtype="float32")
+        export = export_dense_experts if args.to in FORMS else export_peft
+        verdict = export(model, tokenizer, partial, args, base_model)
     run_dir.finish(partial, SCRIPT, arguments, train={}, meta={"verified": verdict})
     partial.rename(output)
     print(f"{output}: {verdict}")
+
+
+# ---- the base once
+
+
+def export_shared(path: Path, folder: Path, args: ExportArguments, base_model: str) -> str:
+    """Write a checkpoint that holds the base once into `folder`; unless --verify 0, read it back and compare it with
+    the run."""
+    mixture, tokenizer = read_mixture(path), base.load_tokenizer(base_model)
+    write_shared(path, mixture, tokenizer, folder, args.cross_task, base_model, args.dtype)
+    if not args.verify:
+        return NOT_VERIFIED
+    model, _ = load_run(path, base_model, dtype="float32")
+    ours = behaviour(model, greedy_texts(model, tokenized(tokenizer)))
+    attention = model.config._attn_implementation
+    model.to("meta")  # ours is not needed any more
+    same_tokens(folder, tokenizer)
+    return compare(ours, behaviour(read_back(folder, attention), ours.texts), args.dtype)
+
+
+def same_tokens(folder: Path, tokenizer) -> None:
+    """UserError where an export's tokenizer gives other tokens than ours."""
+    if tokenized(base.load_tokenizer(str(folder))) != tokenized(tokenizer):
+        raise UserError("the export is not the model, and was not kept: its tokenizer gives other tokens")
 
 
 # ---- dense experts
@@ -169,9 +198,8 @@ def export_dense_experts(
     write_dense_experts(model, tokenizer, folder, args.to, args.cross_task, base_model, args.dtype)
     attention = model.config._attn_implementation
     model.to("meta")  # ours is not needed any more, and the export is the larger one
+    same_tokens(folder, tokenizer)
     written = FORMS[args.to].model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
-    if tokenized(AutoTokenizer.from_pretrained(folder)) != tokenized(tokenizer):
-        raise UserError("the export is not the model, and was not kept: its tokenizer gives other tokens")
     return compare(ours, behaviour(written, ours.texts), args.dtype)
 
 

@@ -1,5 +1,6 @@
 """The base's weights in 4 bits (NF4, by bitsandbytes): dense only for the length of one product, never kept so."""
 
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -37,9 +38,8 @@ def dense_weight(linear: nn.Linear) -> Tensor:
     """The weight (out, in) of a linear layer, dequantised if it is in 4 bits."""
     if not is_quantized(linear):
         return linear.weight
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    functional = importlib.import_module("bitsandbytes.functional")  # not asked of those who have no use for it
+    return functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
 
 
 def dequantised_again(linears: Sequence[nn.Linear], weights: Sequence[Tensor]) -> AbstractContextManager:

@@ -192,11 +192,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def add_to_fused(args: FuseArguments) -> None:
     """Write a folder with one more expert beside those of an aligned fusion (--add, --to)."""
-    from models.loading import device, is_fused, resolve_base
+    from models.loading import device, resolve_base, run_kind
 
     outputs = config.outputs_dir(args.results_dir)
     path = run_dir.find_run(args.to, outputs)
-    if not is_fused(path):
+    if run_kind(path) != "fused":
         raise UserError(f"--to {args.to}: is not a fused model; make one with models/llama_moe.py")
     mixture, record = read_mixture(path), run_dir.read_run(path)
     recorded = record["run"]["arguments"] if record else {}

@@ -18,13 +18,17 @@ from models.base_identity import base_sha256
 from models.causal_lm import VERIFIED
 from models.ensemble import load_ensemble
 from models.expert_bias import ExpertBias, set_expert_bias
-from models.mixture import ENSEMBLE, load_fused, read_mixture
+from models.mixture import ENSEMBLE, SHARED, load_fused, read_mixture
+from models.shared import load_shared
 from workspace.files import read_json, sha256
 from workspace.run_dir import read_run
 
+WHOLE = ("causal_lm", "shared")  # kinds of run that are their own base
+
 
 def run_kind(folder: Path | None) -> str:
-    """ "raw" (None), "adapter", "fused", "ensemble" or "causal_lm" (a whole model: an export, a merge, a base itself).
+    """ "raw" (None), "adapter", "fused", "ensemble", "shared" (an export that holds its base) or "causal_lm" (another
+    whole model: an export, a merge, a base itself).
 
     UserError for anything else: an empty or torn checkpoint, a run without its weights, a model of another task.
     """
@@ -36,8 +40,9 @@ def run_kind(folder: Path | None) -> str:
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds neither an adapter nor a model (adapter_config.json or config.json)")
     if (mixture := read_mixture(folder)) is not None:
-        check_weights([folder / "model.safetensors"])
-        return "ensemble" if mixture.model_type == ENSEMBLE else "fused"
+        shared = mixture.model_type == SHARED
+        check_weights(base.weight_files(folder) if shared else [folder / "model.safetensors"])
+        return {ENSEMBLE: "ensemble", SHARED: "shared"}.get(mixture.model_type, "fused")
     architecture = (read_json(folder / "config.json").get("architectures") or ["model of no architecture"])[0]
     if not architecture.endswith("ForCausalLM"):
         raise UserError(f"{folder}: holds a {architecture}; a causal language model is needed")
@@ -60,13 +65,14 @@ def check_weights(files: list[Path]) -> None:
 
 
 def is_fused(folder: Path | None) -> bool:
-    """Whether a run's folder holds a fused model. UserError for a folder that holds no model."""
-    return run_kind(folder) == "fused"
+    """Whether a run's folder holds a fused model, with its base or without. UserError for a folder that holds no
+    model."""
+    return run_kind(folder) in ("fused", "shared")
 
 
 def base_of_run(folder: Path) -> str:
     """The base model that a run, an adapter or a fused model names; a whole model's folder is its own base."""
-    if run_kind(folder) == "causal_lm":
+    if run_kind(folder) in WHOLE:
         return str(folder.resolve())
     run = read_run(folder)
     if run:
@@ -88,7 +94,7 @@ def resolve_base(folder: Path, given: str | None) -> str:
             raise UserError(f"{folder}: its base model is no longer at {named}; give its new place with --base_model")
         return named
     given = base.default_base_model(given)
-    if run_kind(folder) == "causal_lm" and base.same_base(given, named):
+    if run_kind(folder) in WHOLE and base.same_base(given, named):
         return named
     run = read_run(folder)
     digest = run["run"]["arguments"].get("base_sha256") if run else None
@@ -99,7 +105,7 @@ def resolve_base(folder: Path, given: str | None) -> str:
         digest = base_sha256(named)
     if digest is not None and base_sha256(given) != digest:
         raise UserError(f"--base_model {given}: is not the base of {folder} ({named}); leave the flag out")
-    return named if run_kind(folder) == "causal_lm" else given
+    return named if run_kind(folder) in WHOLE else given
 
 
 def one_base(experts: list[Expert], given: str | None) -> str:
@@ -142,8 +148,11 @@ def load_run(
     path = Path(path) if path is not None else None
     kind = run_kind(path)
     base_model = base.default_base_model(base_model) if kind == "raw" else resolve_base(path, base_model)
-    if kind in ("fused", "ensemble"):
-        model = (load_fused if kind == "fused" else load_ensemble)(path, base_model, dtype)
+    if kind in ("fused", "ensemble", "shared"):
+        if kind == "shared":
+            model = load_shared(path, dtype)
+        else:
+            model = (load_fused if kind == "fused" else load_ensemble)(path, base_model, dtype)
         if bias is not None:
             set_expert_bias(model, bias)
         if (compute_dtype := base.pick_dtype(dtype)) != torch.float32:
@@ -164,7 +173,7 @@ def weights_sha256(path: Path | None) -> str | None:
     kind = run_kind(path)
     if kind == "raw":
         return None
-    if kind == "causal_lm":
+    if kind in WHOLE:
         return base_sha256(str(path))
     return sha256(path / ("adapter_model.safetensors" if kind == "adapter" else "model.safetensors"))
 

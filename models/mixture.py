@@ -26,6 +26,7 @@ from workspace.files import read_json, write_json
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FUSED, ENSEMBLE = "h3fusion_moe", "h3fusion_ensemble"  # model_type in config.json
+SHARED = "h3fusion"  # of an export that holds its base (models/shared.py)
 EARLIER_TYPES = {"llama_moe": FUSED, "llama_ensemble": ENSEMBLE}  # of versions for Llama alone, all settings in a row
 
 
@@ -58,12 +59,19 @@ class MixtureConfig:
 
 
 def read_mixture(folder: Path | None) -> MixtureConfig | None:
-    """The config.json of a fused model's or an ensemble's folder; None for a folder of something else, and for None."""
+    """The config.json of a fused model's or an ensemble's folder, or of an export that holds its base; None for a
+    folder of something else, and for None."""
     settings = read_json(folder / "config.json") if folder and (folder / "config.json").exists() else {}
     own = {name: settings.get(name) for name in MixtureConfig.__dataclass_fields__ if name in settings}
     if (earlier := EARLIER_TYPES.get(settings.get("model_type"))) is not None:
         other = {name: value for name, value in settings.items() if name not in own}
         return MixtureConfig(**{**own, "model_type": earlier, "base": {**other, "model_type": "llama"}})
+    if settings.get("model_type") == SHARED:
+        mixture = settings["mixture"]
+        base_settings = {**settings, "model_type": settings["base_model_type"]}
+        return MixtureConfig(
+            mixture["experts"], mixture["rank"], mixture["top_k"], str(folder), base_settings, model_type=SHARED
+        )
     return MixtureConfig(**own) if settings.get("model_type") in (FUSED, ENSEMBLE) else None
 
 
@@ -98,6 +106,7 @@ class MixtureForCausalLM(AnswerLoss):
     experts only; the base is named, not copied."""
 
     mixture: MixtureConfig
+    _keys_to_ignore_on_load_unexpected = (r"\.mlp\.(router|low_rank)\.",)  # an export's: models/shared.py loads them
 
     def become(self, mixture: MixtureConfig) -> None:
         """Put a mixture in the place of each FFN, its routers and experts zero."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -118,7 +118,7 @@ def save_adapter(folder: Path, base_dir: Path, seed: int, **lora) -> Path:
     """A PEFT adapter with random A and B (so that it changes the base visibly), saved by PEFT itself."""
     torch.manual_seed(seed)
     settings = {"r": 4, "lora_alpha": 4, "target_modules": FFN, "task_type": "CAUSAL_LM", **lora}
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(base_dir), LoraConfig(**settings))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir), LoraConfig(**settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:

@@ -93,7 +93,7 @@ def logits(model, ids):
 @pytest.mark.parametrize("attention", [False, True])
 def test_mixtral_alone_gives_our_logits(fused, tmp_path, attention):
     fused = with_attention(fused, tmp_path / "tuned") if attention else fused
-    export.main(["--cross_task", str(fused), "--output", str(tmp_path / "mixtral")])
+    export.main(["--cross_task", str(fused), "--to", "mixtral", "--output", str(tmp_path / "mixtral")])
     ours, _ = load_run(fused, dtype="float32")
     theirs, report = MixtralForCausalLM.from_pretrained(
         tmp_path / "mixtral", dtype=torch.float32, output_loading_info=True, experts_implementation="eager"
@@ -107,7 +107,16 @@ def test_mixtral_alone_gives_our_logits(fused, tmp_path, attention):
 
 
 def test_the_checkpoint_is_mixtrals_on_disk(fused, tmp_path, capsys):
-    arguments = ["--cross_task", str(fused), "--output", str(tmp_path / "mixtral"), "--dtype", "bfloat16"]
+    arguments = [
+        "--cross_task",
+        str(fused),
+        "--to",
+        "mixtral",
+        "--output",
+        str(tmp_path / "mixtral"),
+        "--dtype",
+        "bfloat16",
+    ]
     export.main(arguments)
     assert "verified" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mixtral", "mixtral.lock"]
@@ -163,7 +172,7 @@ def test_a_corrupted_weight_fails_the_export_and_leaves_nothing(fused, tmp_path,
             yield name, weight * 1.1 if number == 1 and f"{spoilt}.weight" in name else weight
 
     monkeypatch.setattr(dense_experts, "layer_weights", corrupted)
-    error = failed(["--cross_task", fused, "--output", tmp_path / "out" / "mixtral"], capsys)
+    error = failed(["--cross_task", fused, "--to", "mixtral", "--output", tmp_path / "out" / "mixtral"], capsys)
     assert "is not the model" in error and "greedy tokens" in error
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mixtral.lock"]
 
@@ -350,7 +359,7 @@ def test_the_bases_own_dtype_is_the_default(fused, tmp_path):
     model, _ = load_run(fused, dtype="float32")
     model.mixture.base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "moe")  # without a run record: the base is as the configuration names it
-    export.main(["--cross_task", str(tmp_path / "moe"), "--output", str(tmp_path / "mixtral")])
+    export.main(["--cross_task", str(tmp_path / "moe"), "--to", "mixtral", "--output", str(tmp_path / "mixtral")])
     assert json.loads((tmp_path / "mixtral" / "config.json").read_text())["dtype"] == "float16"
     shards = [load_file(path) for path in (tmp_path / "mixtral").glob("*.safetensors")]
     assert {weight.dtype for shard in shards for weight in shard.values()} == {torch.float16}
@@ -367,7 +376,7 @@ def test_without_the_check_nothing_is_read_back(fused_dir, tmp_path, capsys, mon
     monkeypatch.setattr(MixtralForCausalLM, "from_pretrained", refuse)
     load_weights = CountedCalls(base.load_weights)
     monkeypatch.setattr(base, "load_weights", load_weights)
-    arguments = ["--cross_task", str(fused_dir), "--output", str(tmp_path / "mixtral")]
+    arguments = ["--cross_task", str(fused_dir), "--to", "mixtral", "--output", str(tmp_path / "mixtral")]
     export.main([*arguments, "--verify", "0"])
     assert load_weights.calls == 1
     assert "not verified" in capsys.readouterr().out
@@ -405,7 +414,7 @@ def test_a_near_tie_is_not_held_against_an_export():
 @pytest.mark.slow
 def test_two_exports_do_not_mix_and_a_killed_ones_leftovers_are_removed_by_the_next(fused_dir, tmp_path):
     """Killed with SIGKILL in the middle of its shards."""
-    arguments = ["--cross_task", str(fused_dir), "--output", str(tmp_path / "mixtral")]
+    arguments = ["--cross_task", str(fused_dir), "--to", "mixtral", "--output", str(tmp_path / "mixtral")]
     stuck = f"""
 import time
 from models import dense_experts, export
@@ -465,7 +474,7 @@ def test_the_script_runs_from_its_own_folder(fused_dir, tmp_path):
 def test_a_server_of_the_export_answers_as_ours_does(fused, tmp_path):
     """`transformers serve` on loopback, asked by the OpenAI client: greedy answers to six prompts."""
     pytest.importorskip("fastapi", reason="pip install -r requirements-dev.txt")
-    export.main(["--cross_task", str(fused), "--output", str(tmp_path / "mixtral")])
+    export.main(["--cross_task", str(fused), "--to", "mixtral", "--output", str(tmp_path / "mixtral")])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

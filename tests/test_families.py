@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -21,6 +22,7 @@ from transformers import (
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    dynamic_module_utils,
 )
 
 import align_basemodel
@@ -34,7 +36,8 @@ from models import base, ensemble, export, llama_moe, merging
 from models.base_identity import base_sha256
 from models.causal_lm import VERIFIED
 from models.dense_experts import FORMS
-from models.loading import load_run
+from models.expert_ffn import PROJECTIONS
+from models.loading import load_run, run_kind
 
 SHAPE = dict(
     vocab_size=600,
@@ -210,6 +213,38 @@ def test_one_expert_leaves_as_an_adapter(family, tmp_path):
     with torch.no_grad():
         models = [load_run(path, dtype="float32")[0](ids).logits for path in (folder / "safety", tmp_path / "adapter")]
     assert (models[0] - models[1]).abs().max() < 1e-4
+
+
+def test_the_shared_checkpoint_is_the_model_to_transformers_and_to_us(family, tmp_path, monkeypatch):
+    """Logits, greedy answers with a cache, and gradients; by its own code, and by ours without it."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    export.main(["--cross_task", str(family[2]), "--output", str(tmp_path / "out"), "--dtype", "float32"])
+    ours, tokenizer = load_run(family[2], dtype="float32")
+    again, _ = load_run(tmp_path / "out", dtype="float32")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True, dtype=torch.float32)
+    assert type(theirs).__name__ == "H3FusionForCausalLM" and run_kind(tmp_path / "out") == "shared"
+    assert AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)("Hi.") == tokenizer("Hi.")
+    ids = torch.randint(2, 600, (2, 17), generator=torch.Generator().manual_seed(0))
+    settings = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    with torch.no_grad():
+        expected, texts = ours(ids).logits, ours.generate(ids, **settings)
+        for model in (again.eval(), theirs.eval()):
+            assert (model(ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+            assert torch.equal(model.generate(ids, **settings), texts)
+    ours.double().train(), theirs.double().train()
+    for model in (ours, theirs):
+        model.set_attn_implementation("eager")
+        model(input_ids=ids, labels=ids).loss.backward()
+    for mine, other in zip(ours.blocks, (layer.mlp for layer in theirs.model.layers), strict=True):
+        assert torch.allclose(mine.router.weight.grad, other.router.weight.grad, rtol=1e-6, atol=1e-9)
+        for i, name in enumerate(PROJECTIONS):
+            for side in "AB":
+                scaled = side == ("B" if name == "down_proj" else "A")  # theirs has the scaling in it
+                scaling = mine.experts.scaling[i][:, None, None] if scaled else 1
+                grads = (module.get_parameter(f"{name}_{side}").grad for module in (mine.experts, other.low_rank))
+                grad, of_theirs = grads
+                assert torch.allclose(grad, of_theirs * scaling, rtol=1e-6, atol=1e-9)
+        assert other.gate_proj.weight.grad is None
 
 
 @pytest.mark.slow

@@ -79,6 +79,28 @@ print("exact")
 """
 
 
+SHARED = """
+import sys, torch
+from transformers import AutoModelForCausalLM, dynamic_module_utils
+from models import four_bit
+from models.loading import load_run
+
+folder, out, cache = sys.argv[1:]
+dynamic_module_utils.HF_MODULES_CACHE = cache
+small = AutoModelForCausalLM.from_pretrained(
+    out, trust_remote_code=True, quantization_config=four_bit.quantization(torch.float32), dtype=torch.float32
+)
+assert four_bit.is_quantized(small.model.layers[0].mlp.gate_proj)
+ids = torch.randint(3, 600, (2, 24), generator=torch.Generator().manual_seed(0))
+with torch.no_grad():
+    ours, theirs = load_run(folder, dtype="nf4")[0](ids).logits, small.eval()(ids).logits
+assert (ours - theirs).abs().max() < 1e-3 * ours.abs().max(), (ours - theirs).abs().max()
+small.train()(input_ids=ids, labels=ids).loss.backward()
+assert all(layer.mlp.router.weight.grad.any() for layer in small.model.layers)
+print("shared")
+"""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is there")
 def test_without_bitsandbytes_one_line_says_how_to_get_it(fused_dir, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -130,6 +152,8 @@ def test_the_whole_method_in_four_bits(tmp_path, base_of_64):
     moe = tmp_path / "moe"
     llama_moe.main(["--results_dir", str(tmp_path), "--output", str(moe)])
     assert run("-c", EXACTNESS, moe, base_of_64).endswith("exact\n")
+    run("models/export.py", "--cross_task", moe, "--output", tmp_path / "out", "--dtype", "float32")
+    assert run("-c", SHARED, moe, tmp_path / "out", tmp_path / "modules").endswith("shared\n")
     fusion = ["--moe_flag", 1, "--moe_dir", moe, "--gate_loss_weight", 0.1, *data, *common]
     run("align_basemodel.py", *fusion, "--gradient_checkpointing", 1, "--save_steps", 2, "--max_steps", 4)
     name = "mix_moe_reg_00000_00000_00000_gate_01000"

@@ -1,0 +1,180 @@
+"""The fused model as a transformers checkpoint that holds the base once, with the modeling file that runs it."""
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from inspect import getsource
+from pathlib import Path
+
+import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from config import UserError
+from models import base, expert_ffn, four_bit, router
+from models.causal_lm import activation_name, model_class_of, skeleton
+from models.dense_experts import model_card
+from models.expert_ffn import PROJECTIONS
+from models.mixture import ATTENTION_PROJECTIONS, SHARED, MixtureConfig, MixtureForCausalLM, mixture_class, read_mixture
+from workspace.files import read_json, write_json, write_text
+
+MODELING = "modeling_h3fusion"
+AUTO_CLASSES = {
+    "AutoConfig": "H3FusionConfig",
+    "AutoModel": "H3FusionModel",
+    "AutoModelForCausalLM": "H3FusionForCausalLM",
+}
+
+
+def modeling_source(base_config: PreTrainedConfig) -> str:
+    """The modeling file of a family: the template, and in it the project's own kernel and router."""
+    causal = model_class_of(base_config)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    names = {
+        "config": type(base_config).__name__,
+        "causal": causal.__name__,
+        "model": type(skeleton(base_config).model).__name__,
+    }
+    return environment.get_template(f"{MODELING}.py.j2").render(kernel=kernel_source(), **names)
+
+
+def read_back(folder: Path, attention: str) -> PreTrainedModel:
+    """A written checkpoint in fp32, run by its own modeling file, as AutoModelForCausalLM would (which copies that file
+    into a cache of its own)."""
+    spec = importlib.util.spec_from_file_location(MODELING, folder / f"{MODELING}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.H3FusionForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+
+
+def load_shared(folder: Path, dtype: str) -> MixtureForCausalLM:
+    """A written checkpoint as this project's own model, without its modeling file. UserError for a torn one."""
+    model = base.load_base(str(folder), dtype, mixture_class)
+    model.become(read_mixture(folder))
+    index = read_json(folder / "model.safetensors.index.json")["weight_map"]
+    own = {key: file for key, file in index.items() if ".mlp.router." in key or ".mlp.low_rank." in key}
+    wanted = {key.replace(".mlp.experts.", ".mlp.low_rank.") for key in model.own_state_keys()}
+    if odd := set(own) ^ {key for key in wanted if not key.endswith("scaling")}:
+        raise UserError(f"{folder}: its index does not fit its config.json (tensor {min(odd)}); export it again")
+    for file in set(own.values()):
+        tensors = {key: tensor for key, tensor in load_file(folder / file).items() if key in own}
+        named = {key.replace(".mlp.low_rank.", ".mlp.experts."): tensor for key, tensor in tensors.items()}
+        model.load_state_dict(named, strict=False)
+    model.seal_base()
+    return model
+
+
+def kernel_source() -> str:
+    """What the modeling file has of this project, line by line: 4 bits, the expert kernel, the router."""
+    whole = getsource(expert_ffn)
+    kernel = whole[whole.index("PROJECTIONS = ") :].replace("four_bit.", "")
+    of_4_bits = [getsource(part) for part in (four_bit.is_quantized, four_bit.dense_weight, four_bit.dequantised_again)]
+    routing = [getsource(part) for part in (router.route, router.Router)]
+    return "\n\n".join([kernel, *of_4_bits, *routing])
+
+
+def write_shared(
+    run_dir: Path, mixture: MixtureConfig, tokenizer, folder: Path, run: str, base_model: str, dtype: str
+) -> None:
+    """Write configuration, modeling file, tokenizer, model card and weights in `dtype`, the base one file at a time.
+    run_dir: the fused run's; run and base_model are named in the card."""
+    base_config = base.load_base_config(base_model)
+    (folder / f"{MODELING}.py").write_text(modeling_source(base_config), encoding="utf-8")
+    tokenizer.save_pretrained(folder)
+    ids = {name: getattr(base_config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**ids).save_pretrained(folder)
+    write_text(
+        folder / "README.md", model_card(mixture, "transformers model (trust_remote_code)", run, base_model, dtype)
+    )
+    write_json(folder / "config.json", shared_settings(base_config, mixture, dtype))
+    write_weights(run_dir, mixture, base_model, base_config, getattr(torch, dtype), folder)
+
+
+def shared_settings(base_config: PreTrainedConfig, mixture: MixtureConfig, dtype: str) -> dict:
+    """config.json. Nothing in it is called num_experts: engines would take it for a mixture of their own kind."""
+    settings = json.loads(base_config.to_json_string(use_diff=False))
+    return settings | {
+        "model_type": SHARED,
+        "base_model_type": base_config.model_type,
+        "architectures": ["H3FusionForCausalLM"],
+        "auto_map": {auto: f"{MODELING}.{name}" for auto, name in AUTO_CLASSES.items()},
+        "dtype": dtype,
+        "mixture": {
+            "experts": mixture.experts,
+            "rank": mixture.expert_rank,
+            "top_k": mixture.num_experts_per_tok,
+            "activation": activation_name(skeleton(base_config).model.layers[0].mlp.act_fn),
+            "base_model_name_or_path": mixture.base_model_name_or_path,
+        },
+    }
+
+
+def write_weights(
+    run_dir: Path, mixture: MixtureConfig, base_model: str, base_config, dtype: torch.dtype, folder: Path
+) -> None:
+    """The base's files one by one, LoRA on its attention merged, and a file of routers and experts; and their index."""
+    own = load_file(run_dir / "model.safetensors")
+    files = base.weight_files(base.local_folder(base_model))
+    total = len(files) + 1
+    weight_map, size = {}, 0
+
+    def save(number: int, tensors: dict[str, Tensor]) -> None:
+        nonlocal size
+        name = f"model-{number:05}-of-{total:05}.safetensors"
+        tensors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+        size += sum(tensor.nbytes for tensor in tensors.values())
+
+    for number, path in enumerate(files, start=1):
+        kept = {}
+        for key, tensor in base_tensors(path):
+            tied = key == "lm_head.weight" and base_config.tie_word_embeddings
+            if not (tied or key.endswith("rotary_emb.inv_freq")):
+                kept[key] = with_attention_lora(key, tensor, own, mixture)
+        save(number, kept)
+    save(total, own_tensors(own))
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def base_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a base's file, one after the other."""
+    if path.suffix != ".safetensors":
+        yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
+        return
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            yield key, file.get_tensor(key)
+
+
+def with_attention_lora(key: str, tensor: Tensor, own: dict[str, Tensor], mixture: MixtureConfig) -> Tensor:
+    """A base tensor, with the LoRA on it where the fusion tuned the attention."""
+    module = key.removesuffix(".weight")
+    if mixture.attention_lora is None or module.rpartition(".")[2] not in ATTENTION_PROJECTIONS or module == key:
+        return tensor
+    a, b = (own[f"{module}.lora_{letter}.default.weight"].double() for letter in "AB")
+    scaling = mixture.attention_lora["alpha"] / mixture.attention_lora["rank"]
+    return tensor.double() + scaling * b @ a
+
+
+def own_tensors(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Routers and experts under their names in the checkpoint, scalings multiplied in as the kernel has them."""
+    tensors = {}
+    for key, tensor in own.items():
+        layer, _, name = key.rpartition(".")
+        if ".mlp.router." in key:
+            tensors[key] = tensor
+        elif (matrix := re.fullmatch(r"(gate_proj|up_proj|down_proj)_([AB])", name)) is not None:
+            projection, side = matrix.groups()
+            if side == ("B" if projection == "down_proj" else "A"):
+                scaling = own[f"{layer}.scaling"][PROJECTIONS.index(projection)].to(tensor.dtype)
+                tensor = tensor * scaling[:, None, None]
+            tensors[f"{layer.replace('.mlp.experts', '.mlp.low_rank')}.{name}"] = tensor
+    return tensors
