@@ -48,10 +48,10 @@ class InferArguments(SourceArguments):
         "dynamic", "key-value cache; on a GPU static compiles the model", choices=["dynamic", "static"]
     )
     server_url: str | None = flag(
-        None, "ask an OpenAI-compatible server that runs the model, such as http://localhost:8000/v1"
+        None, "ask OpenAI-compatible servers that run the model, comma-separated, such as http://localhost:8000/v1"
     )
     server_model: str | None = flag(None, "the model's name on that server")
-    concurrency: int = flag(32, "requests to the server at a time")
+    concurrency: int = flag(32, "requests to a server at a time")
 
     def __post_init__(self):
         if (self.server_url is None) != (self.server_model is None):
@@ -131,7 +131,7 @@ SCRIPT = "inference.py"
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, InferArguments)
     if args.server_url:
-        client.make_client(args.server_url, args.concurrency, flag="server_url")  # its mistakes, before anything else
+        client.make_clients(args.server_url, args.concurrency, flag="server_url")  # its mistakes, before anything else
     if args.compare:
         compare_runs(args, [found_run(args, name) for name in args.compared])
         return
@@ -276,9 +276,8 @@ def answers_of_server(args: InferArguments, records: list[Record]) -> Iterator[d
     records_of = {}
     for record in records:
         records_of.setdefault(render_prompt(record.instruction, record.input), []).append(record)
-    server = client.make_client(args.server_url, args.concurrency, flag="server_url")
-    completions = client.complete_all(
-        server,
+    completions = client.complete_by_any(
+        client.make_clients(args.server_url, args.concurrency, flag="server_url"),
         args.server_model,
         list(records_of),
         max_tokens=args.max_new_tokens,

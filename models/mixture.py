@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cli import check
@@ -160,17 +161,23 @@ class MixtureForCausalLM(AnswerLoss):
 
     def start_of_fusion(self) -> list[dict[str, Tensor]]:
         """A frozen copy of the experts' matrices, per layer: what `drift` measures from."""
-        return [{n: p.detach().clone() for n, p in block.experts.named_parameters()} for block in self.blocks]
+        return [{n: whole(p).detach().clone() for n, p in block.experts.named_parameters()} for block in self.blocks]
 
     def drift(self, start: list[dict[str, Tensor]]) -> Tensor:
         """Drift of each expert, (E,): || change of its effective weights since `start` ||_F, mean over layers and
-        projections."""
-        changes = [
-            low_rank_change(*block.experts.matrices(p), then[f"{p}_A"], then[f"{p}_B"].mT, block.experts.scaling[i])
-            for block, then in zip(self.blocks, start, strict=True)
-            for i, p in enumerate(PROJECTIONS)
-        ]
+        projections. Of sharded experts each process gathers all, and has the gradient of its shard."""
+        changes = []
+        for block, then in zip(self.blocks, start, strict=True):
+            now = {name: whole(parameter) for name, parameter in block.experts.named_parameters()}
+            for i, p in enumerate(PROJECTIONS):
+                matrices = now[f"{p}_A"], now[f"{p}_B"].mT, then[f"{p}_A"], then[f"{p}_B"].mT
+                changes.append(low_rank_change(*matrices, block.experts.scaling[i]))
         return torch.stack([change.to(changes[0].device) for change in changes]).mean(0)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter, gathered from all processes where each holds a shard of it (FSDP2)."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 @cache

@@ -207,6 +207,12 @@ def tiny_source(tmp_path) -> Path:
     return folder
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 @pytest.fixture(scope="session")
 def real_server(tmp_path_factory, base_dir):
     """`transformers serve`, an OpenAI-compatible server, and the tiny Llama for it: (address, model)."""
@@ -215,9 +221,7 @@ def real_server(tmp_path_factory, base_dir):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
     tokenizer.save_pretrained(folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [Path(sys.executable).parent / "transformers", "serve", folder, "--port", port, "--device", "cpu"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     log = folder.with_suffix(".log")

@@ -8,7 +8,17 @@ from fake_server import FakeServer
 
 from config import UserError
 from evaluator.judges.cache import JudgementCache, judge_texts
-from workspace.client import Client, complete, complete_all, cost, key_for, make_client, yes_probabilities
+from workspace.client import (
+    Client,
+    complete,
+    complete_all,
+    complete_by_any,
+    cost,
+    key_for,
+    make_client,
+    make_clients,
+    yes_probabilities,
+)
 
 KEY = "sk-a-key-that-must-not-show"
 TEXTS = [f"text {i}" for i in range(6)]
@@ -141,6 +151,71 @@ def test_a_caller_that_stops_listening_asks_no_more(server):
     next(actual)
     actual.close()
     assert len(server.requests) < 10
+
+
+@pytest.fixture
+def two_servers():
+    """Servers that say what they were asked; of each the prompts that it answered."""
+    answered = ([], [])
+
+    def answer(number):
+        def say(request):
+            answered[number].append(request["prompt"])
+            time.sleep(0.01)
+            return {"text": request["prompt"].upper()}
+
+        return say
+
+    with FakeServer(answer(0)) as first, FakeServer(answer(1)) as second:
+        yield (first, second), answered
+
+
+def test_several_servers_share_the_prompts(two_servers):
+    servers, answered = two_servers
+    clients = make_clients(",".join(server.url for server in servers), 2, flag="server_url")
+    prompts = [f"prompt {i}" for i in range(40)]
+    answers = dict((p, c.choices[0].text) for p, c in complete_by_any(clients, "m", prompts))
+    assert answers == {prompt: prompt.upper() for prompt in prompts}
+    assert sorted(answered[0] + answered[1]) == sorted(prompts) and min(map(len, answered)) >= 5
+
+
+def test_what_a_server_that_is_killed_has_not_answered_goes_to_the_other(two_servers, capsys):
+    """Nothing is lost, and nothing that was answered is asked again."""
+    servers, answered = two_servers
+    clients = make_clients(",".join(server.url for server in servers), 2, flag="server_url")
+    prompts, answers = [f"prompt {i}" for i in range(60)], []
+    for prompt, completion in complete_by_any(clients, "m", prompts):
+        answers.append((prompt, completion.choices[0].text))
+        if len(answers) == 10:
+            servers[0].faults += ["500"] * 1000  # from now on, whatever it is asked
+    assert sorted(answers) == sorted((prompt, prompt.upper()) for prompt in prompts)
+    asked_of_second = [request["prompt"] for request in servers[1].requests]
+    done_by_first = {prompt for prompt, _ in answers} - set(asked_of_second)
+    assert len(asked_of_second) == len(set(asked_of_second)) and done_by_first and len(asked_of_second) > 40
+    assert capsys.readouterr().err.count("the others go on") == 1
+
+
+def test_without_a_server_left_what_was_answered_is_kept(two_servers):
+    servers, _ = two_servers
+    clients = make_clients(",".join(server.url for server in servers), 2, flag="server_url")
+    answers = []
+    with pytest.raises(UserError, match="what was answered is kept"):
+        for prompt, _ in complete_by_any(clients, "m", [f"prompt {i}" for i in range(60)]):
+            answers.append(prompt)
+            if len(answers) == 10:
+                for server in servers:
+                    server.faults += ["500"] * 1000
+    assert 10 <= len(answers) < 60 and len(set(answers)) == len(answers)
+
+
+def test_a_mistake_at_one_of_several_servers_ends_it(two_servers):
+    servers, _ = two_servers
+    servers[1].faults += ["404"] * 1000
+    clients = make_clients(",".join(server.url for server in servers), 1, flag="server_url")
+    with pytest.raises(UserError, match="has it a model m"):
+        list(complete_by_any(clients, "m", [f"prompt {i}" for i in range(60)]))
+    with pytest.raises(UserError, match="names a server twice"):
+        make_clients(f"{servers[0].url},{servers[0].url}", 1, flag="server_url")
 
 
 def test_the_probability_of_yes(server):

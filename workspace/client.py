@@ -8,7 +8,9 @@ after everything that was answered has been handed over.
 import ipaddress
 import math
 import os
+import queue
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -23,6 +25,7 @@ from config import UserError
 
 OPENAI_URL = "https://api.openai.com/v1"
 NO_KEY = "no key"  # the openai package wants one; it is not sent
+MAX_RETRIES_BESIDE_OTHERS = 2
 MAX_RETRIES = 8  # waits double from 0.5 s to at most 8 s (or as the server's Retry-After says): 40 s in all
 TIMEOUT_S = 120.0  # without a whole answer
 
@@ -36,6 +39,10 @@ PRICES = {
     "gpt-4o": (2.50, 10.00),
     "gpt-4o-mini": (0.15, 0.60),
 }
+
+
+class ServerGone(UserError):
+    """A server that does not answer, or fails whatever it is asked: another one might do its work."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,15 @@ def make_client(
     return Client(api, concurrency)
 
 
+def make_clients(given_urls: str, concurrency: int, *, flag: str) -> list[Client]:
+    """A client of each address, comma-separated. Beside others a server is given up after a few retries."""
+    urls = [url.strip() for url in given_urls.split(",") if url.strip()]
+    if len(set(urls)) < len(urls):
+        raise UserError(f"--{flag} {given_urls}: names a server twice")
+    retries = MAX_RETRIES if len(urls) == 1 else MAX_RETRIES_BESIDE_OTHERS
+    return [make_client(url, concurrency, flag=flag, max_retries=retries) for url in urls]
+
+
 def remove_key(request) -> None:
     """Take the header with the key out of an HTTP request: the openai package always puts one in."""
     request.headers.pop("Authorization", None)
@@ -125,6 +141,59 @@ def complete_all(client: Client, model: str, prompts: list[str], **sampling) -> 
     return _ask_all(client, prompts, lambda prompt: complete(client.api, model=model, prompt=prompt, **sampling))
 
 
+def complete_by_any(
+    clients: list[Client], model: str, prompts: list[str], **sampling
+) -> Iterator[tuple[str, Completion]]:
+    """As `complete_all`, by several servers of one model: whoever is free takes the next prompt. What a server that is
+    gone has not answered goes to the others, with a warning. UserError when none is left."""
+    if len(clients) == 1:
+        yield from complete_all(clients[0], model, prompts, **sampling)
+        return
+    waiting, answers = queue.SimpleQueue(), queue.SimpleQueue()
+    for prompt in dict.fromkeys(prompts):
+        waiting.put(prompt)
+    left, stop = len(dict.fromkeys(prompts)), threading.Event()
+    gone: dict[str, UserError] = {}
+
+    def work(client: Client) -> None:
+        address = str(client.api.base_url)
+        while not stop.is_set() and address not in gone:
+            try:
+                prompt = waiting.get(timeout=0.05)
+            except queue.Empty:
+                continue
+            try:
+                answers.put((prompt, complete(client.api, model=model, prompt=prompt, **sampling)))
+            except ServerGone as error:
+                waiting.put(prompt)
+                if gone.setdefault(address, error) is error:
+                    print(f"warning: {error}; the others go on", file=sys.stderr)
+            except Exception as error:
+                answers.put((prompt, error))
+        answers.put(None)  # one worker less
+
+    workers = [client for client in clients for _ in range(client.concurrency)]
+    with ThreadPoolExecutor(len(workers)) as pool:
+        try:
+            for client in workers:
+                pool.submit(work, client)
+            working, failure = len(workers), None
+            while left and working:
+                answer = answers.get()
+                if answer is None:
+                    working -= 1
+                elif isinstance(answer[1], Exception):
+                    failure = failure or answer[1]
+                    stop.set()  # what is under way is still handed over
+                else:
+                    left -= 1
+                    yield answer
+        finally:
+            stop.set()
+    if left:
+        raise failure or next(iter(gone.values()))
+
+
 def yes_probabilities(client: Client, model: str, texts: list[str]) -> Iterator[tuple[str, float]]:
     """(text, p(" yes") of its next token) by /v1/completions with logprobs, as each is done, in any order.
 
@@ -162,6 +231,8 @@ def complete(api: openai.OpenAI, **request) -> ChatCompletion | Completion:
         text = answer.message.content or "" if "messages" in request else answer.text
         if not isinstance(text, str):  # the package leaves None where the body has nothing
             raise ValueError("no text")
+    except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
+        raise ServerGone(_explain(error, api, request["model"])) from error
     except (openai.APIError, ValueError, AttributeError) as error:  # not the body asked for
         raise UserError(_explain(error, api, request["model"])) from error
     except TypeError as error:  # from a configuration of the user's

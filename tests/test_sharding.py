@@ -1,0 +1,83 @@
+"""Sharded training (FSDP2): loss terms, gradients and weights of two processes are those of one."""
+
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import ROOT, free_port
+
+TERMS = ("sft", "gate", "drift")
+
+
+def losses(model, start, ids, labels):
+    """The terms of the fusion's loss, unweighted."""
+    from models.losses import gate_loss, mean_routing_probs
+
+    outputs = model(input_ids=ids, labels=labels, output_router_logits=True)
+    probs = mean_routing_probs(outputs.router_logits, torch.ones_like(ids))
+    gate = gate_loss(probs, torch.tensor([0, 2]))
+    return outputs.loss, gate, model.drift(start)
+
+
+def moved(folder, base_dir):
+    """A fused model whose experts have moved since the fusion, and where they were."""
+    from models.mixture import load_fused
+
+    model = load_fused(folder, str(base_dir), "float32").train()
+    start = model.start_of_fusion()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for block in model.blocks:
+            for parameter in block.experts.parameters():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model, start
+
+
+def work(rank, port, folder, base_dir, results):
+    """One of two processes: the same batch on both, so that FSDP's mean of the gradients is one process's gradient."""
+    sys.path.insert(0, str(ROOT))
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    ids = torch.randint(2, 600, (2, 12), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(12) < 5, -100)
+    alone, start = moved(folder, base_dir)
+    expected = losses(alone, start, ids, labels)
+    (expected[0] + 0.3 * expected[1] + (torch.tensor([0.01, 0.02, 0.05]) * expected[2]).sum()).backward()
+    model, start = moved(folder, base_dir)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    assert isinstance(model.blocks[0].experts.gate_proj_A, DTensor)
+    actual = losses(model, start, ids, labels)
+    (actual[0] + 0.3 * actual[1] + (torch.tensor([0.01, 0.02, 0.05]) * actual[2]).sum()).backward()
+    worst = {name: float((a - b).abs().max()) for name, a, b in zip(TERMS, actual, expected, strict=True)}
+    grads = dict(alone.named_parameters())
+    worst["gradient"] = 0.0
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for name, parameter in trained:
+        difference = (parameter.grad.full_tensor() - grads[name].grad).abs().max()
+        worst["gradient"] = max(worst["gradient"], float(difference / grads[name].grad.abs().max()))
+    whole = {name: p.full_tensor() for name, p in model.named_parameters()}
+    worst["weights"] = max(float((whole[name] - p).abs().max()) for name, p in alone.named_parameters())
+    fresh = model.start_of_fusion()
+    worst["start"] = max(float((fresh[0][n] - p).abs().max()) for n, p in alone.blocks[0].experts.named_parameters())
+    if rank == 0:
+        results.put((worst, len(trained), [float(x) for x in actual[2]]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_shards_train_as_one_model(fused_dir, base_dir):
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    mp.spawn(work, (free_port(), fused_dir, base_dir, results), nprocs=2)
+    worst, num_trained, drift = results.get()
+    assert num_trained == 3 * 7 and min(drift) > 0.01
+    assert all(value < 1e-5 for value in worst.values()), worst
