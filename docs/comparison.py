@@ -80,45 +80,64 @@ def difference_text(row: dict) -> str:
 def headline(comparison: dict) -> str:
     """The README's result: the fused model against the best of each kind, and against one LoRA of its size."""
     rows = {row["run"]: row for row in comparison["rows"]}
+    seeds = rows[REFERENCE]["seeds"]
     own = rows[REFERENCE]["metrics"]["mean_nll_per_token"]["value"]
 
-    def against(label: str, *names: str) -> str:
-        """What the fused model has less or more than the best of these runs, in words."""
+    def against(label: str, names: list[str]) -> str:
+        """The difference from the best of these runs, in words."""
         best = min((rows[name] for name in names), key=lambda row: row["metrics"]["mean_nll_per_token"]["value"])
         paired = best["paired"]["mean_nll_per_token"]
         if paired["p_holm"] >= SIGNIFICANT:
             return f"not certainly different from {label} ({minus(paired['difference'])})"
         low, high = (abs(end) for end in sorted(paired["interval"], key=abs))
-        word = "below" if paired["difference"] < 0 else "above"
-        return f"{abs(paired['difference']):.3f} [{low:.3f}, {high:.3f}] {word} {label}"
+        word = "better" if paired["difference"] < 0 else "worse"
+        return f"{abs(paired['difference']):.3f} [{low:.3f}, {high:.3f}] {word} than {label}"
 
-    experts, merges, averages = (
-        tuple(row["run"] for row in rows.values() if row["kind"] == kind and "mean_nll_per_token" in row["metrics"])
-        for kind in ("expert", "merge", "ensemble")
-    )
-    parts = [against("the best expert", *experts), against("the best merge", *merges)]
-    parts += [against("the best ensemble", *averages), f"and {against('one LoRA of its size on the same data', EQUAL)}"]
+    def of_kind(kind: str) -> list[str]:
+        """The runs of a kind that have all of the reference's seeds."""
+        return [name for name, row in rows.items() if row["kind"] == kind and row["seeds"] == seeds]
+
+    parts = [against(f"the best {kind}", of_kind(kind)) for kind in ("expert", "merge", "ensemble")]
     return (
-        f"**Result**: over {len(rows[REFERENCE]['seeds'])} seeds, with 160 questions per task, the fused model's mean "
-        f"loss on held-out answers is {own:.3f} nats per token. That is {', '.join(parts)}."
+        f"**Result**: over {len(seeds)} seeds, with 160 questions per task, the fused model's mean loss on held-out "
+        f"answers is {own:.3f} nats per token: {', '.join(parts)}, but "
+        f"{against('one LoRA of its size and steps on the same data', [EQUAL])}."
     )
 
 
 def sentences(comparison: dict) -> str:
-    """What the paired tests say: of all rows, task by task of one LoRA of its size, and whose seeds are missing."""
+    """What the paired tests say: of all rows, task by task of one LoRA of its size, of the shares against the raw base;
+    where questions are routed; and whose seeds are missing."""
     rows = {row["run"]: row for row in comparison["rows"]}
+    own = rows[REFERENCE]["metrics"]
     seeds = {name: len(row["seeds"]) for name, row in rows.items() if name in MAIN and row["kind"] != "raw"}
+    against_raw = [
+        f"{heading} {own[name]['value']:.3f} against {rows['raw']['metrics'][name]['value']:.3f} "
+        f"({minus(rows['raw']['paired'][name]['difference'])}, p = {rows['raw']['paired'][name]['p_holm']:.2g})"
+        for name, heading in (("safe_preferred", "safe answer preferred"), ("mc1", "MC1"), ("mc2", "MC2"))
+    ]
+    routed = [f"{task} {own[f'{task}_routing_accuracy']['value']:.3f}" for task in TASKS]
+    text = [
+        verdict(comparison),
+        f"Against one LoRA of its size on the same rows (`{EQUAL}`) it is {task_by_task(rows[EQUAL])}.",
+        f"Against the raw base: {'; '.join(against_raw)}.",
+        f"Share of questions whose tokens go most to their own task's expert: {', '.join(routed)} (by chance 0.33).",
+    ]
+    if (fewest := min(seeds.values())) < 3:
+        missing = ", ".join(name for name, count in seeds.items() if count < 3)
+        text.append(f"So far of {fewest} seed{'s' if fewest > 1 else ''}: {missing}.")
+    return " ".join(text)
+
+
+def task_by_task(row: dict) -> str:
+    """On which tasks the fused model is better or worse than a row."""
     tasks = []
     for one in NLL:
-        paired = rows[EQUAL]["paired"][one.name]
+        paired = row["paired"][one.name]
         certain = paired["p_holm"] < SIGNIFICANT
         word = "not certainly different" if not certain else "better" if paired["difference"] < 0 else "worse"
         tasks.append(f"{word} on {one.task} ({minus(paired['difference'])})")
-    text = f"{verdict(comparison)} Against one LoRA of its size on the same rows (`{EQUAL}`) it is {', '.join(tasks)}."
-    if (fewest := min(seeds.values())) < 3:
-        missing = ", ".join(name for name, count in seeds.items() if count < 3)
-        text += f" So far of {fewest} seed{'s' if fewest > 1 else ''}: {missing}."
-    return text
+    return ", ".join(tasks)
 
 
 def minus(value: float) -> str:
@@ -191,11 +210,13 @@ def picture(comparison: dict) -> str:
         for axis, label in zip(
             axes,
             ("fused − run: mean loss on held-out answers, nats\n(left of 0: the fused model is better)",
-             "cost of a token\n(raw base: 1)", "trained parameters,\nexperts included, M"),
+             "multiplications per token\n(raw base: 1)", "trained parameters,\nexperts included, M"),
             strict=True,
         ):  # fmt: skip
             axis.set_xlabel(label, fontsize=9)
-        return figures.to_svg(figure, "Paired difference of each run from the fused model, cost of a token, parameters")
+        return figures.to_svg(
+            figure, "Paired difference of each run from the fused model, multiplications per token, trained parameters"
+        )
 
 
 def trained_in_all(name: str, rows: dict[str, dict]) -> float:
