@@ -120,7 +120,7 @@ class AlignArguments(SourceArguments):
             read_tasks(self.task_name, "task_name")
             check_not_given("is of the mixed data, --task_name mix", tasks=self.tasks)
         if self.tasks is not None:
-            read_tasks(self.tasks)
+            self.tasks = ",".join(read_tasks(self.tasks))
         check_at_least(1, rank=self.rank, attention_rank=self.attention_rank, expert_topk=self.expert_topk)
         check_at_least(1, batch_size=self.batch_size, answer_topk=self.answer_topk)
         for name in ("alpha", "attention_alpha", "router_learning_rate"):
@@ -138,6 +138,10 @@ class AlignArguments(SourceArguments):
                 setattr(self, name, abs(value))  # -0.0 is 0
         resolve_conditional_flags(self)
         self.other_drift_weights = self.read_drift_weights()
+        if self.drift_weights is not None:
+            self.drift_weights = (
+                ",".join(f"{name}={value!r}" for name, value in self.other_drift_weights.items()) or None
+            )
         if self.moe_flag and self.init_adapter:
             raise UserError(f"--init_adapter {self.init_adapter}: is for one expert; a fusion starts from --moe_dir")
         if self.moe_flag and not (self.train_router or self.train_experts or self.tune_attention):
@@ -150,7 +154,7 @@ class AlignArguments(SourceArguments):
     def read_drift_weights(self) -> dict[str, float]:
         """--drift_weights by task. UserError for what is no NAME=VALUE, or is one of the paper's tasks."""
         weights: dict[str, float] = {}
-        for part in filter(None, (self.drift_weights or "").split(",")):
+        for part in self.drift_weights.split(",") if self.drift_weights is not None else ():
             name, _, value = (word.strip() for word in part.partition("="))
             if name in TASKS or name in weights:
                 said = "is given twice" if name in weights else f"give it as --{name}_weight"
@@ -162,7 +166,7 @@ class AlignArguments(SourceArguments):
                 weights[name] = math.nan
             is_weight = is_positive(weights[name]) or weights[name] == 0
             check("drift_weights", part.strip(), is_weight, "NAME=VALUE, 0 or more")
-        return weights
+        return {name: weight for name, weight in weights.items() if weight}
 
     @property
     def trained_tasks(self) -> tuple[str, ...]:

@@ -17,7 +17,17 @@ from config import EMBEDDED_MODEL, GENERAL, PAPER_BASE_MODEL, RESULTS_DIR, XSTES
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 NF4 = "nf4"  # QLoRA's 4-bit data type (https://arxiv.org/abs/2305.14314)
 HELP_ALL = "--help_all"
-NO_TASKS = ("raw", "raw_chat", "mix", "moe", "all", "aligned", GENERAL, XSTEST)  # what else stands where a task may
+NO_TASKS = (
+    "raw",
+    "raw_chat",
+    "mix",
+    "moe",
+    "all",
+    "aligned",
+    "mean",
+    GENERAL,
+    XSTEST,
+)  # what else stands where a task may
 TASKS_HELP = (
     "the tasks, comma-separated and in order; any other than the paper's is read from NAME_train.jsonl and "
     "NAME_test.jsonl"
@@ -114,6 +124,12 @@ def check_not_given(reason: str, **values) -> None:
     for name, value in values.items():
         if value is not None:
             raise UserError(f"--{name} {value}: {reason}; leave it out")
+
+
+def check_default(args, reason: str, *names: str) -> None:
+    """Raise a UserError for a flag that is not at its default although it would be ignored, and say why."""
+    defaults = {item.name: item.default for item in dataclasses.fields(args)}
+    check_not_given(reason, **{n: getattr(args, n) if getattr(args, n) != defaults[n] else None for n in names})
 
 
 def check_at_least(minimum: int, **values: int | None) -> None:

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import cli
-from cli import SourceArguments, check, check_at_least, check_not_given, check_num_samples, flag, read_tasks
+from cli import (
+    SourceArguments,
+    check,
+    check_at_least,
+    check_default,
+    check_not_given,
+    check_num_samples,
+    flag,
+    read_tasks,
+)
 from config import RAW, RAW_CHAT, TASKS, XSTEST, UserError
 
 DEFAULT_SEED = 42
@@ -63,14 +72,15 @@ class InferArguments(SourceArguments):
             raise UserError(f"--cross_task {RAW_CHAT}: is asked on this machine; leave --server_url out")
         if self.compare is not None:
             reason = "does not go with --compare, which names the runs"
-            given = {name: getattr(self, name) for name in ("cross_task", "aligned_flag", "expert_bias", "server_url")}
-            check_not_given(reason, **given, checkpoint_number=self.checkpoint_number)
+            names = ("cross_task", "aligned_flag", "expert_bias", "server_url", "task_name", "checkpoint_number")
+            check_not_given(reason, **{name: getattr(self, name) for name in names})
             if self.prompt is None or not self.compared:
                 raise UserError(f"--compare {self.compare}: name runs with commas, and what to answer with --prompt")
         if self.chat:
             reason = "does not go with --chat 1"
             given = {name: getattr(self, name) for name in ("prompt", "compare", "task_name", "server_url")}
             check_not_given(reason, **given)
+            check_default(self, reason, "dataset_type", "num_samples", "concurrency", "batch_size")
         run_is_named = bool(self.compare or self.cross_task or self.aligned_flag == 0)
         if self.task_name is None and not (run_is_named and (self.chat or self.prompt is not None)):
             raise UserError(

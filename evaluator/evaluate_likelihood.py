@@ -22,6 +22,7 @@ from cli import (
     SourceArguments,
     check,
     check_at_least,
+    check_default,
     check_num_samples,
     effective_flags,
     flag,
@@ -75,6 +76,8 @@ class LikelihoodArguments(SourceArguments):
         check_at_least(1, batch_size=self.batch_size)
         if self.task_name not in (GENERAL, "all"):
             read_tasks(self.task_name, "task_name")
+        if self.task_name != "all":
+            check_default(self, f"has no effect with --task_name {self.task_name}", "tasks")
         read_tasks(self.tasks)
         if self.task_name == GENERAL and self.dataset_type != "test":
             raise UserError(f"--dataset_type {self.dataset_type}: {GENERAL} has a test half only")

@@ -51,7 +51,14 @@ from evaluator.kept_runs import DUPLICATES, kept_folder, read_kept, save_run
 from evaluator.page import own_run, write_page
 from evaluator.page_answers import SHOWN, shown_answers
 from evaluator.results import INTERVALS, judge_name, judge_text
-from evaluator.run_scores import RunScores, likelihood_metrics, nll_metrics, read_run_scores, scored_tasks
+from evaluator.run_scores import (
+    RunScores,
+    left_out_tasks,
+    likelihood_metrics,
+    nll_metrics,
+    read_run_scores,
+    scored_tasks,
+)
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
 
@@ -76,6 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     known = {run: read_run_scores(results_dir, run, args.dataset_type, kept[run]) for run in runs}
     for scores in known.values() if save else ():
         save_run(save, scores)
+    if left_out := left_out_tasks(known.values()):
+        print(f"Not all runs are scored on {', '.join(left_out)}: left out of the comparison")
     duplicates = count_duplicates(args, scored_tasks(known.values()))
     if args.only_save:
         return

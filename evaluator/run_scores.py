@@ -73,9 +73,23 @@ def in_order(tasks: Iterable[str]) -> tuple[str, ...]:
 
 
 def scored_tasks(runs: Iterable["RunScores"]) -> tuple[str, ...]:
-    """The tasks of which these runs have a likelihood; the paper's where they have none."""
-    names = {name.removesuffix(f"_{NLL}") for run in runs for name in run.metrics if name.endswith(f"_{NLL}")}
-    return in_order(names - set(NOT_TASKS)) or TASKS
+    """The tasks by whose likelihood these runs can be compared: those of the paper that one of them has, and of others
+    those that all have which have any; the paper's where there is none."""
+    having = [
+        {name.removesuffix(f"_{NLL}") for name in run.metrics if name.endswith(f"_{NLL}")} - set(NOT_TASKS)
+        for run in runs
+    ]
+    having = [tasks for tasks in having if tasks]
+    if not having:
+        return TASKS
+    return in_order(set.union(*having) & set(TASKS) | set.intersection(*having))
+
+
+def left_out_tasks(runs: Iterable["RunScores"]) -> tuple[str, ...]:
+    """The tasks that only some of these runs are scored on."""
+    runs = list(runs)
+    every = set().union(*(scored_tasks([run]) for run in runs if any(name.endswith(f"_{NLL}") for name in run.metrics)))
+    return in_order(every - set(scored_tasks(runs)))
 
 
 # What a score's or an answer's run.json records of the run itself, and of places

@@ -92,10 +92,14 @@ def load_config(base_model: str):
         raise _not_loaded(base_model, error) from error
 
 
-def load_base_config(base_model: str) -> PreTrainedConfig:
+def load_base_config(base_model: str, with_experts: bool = False) -> PreTrainedConfig:
     """The configuration of a base model that the mixture fits, with a warning where nobody has tried its family. Needs
     no weights. UserError if it cannot be had, or does not fit."""
     base_config = load_config(base_model)
+    if not with_experts and holds_experts(base_model):
+        raise UserError(
+            f"--base_model {base_model}: is a fused model that holds its base; name it as a run, and give its base here"
+        )
     try:
         unfit = why_unfit(skeleton(base_config))
     except UserError as error:
@@ -105,6 +109,12 @@ def load_base_config(base_model: str) -> PreTrainedConfig:
     if base_config.model_type not in VERIFIED:
         warn_of_family(base_model, base_config.model_type)
     return base_config
+
+
+def holds_experts(base_model: str) -> bool:
+    """Whether a folder is an export that holds its base (models/shared.py)."""
+    path = Path(base_path(base_model)) / "config.json"
+    return path.exists() and "base_model_type" in read_json(path)
 
 
 @cache  # once
@@ -124,10 +134,11 @@ def load_base(
     base_model: str,
     dtype: torch.dtype | str,
     with_class: Callable[[type[PreTrainedModel]], type[PreTrainedModel]] = answer_loss_class,
+    with_experts: bool = False,
 ) -> PreTrainedModel:
     """A base model in a torch.dtype or what a --dtype says, as its family's class that `with_class` adds to. UserError
-    if it cannot be had, or does not fit the mixture."""
-    base_config = load_base_config(base_model)
+    if it cannot be had, or does not fit the mixture, or holds experts too (with_experts: whose base is wanted)."""
+    base_config = load_base_config(base_model, with_experts)
     model = load_weights(with_class(model_class_of(base_config)), base_model, base_config, dtype)
     if base_config.model_type not in VERIFIED and (why := why_computes_otherwise(model)):
         raise _unfit(base_model, base_config, why)

@@ -39,6 +39,7 @@ OTHER_SHAPE = (  # what other families than Llama have beside it
     "final_logit_softcapping",
     "use_bidirectional_attention",
 )
+EARLIER = ("llama", "mixtral")  # whose digests were made before there were others
 KEPT = BASE_MODELS_DIR / "identities.json"  # digests already made: reading 13 GB takes a minute
 CHUNK_BYTES = 2**24
 SHOW_PROGRESS_BYTES = 10**9
@@ -53,7 +54,7 @@ def base_sha256(base_model: str) -> str:
     folder = base.local_folder(base_model)
     settings = base.load_config(base_model)
     shape = {name: getattr(settings, name, None) for name in SHAPE}
-    if settings.model_type != "llama":
+    if settings.model_type not in EARLIER:
         shape |= {name: getattr(settings, name, None) for name in OTHER_SHAPE}
     files = [
         [path.name, stat.st_size, stat.st_mtime_ns] for path in base.weight_files(folder) for stat in [path.stat()]

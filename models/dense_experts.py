@@ -106,7 +106,7 @@ def form_config(mixture: MixtureConfig, form: str, dtype: str) -> PreTrainedConf
     layer_types = set(settings.get("layer_types") or ())
     if len(layer_types) > 1:
         raise UserError(f"the base's layers differ ({', '.join(sorted(layer_types))}), as --to {form}'s cannot")
-    window = settings.get("sliding_window")
+    window = None if layer_types == {"full_attention"} else settings.get("sliding_window")
     own = {"sliding_window": window} if form == "mixtral" else {
         "moe_intermediate_size": settings["intermediate_size"],
         "norm_topk_prob": True,

@@ -38,7 +38,8 @@ class EnsembleArguments(BaseArguments):
     output: str | None = flag(None, "where to write (default: outputs/ensemble_<average> in --results_dir)")
 
     def __post_init__(self):
-        self.experts = self.experts or ",".join(read_tasks(self.tasks))
+        if self.experts is None:
+            self.experts = ",".join(read_tasks(self.tasks))
 
 
 if __name__ == "__main__":

@@ -18,13 +18,20 @@ def generate(model, tokenizer, batch: list[Record], args, seed: int) -> list[dic
     """
     window = prompt_window(model, args.max_new_tokens)
     prompts = [prompt_ids(tokenizer, record, args.run == RAW_CHAT)[-window:] for record in batch]
-    answers = []
+    answers, ends = [], end_tokens(model, tokenizer, args.run == RAW_CHAT)
     for record, tokens in zip(batch, generate_tokens(model, tokenizer, prompts, args, seed), strict=True):
-        ended = tokenizer.eos_token_id in tokens
-        tokens = tokens[: tokens.index(tokenizer.eos_token_id)] if ended else tokens
+        end = next((i for i, token in enumerate(tokens) if token in ends), None)
+        ended, tokens = end is not None, tokens[:end]
         text, mark, _ = tokenizer.decode(tokens, skip_special_tokens=True).partition(STOP_STRING)
         answers.append(answer_row(record, text, len(tokens), stopped=ended or bool(mark)))
     return answers
+
+
+def end_tokens(model, tokenizer, chat: bool) -> list[int]:
+    """What ends an answer: EOS, and in the base's own chat format whatever its generation config names beside it (of
+    Gemma the end of a turn)."""
+    others = model.generation_config.eos_token_id if chat and model.generation_config else None
+    return list(dict.fromkeys([tokenizer.eos_token_id, *([others] if isinstance(others, int) else others or [])]))
 
 
 def prompt_window(model, max_new_tokens: int) -> int:
@@ -47,7 +54,7 @@ def generate_tokens(model, tokenizer, prompts: list[list[int]], args, seed: int,
     settings = GenerationConfig(
         max_new_tokens=args.max_new_tokens,
         do_sample=args.temperature > 0,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end_tokens(model, tokenizer, args.run == RAW_CHAT),
         pad_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id,
         stop_strings=[STOP_STRING],

@@ -21,6 +21,7 @@ from cli import (
     BaseArguments,
     check,
     check_at_least,
+    check_default,
     check_not_given,
     effective_flags,
     flag,
@@ -75,14 +76,15 @@ class FuseArguments(BaseArguments):
     def __post_init__(self):
         if (self.add is None) != (self.to is None):
             raise UserError("--add and --to go together: the expert, and the fused run that it joins")
-        if self.add:
+        if self.add is not None:
             self.check_added()
             self.router_init = "prototype"
         elif self.expert_topk is None:
             self.expert_topk = 2
         check_at_least(1, max_rank=self.max_rank, fresh_rank=self.fresh_rank, num_prompts=self.num_prompts)
         resolve_conditional_flags(self)
-        self.experts = self.experts or ",".join(read_tasks(self.tasks))
+        if self.experts is None:
+            self.experts = ",".join(read_tasks(self.tasks))
         if self.from_pt and self.router_init != "random":
             raise UserError(f"--router_init {self.router_init}: a moe.pt brings its routers; leave it out")
         if self.fresh_rank and (self.from_pt or self.experts_dir or not self.base_model):
@@ -101,7 +103,9 @@ class FuseArguments(BaseArguments):
         given = {name: getattr(self, name) for name in ("experts", "from_pt", "fresh_rank", "expert_topk")}
         given["router_init"] = None if self.router_init in ("random", "prototype") else self.router_init
         given["save_dtype"] = None if self.save_dtype == "auto" else self.save_dtype
-        check_not_given("has no effect with --add, which keeps what --to has", **given)
+        reason = "has no effect with --add, which keeps what --to has"
+        check_not_given(reason, **given)
+        check_default(self, reason, "tasks", "max_rank")
 
 
 if __name__ == "__main__":
@@ -128,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     from models.loading import open_experts  # which loads what this module makes
 
     args = cli.parse(argv, FuseArguments)
-    if args.add:
+    if args.add is not None:
         add_to_fused(args)
         return
     names = list(expert_folders(args.experts))
@@ -204,6 +208,7 @@ def add_to_fused(args: FuseArguments) -> None:
     if len(folder_of) != 1:
         raise UserError(f"--add {args.add}: name one expert; add another to what this makes")
     (name,) = folder_of
+    read_tasks(name, "add")
     (expert,) = open_adapters(folder_of, Path(args.experts_dir or outputs), (name,))
     if name in (known["name"] for known in mixture.experts) or expert.task in mixture.expert_of_task:
         raise UserError(f"--add {args.add}: {args.to} has an expert of that name or task ({name}, {expert.task})")
@@ -237,7 +242,7 @@ def add_to_fused(args: FuseArguments) -> None:
     model.to("cpu")
     add_expert(model, expert, rows)
     model.save_pretrained(output)
-    experts = (record["meta"].get("experts") or {}) if record else {}
+    experts = ((record or {}).get("meta") or {}).get("experts") or {}
     run_dir.finish(output, "llama_moe.py", arguments, train={}, meta={"experts": experts | how_made([expert])})
     report_sizes(output, model)
 
@@ -245,7 +250,8 @@ def add_to_fused(args: FuseArguments) -> None:
 def asked(argv: list[str]) -> dict:
     """What run.json of a command line would record, as far as its flags tell (evaluator/reuse.py)."""
     args = cli.parse(argv, FuseArguments)
-    arguments = {name: getattr(args, name) for name in ("expert_topk", "seed", "save_dtype")}
+    recorded = ("seed",) if args.add is not None else ("expert_topk", "seed", "save_dtype")
+    arguments = {name: getattr(args, name) for name in recorded}
     if args.fresh_rank:
         arguments["fresh_rank"] = args.fresh_rank
     if args.router_init != "random":

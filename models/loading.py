@@ -191,8 +191,7 @@ def run_sources(
         recorded = run["run"]["arguments"] if run else {}
         base_model = resolve_base(path, base_model)
     else:
-        experts = [folder for task in TASKS if read_run(folder := Path(results_dir) / "outputs" / task)]
-        recorded = read_run(experts[0])["run"]["arguments"] if experts else {}
+        recorded = recorded_by_experts(Path(results_dir) / "outputs", base_model)
         if base_model is not None:
             base_model = base.default_base_model(base_model)
             digest = recorded.get("base_sha256")
@@ -202,6 +201,21 @@ def run_sources(
         else:
             base_model = recorded.get("base_model") or PAPER_BASE_MODEL
     return base_model, absolute_source(data_source) or recorded.get("data_source") or "hub"
+
+
+def recorded_by_experts(outputs: Path, base_model: str | None) -> dict:
+    """What the first aligned expert of a results folder recorded, the paper's before others; {} without any. UserError
+    where none is given and the experts stand on different bases."""
+    names = [*TASKS, *sorted(path.name for path in outputs.glob("*") if path.is_dir() and path.name not in TASKS)]
+    records = [record for name in names if (record := read_run(outputs / name)) is not None]
+    experts = [
+        record["run"]["arguments"]
+        for record in records
+        if record["run"]["script"] == "align_basemodel.py" and not record["run"]["arguments"].get("moe_flag")
+    ]
+    if base_model is None and len({arguments.get("base_sha256") for arguments in experts}) > 1:
+        raise UserError(f"{outputs}: its experts stand on different bases; say which raw base with --base_model")
+    return experts[0] if experts else {}
 
 
 def device() -> torch.device:

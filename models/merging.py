@@ -88,7 +88,8 @@ class MergeArguments(BaseArguments):
     seed: int | None = flag(None, f"seed of what {' and '.join(RANDOM)} drop (default: 42)")
 
     def __post_init__(self):
-        self.experts = self.experts or ",".join(read_tasks(self.tasks))
+        if self.experts is None:
+            self.experts = ",".join(read_tasks(self.tasks))
         if self.method is None:
             raise UserError(f"say how to merge: --method {{{','.join(METHODS)}}}")
         method = METHODS[self.method]
@@ -157,8 +158,10 @@ def main(argv: list[str] | None = None) -> None:
         **flag_arguments(args),
     }
     if tuned:
-        files = [path for task in read_tasks(args.tasks) for path in source_files(task, "train", source)]
+        files = [path for task in tasks_of(experts) for path in source_files(task, "train", source)]
         arguments["data_sha256"] = data_sha256(files)
+        if set(tasks_of(experts)) != set(TASKS):
+            arguments["tasks"] = list(tasks_of(experts))
     name = f"merge_{args.method}" + ("_tuned" if tuned else "")
     output = Path(args.output or config.outputs_dir(args.results_dir) / name)
     state = run_dir.begin(output, SCRIPT, arguments, "move it away, or name another folder with --output")
@@ -326,16 +329,24 @@ def try_all(args: MergeArguments, experts: list[Expert], modules: dict, source: 
     return tried
 
 
+def tasks_of(experts: list[Expert]) -> tuple[str, ...]:
+    """The experts' tasks, by whose prompts coefficients are chosen. UserError for an expert without one."""
+    for expert in experts:
+        if expert.task is None:
+            raise UserError(f"--num_held_apart: {expert.name} has no task whose prompts to take; name it with --tasks")
+    return tuple(dict.fromkeys(expert.task for expert in experts))
+
+
 def held_apart_from(args: MergeArguments, experts: list[Expert], source: str) -> dict[str, list[Record]]:
     """The rows that coefficients are chosen by; UserError where nobody knows which ones the experts were aligned on."""
     if args.num_held_apart == -1:
-        return {task: answer_records(task, read_rows(task, "train", source)) for task in read_tasks(args.tasks)}
+        return {task: answer_records(task, read_rows(task, "train", source)) for task in tasks_of(experts)}
     recorded = [run_dir.read_run(expert.folder) for expert in experts]
     drawn = {(run["run"]["arguments"]["num_samples"], run["run"]["arguments"]["seed"]) for run in recorded if run}
     if None in recorded or len(drawn) != 1:
         raise UserError("--num_held_apart: needs experts whose run.json says, alike, which rows they were aligned on")
     num_trained, seed = drawn.pop()
-    return held_apart_records(read_tasks(args.tasks), source, num_trained, args.num_held_apart, seed)
+    return held_apart_records(tasks_of(experts), source, num_trained, args.num_held_apart, seed)
 
 
 if __name__ == "__main__":

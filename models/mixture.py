@@ -222,7 +222,7 @@ def fuse(
         expert_rank=max(expert.rank for expert in experts),
         num_experts_per_tok=top_k,
         base_model_name_or_path=experts[0].base_model,
-        base=json.loads(base_config.to_json_string(use_diff=False)),
+        base=without_name(json.loads(base_config.to_json_string(use_diff=False))),
         average=average,
         model_type=FUSED if average is None else ENSEMBLE,
     )
@@ -239,6 +239,11 @@ def fuse(
         block.experts = stack_experts(experts, number, block.experts, dtype)
     model.seal_base()
     return model
+
+
+def without_name(settings: dict) -> dict:
+    """A configuration without the place that it was read from."""
+    return {key: value for key, value in settings.items() if key != "_name_or_path"}
 
 
 def stack_experts(experts: list, layer: int, empty: LowRankExperts, dtype: torch.dtype) -> LowRankExperts:

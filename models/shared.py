@@ -55,7 +55,7 @@ def read_back(folder: Path, attention: str) -> PreTrainedModel:
 
 def load_shared(folder: Path, dtype: str) -> MixtureForCausalLM:
     """A written checkpoint as this project's own model, without its modeling file. UserError for a torn one."""
-    model = base.load_base(str(folder), dtype, mixture_class)
+    model = base.load_base(str(folder), dtype, mixture_class, with_experts=True)
     model.become(read_mixture(folder))
     index = read_json(folder / "model.safetensors.index.json")["weight_map"]
     own = {key: file for key, file in index.items() if ".mlp.router." in key or ".mlp.low_rank." in key}
@@ -99,6 +99,8 @@ def write_shared(
 def shared_settings(base_config: PreTrainedConfig, mixture: MixtureConfig, dtype: str) -> dict:
     """config.json. Nothing in it is called num_experts: engines would take it for a mixture of their own kind."""
     settings = json.loads(base_config.to_json_string(use_diff=False))
+    settings.pop("_name_or_path", None)
+    named = mixture.base_model_name_or_path
     return settings | {
         "model_type": SHARED,
         "base_model_type": base_config.model_type,
@@ -110,7 +112,7 @@ def shared_settings(base_config: PreTrainedConfig, mixture: MixtureConfig, dtype
             "rank": mixture.expert_rank,
             "top_k": mixture.num_experts_per_tok,
             "activation": activation_name(skeleton(base_config).model.layers[0].mlp.act_fn),
-            "base_model_name_or_path": mixture.base_model_name_or_path,
+            "base_model_name_or_path": None if Path(named).is_absolute() else named,
         },
     }
 

@@ -42,6 +42,8 @@ class AnswerStreamer(TextStreamer):
         self.held += text
         before, mark, _ = self.held.partition(STOP_STRING)
         if self.stopped:
+            if stream_end:
+                print()
             return
         self.stopped = bool(mark)
         # what may be the beginning of the stop string waits

@@ -122,6 +122,10 @@ def test_it_resumes_and_is_aligned_further(joined, capsys):
         (["--add", "politeness", "--to", "aligned", "--expert_topk", "1"], "has no effect with --add"),
         (["--add", "politeness", "--to", "aligned", "--router_init", "arrow"], "has no effect with --add"),
         (["--add", "a=politeness,b=politeness", "--to", "aligned"], "name one expert"),
+        (["--add", "", "--to", "aligned"], "name one expert"),
+        (["--add", "outputs/politeness", "--to", "aligned"], "must be small letters"),
+        (["--add", "politeness", "--to", "aligned", "--tasks", "a,b"], "--tasks a,b: has no effect with --add"),
+        (["--add", "politeness", "--to", "aligned", "--max_rank", "4"], "--max_rank 4: has no effect with --add"),
         (["--add", "rudeness=politeness", "--to", "aligned"], "rudeness_train.jsonl"),
     ],
 )
@@ -131,3 +135,9 @@ def test_what_cannot_join_is_refused(joined, arguments, said, capsys, tmp_path):
         llama_moe.main([*arguments, "--output", str(tmp_path / "out"), "--data_source", str(root / "data"),
                         "--results_dir", str(root)])  # fmt: skip
     assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_empty_experts_are_not_the_default_ones(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        llama_moe.main(["--experts", "", "--results_dir", str(tmp_path)])
+    assert "name two or more experts" in capsys.readouterr().err

@@ -172,7 +172,7 @@ def two_servers():
 
 def test_several_servers_share_the_prompts(two_servers):
     servers, answered = two_servers
-    clients = make_clients(",".join(server.url for server in servers), 2, flag="server_url")
+    clients = make_clients(",".join(server.url for server in servers), 2, flag="server_url", max_retries=1)
     prompts = [f"prompt {i}" for i in range(40)]
     answers = dict((p, c.choices[0].text) for p, c in complete_by_any(clients, "m", prompts))
     assert answers == {prompt: prompt.upper() for prompt in prompts}
@@ -182,7 +182,7 @@ def test_several_servers_share_the_prompts(two_servers):
 def test_what_a_server_that_is_killed_has_not_answered_goes_to_the_other(two_servers, capsys):
     """Nothing is lost, and nothing that was answered is asked again."""
     servers, answered = two_servers
-    clients = make_clients(",".join(server.url for server in servers), 2, flag="server_url")
+    clients = make_clients(",".join(server.url for server in servers), 2, flag="server_url", max_retries=1)
     prompts, answers = [f"prompt {i}" for i in range(60)], []
     for prompt, completion in complete_by_any(clients, "m", prompts):
         answers.append((prompt, completion.choices[0].text))
@@ -197,7 +197,7 @@ def test_what_a_server_that_is_killed_has_not_answered_goes_to_the_other(two_ser
 
 def test_without_a_server_left_what_was_answered_is_kept(two_servers):
     servers, _ = two_servers
-    clients = make_clients(",".join(server.url for server in servers), 2, flag="server_url")
+    clients = make_clients(",".join(server.url for server in servers), 2, flag="server_url", max_retries=1)
     answers = []
     with pytest.raises(UserError, match="what was answered is kept"):
         for prompt, _ in complete_by_any(clients, "m", [f"prompt {i}" for i in range(60)]):
@@ -208,14 +208,42 @@ def test_without_a_server_left_what_was_answered_is_kept(two_servers):
     assert 10 <= len(answers) < 60 and len(set(answers)) == len(answers)
 
 
+def test_a_prompt_at_which_two_servers_fail_ends_it_and_no_server_is_given_up(two_servers, capsys):
+    servers, _ = two_servers
+    for server in servers:
+        rule = server.answer
+        server.answer = lambda request, rule=rule: {"text": None} if request["prompt"] == "bad" else rule(request)
+    clients = make_clients(",".join(server.url for server in servers), 1, flag="server_url", max_retries=1)
+    answers = []
+    with pytest.raises(UserError, match="not a completion in OpenAI's format"):
+        for prompt, _ in complete_by_any(clients, "m", [*(f"prompt {i}" for i in range(9)), "bad"]):
+            answers.append(prompt)
+    assert len(answers) >= 8 and "the others go on" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("urls", [",", "http://127.0.0.1:1/v1,", "http://127.0.0.1:1/v1,http://127.0.0.1:1/v1/"])
+def test_an_empty_address_or_one_twice_is_refused(urls):
+    with pytest.raises(UserError, match="name each server once"):
+        make_clients(urls, 1, flag="server_url")
+
+
+def test_one_failure_gives_up_no_server(two_servers, capsys):
+    servers, answered = two_servers
+    servers[0].faults += ["500"] * 2  # one request and its retry
+    clients = make_clients(",".join(server.url for server in servers), 1, flag="server_url", max_retries=1)
+    prompts = [f"prompt {i}" for i in range(40)]
+    assert sorted(prompt for prompt, _ in complete_by_any(clients, "m", prompts)) == sorted(prompts)
+    assert capsys.readouterr().err == "" and min(len(set(done)) for done in answered) >= 5
+
+
 def test_a_mistake_at_one_of_several_servers_ends_it(two_servers):
     servers, _ = two_servers
     servers[1].faults += ["404"] * 1000
-    clients = make_clients(",".join(server.url for server in servers), 1, flag="server_url")
+    clients = make_clients(",".join(server.url for server in servers), 1, flag="server_url", max_retries=1)
     with pytest.raises(UserError, match="has it a model m"):
         list(complete_by_any(clients, "m", [f"prompt {i}" for i in range(60)]))
-    with pytest.raises(UserError, match="names a server twice"):
-        make_clients(f"{servers[0].url},{servers[0].url}", 1, flag="server_url")
+    with pytest.raises(UserError, match="name each server once"):
+        make_clients(f"{servers[0].url},{servers[0].url}", 1, flag="server_url", max_retries=1)
 
 
 def test_the_probability_of_yes(server):
@@ -287,7 +315,7 @@ def test_addresses_are_checked():
             make_client(url, 1)
     for url in ("http://user:secret@localhost/v1", "http://secret@localhost/v1", "http://localhost/v1?key=secret"):
         with pytest.raises(UserError, match="--server_url: holds a user, password or query") as error:
-            make_client(url, 1, flag="server_url")
+            make_client(url, 1, flag="server_url", max_retries=1)
         assert "secret" not in str(error.value)
 
 

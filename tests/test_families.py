@@ -35,9 +35,10 @@ from evaluator.scoring import score_answers
 from models import base, ensemble, export, llama_moe, merging
 from models.base_identity import base_sha256
 from models.causal_lm import VERIFIED
-from models.dense_experts import FORMS
+from models.dense_experts import FORMS, form_config
 from models.expert_ffn import PROJECTIONS
 from models.loading import load_run, run_kind
+from models.mixture import read_mixture
 
 SHAPE = dict(
     vocab_size=600,
@@ -204,6 +205,15 @@ def test_the_form_of_dense_experts_is_the_same_model_or_refused_by_name(family, 
         with pytest.raises(SystemExit):
             export.main([*arguments[:-3], "--output", str(tmp_path / "other"), "--to", "mixtral"])
         assert f"is --to {form}" in capsys.readouterr().err
+
+
+def test_a_qwen3_whose_layers_are_all_full_has_no_window(family, tmp_path):
+    """transformers keeps the window's size in the configuration where no layer uses it."""
+    if AutoConfig.from_pretrained(family[0]).model_type != "qwen3":
+        return
+    mixture = read_mixture(family[2])
+    mixture.base |= {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 3}
+    assert form_config(mixture, "qwen3_moe", "float32").sliding_window is None
 
 
 def test_one_expert_leaves_as_an_adapter(family, tmp_path):

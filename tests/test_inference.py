@@ -106,6 +106,20 @@ def test_answers_end_at_eos_or_at_a_new_instruction(base_dir, emitted, output, r
     assert (answer["output"], answer["finish_reason"]) == (output, reason)
 
 
+def test_the_base_by_its_chat_template_ends_where_its_generation_config_says(base_dir, monkeypatch):
+    """Of Gemma a turn ends at another token than EOS."""
+    model, tokenizer = load_run(None, str(base_dir), "float32")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    model.generation_config.eos_token_id = [1, 40]
+    monkeypatch.setattr(
+        model, "generate", lambda input_ids, **_: torch.cat((input_ids, torch.tensor([[50, 40, 60]])), 1)
+    )
+    for run, expected in (("raw_chat", [50]), ("x", [50, 40, 60])):
+        args = inference.InferArguments(prompt="-", cross_task=run, max_new_tokens=8)
+        (answer,) = inference.generate(model, tokenizer, RECORDS[:1], args, seed=0)
+        assert answer["output"] == tokenizer.decode(expected).strip()
+
+
 def test_generation_stops_at_the_stop_string(base_dir):
     """A model that always says "### Instruction:" is stopped by it, long before --max_new_tokens."""
     model, tokenizer = load_run(base_dir, dtype="float32")

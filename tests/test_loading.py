@@ -1,5 +1,6 @@
 """What is loaded under a run's name, and which base it stands on, wherever that lies."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import other_base, save_adapter
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import config
 from config import UserError
@@ -106,6 +107,16 @@ def test_a_base_is_read_once_and_again_when_its_file_changes(base_dir, tmp_path,
     assert base_sha256(str(folder)) == first and len(read) == 1
     other_base(base_dir, folder)
     assert base_sha256(str(folder)) != first and len(read) == 2
+
+
+def test_the_digest_of_a_mixtral_is_what_it_was(tmp_path):
+    """Answers and scores of earlier exports record it."""
+    settings = dict(vocab_size=60, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+    MixtralForCausalLM(MixtralConfig(**settings, num_key_value_heads=1, num_local_experts=2)).save_pretrained(tmp_path)
+    shape = {name: getattr(AutoConfig.from_pretrained(tmp_path), name, None) for name in base_identity.SHAPE}
+    digest = base_identity.tensors_sha256([tmp_path / "model.safetensors"], False)
+    expected = hashlib.sha256(json.dumps([shape, digest], sort_keys=True).encode()).hexdigest()
+    assert base_sha256(str(tmp_path)) == expected
 
 
 @pytest.mark.slow

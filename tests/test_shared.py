@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from test_export import with_attention
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import align_basemodel
 import inference
 from config import UserError
 from evaluator import evaluate_likelihood
@@ -70,6 +71,17 @@ def test_it_is_a_run_like_any_other_without_its_code(exported, fused_dir, tmp_pa
     )
     scores = json.loads((tmp_path / "evaluation/safety/test/out/likelihood/metrics.json").read_text())
     assert "routing_accuracy" in scores["metrics"]
+
+
+def test_it_is_no_base_of_others_and_names_no_place(exported, tmp_path, capsys):
+    with pytest.raises(UserError, match="is a fused model that holds its base; name it as a run"):
+        load_run(None, str(exported), "float32")
+    with pytest.raises(SystemExit):
+        align_basemodel.main(["--task_name", "safety", "--base_model", str(exported), "--data_source", "sample",
+                              "--results_dir", str(tmp_path)])  # fmt: skip
+    assert "holds its base" in capsys.readouterr().err and not list(tmp_path.glob("outputs/*/*.safetensors"))
+    settings = (exported / "config.json").read_text()
+    assert '_name_or_path": "/' not in settings and json.loads(settings)["mixture"]["base_model_name_or_path"] is None
 
 
 def test_tuned_attention_is_merged(fused_dir, tmp_path):

@@ -13,7 +13,7 @@ from config import TASKS, UserError
 from data.split import main as split
 from evaluator import embedding_drift, evaluate_likelihood, report, select_answers
 from models import ensemble, llama_moe, merging
-from models.loading import load_run
+from models.loading import load_run, run_sources
 from models.mixture import read_mixture
 
 FOUR = ",".join((*TASKS, "politeness"))
@@ -82,6 +82,44 @@ def test_a_fourth_task_goes_the_whole_way(four_tasks, base_dir, tmp_path):
     report.main(["--runs", runs, "--saved", str(tmp_path / "kept"), "--results_dir", str(tmp_path / "again")])
     again = json.loads((tmp_path / "again" / "report" / "table.json").read_text())
     assert again["rows"][0]["metrics"] == table["rows"][0]["metrics"]
+
+
+def test_runs_of_three_and_of_four_tasks_are_compared_on_three(base_dir, adapter_dirs, four_tasks, tmp_path, capsys):
+    results = ["--results_dir", str(tmp_path)]
+    scoring = ["--data_source", str(four_tasks), "--num_samples", "2", "--base_model", str(base_dir), *results]
+    evaluate_likelihood.main(["--run", "raw", *scoring])
+    evaluate_likelihood.main(["--run", str(adapter_dirs[1]), "--tasks", FOUR, *scoring])
+    capsys.readouterr()
+    name = adapter_dirs[1].name
+    (tmp_path / "outputs").mkdir(exist_ok=True)
+    shutil.copytree(adapter_dirs[1], tmp_path / "outputs" / name)
+    report.main(["--runs", f"raw,{name}", *results])
+    out = capsys.readouterr().out
+    assert "Not all runs are scored on politeness: left out" in out and "politeness NLL/token" not in out
+
+
+def test_the_raw_base_is_that_of_experts_of_any_task(base_dir, four_tasks, tmp_path, capsys):
+    folder = tmp_path / "outputs" / "politeness"
+    training = ["--num_samples", "2", "--max_steps", "1", "--batch_size", "2", "--dtype", "float32"]
+    align_basemodel.main(
+        ["--task_name", "politeness", "--base_model", str(base_dir), "--data_source", str(four_tasks), *training,
+         "--results_dir", str(tmp_path)]
+    )  # fmt: skip
+    assert run_sources(None, None, None, str(tmp_path)) == (str(base_dir), str(four_tasks))
+    other = shutil.copytree(folder, tmp_path / "outputs" / "rudeness")
+    record = json.loads((other / "run.json").read_text())
+    record["run"]["arguments"]["base_sha256"] = "another"
+    (other / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="stand on different bases; say which raw base with --base_model"):
+        run_sources(None, None, None, str(tmp_path))
+    assert run_sources(None, str(base_dir), None, str(tmp_path))[0] == str(base_dir)
+
+
+def test_spelling_does_not_make_another_run():
+    asked = align_basemodel.AlignArguments(
+        task_name="mix", moe_flag=1, tasks="safety, politeness", drift_weights=" politeness=0.10,rudeness=-0.0"
+    )
+    assert (asked.tasks, asked.drift_weights) == ("safety,politeness", "politeness=0.1")
 
 
 @pytest.mark.parametrize("number", [2, 8])
@@ -166,6 +204,8 @@ def test_a_classifier_picks_among_four_experts(four_tasks, tmp_path):
         (["--moe_flag", "1", "--drift_weights", "safety=1"], "give it as --safety_weight"),
         (["--moe_flag", "1", "--drift_weights", "politeness"], "NAME=VALUE"),
         (["--moe_flag", "1", "--drift_weights", "politeness=-1"], "NAME=VALUE, 0 or more"),
+        (["--moe_flag", "1", "--drift_weights", ""], "name each task once"),
+        (["--task_name", "mean"], "must be small letters"),
         (["--task_name", "safety", "--drift_weights", "politeness=1"], "has an effect with --moe_flag 1 only"),
     ],
 )

@@ -67,7 +67,7 @@ def test_an_answer_ends_on_the_screen_where_a_new_instruction_would_begin(tokeni
     for text in ("Gulls", ", auks.\n### ", "### Inst", "ruction:\nName", " more"):
         streamer.on_finalized_text(text)
     streamer.on_finalized_text("", stream_end=True)
-    assert streamer.answer == "Gulls, auks.\n### " and capsys.readouterr().out.startswith("Gulls, auks.\n### ")
+    assert streamer.answer == "Gulls, auks.\n### " and capsys.readouterr().out == "Gulls, auks.\n### \n"
     again = terminal.AnswerStreamer(tokenizer)
     again.on_finalized_text("a #")
     assert capsys.readouterr().out == "a "  # what may be the beginning of the mark waits
@@ -100,6 +100,8 @@ def test_runs_answer_one_below_the_other(fused_dir, adapter_dirs, base_dir, caps
         (["--chat", "1", "--cross_task", "x", "--task_name", "safety"], "does not go with --chat 1"),
         (["--compare", "raw,x"], "what to answer with --prompt"),
         (["--compare", "raw", "--cross_task", "x", "--prompt", "hello"], "does not go with --compare"),
+        (["--compare", "raw", "--task_name", "safety", "--prompt", "hello"], "does not go with --compare"),
+        (["--chat", "1", "--cross_task", "x", "--num_samples", "3"], "--num_samples 3: does not go with --chat 1"),
     ],
 )
 def test_what_cannot_go_together_is_refused(arguments, said, capsys):

@@ -25,7 +25,7 @@ from config import UserError
 
 OPENAI_URL = "https://api.openai.com/v1"
 NO_KEY = "no key"  # the openai package wants one; it is not sent
-MAX_RETRIES_BESIDE_OTHERS = 2
+FAILURES_IN_A_ROW = 3  # after which a server among several is given up
 MAX_RETRIES = 8  # waits double from 0.5 s to at most 8 s (or as the server's Retry-After says): 40 s in all
 TIMEOUT_S = 120.0  # without a whole answer
 
@@ -42,7 +42,11 @@ PRICES = {
 
 
 class ServerGone(UserError):
-    """A server that does not answer, or fails whatever it is asked: another one might do its work."""
+    """A server that cannot be reached: another one might do its work."""
+
+
+class ServerFailed(UserError):
+    """A server that failed at a request (5xx), or would take no more (429), to the end of the retries."""
 
 
 @dataclass(frozen=True)
@@ -90,13 +94,13 @@ def make_client(
     return Client(api, concurrency)
 
 
-def make_clients(given_urls: str, concurrency: int, *, flag: str) -> list[Client]:
-    """A client of each address, comma-separated. Beside others a server is given up after a few retries."""
-    urls = [url.strip() for url in given_urls.split(",") if url.strip()]
-    if len(set(urls)) < len(urls):
-        raise UserError(f"--{flag} {given_urls}: names a server twice")
-    retries = MAX_RETRIES if len(urls) == 1 else MAX_RETRIES_BESIDE_OTHERS
-    return [make_client(url, concurrency, flag=flag, max_retries=retries) for url in urls]
+def make_clients(given_urls: str, concurrency: int, *, flag: str, max_retries: int = MAX_RETRIES) -> list[Client]:
+    """A client of each address, comma-separated. UserError as `make_client` raises it, and for one that is empty,
+    or stands twice."""
+    urls = [url.strip().rstrip("/") for url in given_urls.split(",")]
+    if "" in urls or len(set(urls)) < len(urls):
+        raise UserError(f"--{flag} {given_urls}: name each server once, with commas between")
+    return [make_client(url, concurrency, flag=flag, max_retries=max_retries) for url in urls]
 
 
 def remove_key(request) -> None:
@@ -145,7 +149,8 @@ def complete_by_any(
     clients: list[Client], model: str, prompts: list[str], **sampling
 ) -> Iterator[tuple[str, Completion]]:
     """As `complete_all`, by several servers of one model: whoever is free takes the next prompt. What a server that is
-    gone has not answered goes to the others, with a warning. UserError when none is left."""
+    gone has not answered goes to the others, with a warning; a server is gone if it cannot be reached, or fails at
+    FAILURES_IN_A_ROW. UserError when none is left, and for a prompt at which two servers failed."""
     if len(clients) == 1:
         yield from complete_all(clients[0], model, prompts, **sampling)
         return
@@ -154,6 +159,8 @@ def complete_by_any(
         waiting.put(prompt)
     left, stop = len(dict.fromkeys(prompts)), threading.Event()
     gone: dict[str, UserError] = {}
+    failed_at: dict[str, set[str]] = {}  # the servers that failed at a prompt
+    in_a_row: dict[str, int] = {}
 
     def work(client: Client) -> None:
         address = str(client.api.base_url)
@@ -164,9 +171,17 @@ def complete_by_any(
                 continue
             try:
                 answers.put((prompt, complete(client.api, model=model, prompt=prompt, **sampling)))
-            except ServerGone as error:
+                in_a_row[address] = 0
+            except (ServerGone, ServerFailed) as error:
+                if isinstance(error, ServerFailed):
+                    in_a_row[address] = in_a_row.get(address, 0) + 1
+                    failed_at.setdefault(prompt, set()).add(address)
+                    if len(failed_at[prompt] - set(gone)) > 1:
+                        answers.put((prompt, error))  # the prompt's fault, not the servers'
+                        continue
                 waiting.put(prompt)
-                if gone.setdefault(address, error) is error:
+                is_gone = isinstance(error, ServerGone) or in_a_row[address] >= FAILURES_IN_A_ROW
+                if is_gone and gone.setdefault(address, error) is error:
                     print(f"warning: {error}; the others go on", file=sys.stderr)
             except Exception as error:
                 answers.put((prompt, error))
@@ -231,8 +246,10 @@ def complete(api: openai.OpenAI, **request) -> ChatCompletion | Completion:
         text = answer.message.content or "" if "messages" in request else answer.text
         if not isinstance(text, str):  # the package leaves None where the body has nothing
             raise ValueError("no text")
-    except (openai.APIConnectionError, openai.InternalServerError, openai.RateLimitError) as error:
+    except openai.APIConnectionError as error:
         raise ServerGone(_explain(error, api, request["model"])) from error
+    except (openai.InternalServerError, openai.RateLimitError) as error:
+        raise ServerFailed(_explain(error, api, request["model"])) from error
     except (openai.APIError, ValueError, AttributeError) as error:  # not the body asked for
         raise UserError(_explain(error, api, request["model"])) from error
     except TypeError as error:  # from a configuration of the user's
