@@ -312,6 +312,7 @@ print(config.hf_token)
 """
 
 
+@pytest.mark.slow
 def test_hf_token_is_read_from_the_environment_and_never_written(tmp_path, base_dir):
     token = "hf_aTokenThatNobodyHas"
     run = run_script("-c", RECORD, tmp_path, base_dir, HF_TOKEN=token)

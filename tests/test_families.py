@@ -80,7 +80,10 @@ def save_base(config, folder, tokenizer):
     return folder
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+FAST = ("llama", "qwen3", "gemma3_text")  # the others' forms are among theirs
+
+
+@pytest.fixture(scope="session", params=[n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
 def family(request, tmp_path_factory, tokenizer):
     """(base, folder of three adapters on it, fused model) of a family."""
     folder = tmp_path_factory.mktemp(request.param.replace(", ", "_"))

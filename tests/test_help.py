@@ -32,6 +32,7 @@ def test_help_shows_every_flag_of_the_script_on_few_lines_and_imports_nothing_he
         assert f"--{field.name} " in shown, field.name
 
 
+@pytest.mark.slow
 def test_help_all_shows_the_flags_of_training_arguments_too():
     run = run_script("align_basemodel.py", "--help_all")
     assert run.returncode == 0, run.stderr
