@@ -18,6 +18,8 @@ from cli import (
     flag,
     flag_with,
     is_positive,
+    read_number,
+    read_pairs,
     read_tasks,
     resolve_conditional_flags,
 )
@@ -152,20 +154,16 @@ class AlignArguments(SourceArguments):
             check_not_given("has no effect with --train_experts 0: nothing drifts", drift_weights=self.drift_weights)
 
     def read_drift_weights(self) -> dict[str, float]:
-        """--drift_weights by task. UserError for what is no NAME=VALUE, or is one of the paper's tasks."""
-        weights: dict[str, float] = {}
-        for part in self.drift_weights.split(",") if self.drift_weights is not None else ():
-            name, _, value = (word.strip() for word in part.partition("="))
-            if name in TASKS or name in weights:
-                said = "is given twice" if name in weights else f"give it as --{name}_weight"
-                raise UserError(f"--drift_weights {self.drift_weights}: {name} {said}")
+        """--drift_weights by task. UserError for what is no TASK=VALUE, or is one of the paper's tasks."""
+        if self.drift_weights is None:
+            return {}
+        pairs = read_pairs(self.drift_weights, "drift_weights", "TASK=VALUE")
+        weights = {name: read_number(value) for name, value in pairs.items()}
+        for name, weight in weights.items():
+            if name in TASKS:
+                raise UserError(f"--drift_weights {self.drift_weights}: {name}: give it as --{name}_weight")
             read_tasks(name, "drift_weights")
-            try:
-                weights[name] = float(value)
-            except ValueError:
-                weights[name] = math.nan
-            is_weight = is_positive(weights[name]) or weights[name] == 0
-            check("drift_weights", part.strip(), is_weight, "NAME=VALUE, 0 or more")
+            check("drift_weights", f"{name}={pairs[name]}", is_positive(weight) or weight == 0, "0 or more")
         return {name: weight for name, weight in weights.items() if weight}
 
     @property
@@ -297,17 +295,7 @@ def run_name(args: AlignArguments, training: TrainArguments) -> str:
         if reserved or Path(training.run_name).name != training.run_name:
             raise UserError(f"--run_name {training.run_name}: must be a folder name, not raw, raw_chat or checkpoint-N")
         return training.run_name
-    return config.fused_run_name(args, training.seed) if args.moe_flag else args.task_name + mixed_suffix(args)
-
-
-def mixed_suffix(args: AlignArguments) -> str:
-    """What the name of one LoRA on mixed data gets where its tasks are not the paper's: `_politeness`,
-    `_without_safety`."""
-    if args.task_name != "mix":
-        return ""
-    others = [task for task in args.trained_tasks if task not in TASKS]
-    missing = [task for task in TASKS if task not in args.trained_tasks]
-    return "".join(f"_{task}" for task in others) + ("_without_" + "_".join(missing) if missing else "")
+    return config.fused_run_name(args, training.seed) if args.moe_flag else config.expert_run_name(args)
 
 
 def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:

@@ -157,6 +157,28 @@ def read_tasks(text: str, flag: str = "tasks") -> tuple[str, ...]:
     return names
 
 
+def read_pairs(text: str, flag: str, form: str) -> dict[str, str]:
+    """NAME=VALUE pairs of a flag, comma-separated. UserError for what is none (form: how to write one), or a name given
+    twice."""
+    pairs: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, value = (word.strip() for word in part.partition("="))
+        if not name or not equals:
+            raise UserError(f"--{flag} {text}: {part.strip() or 'an empty part'}: write {form}, comma-separated")
+        if name in pairs:
+            raise UserError(f"--{flag} {text}: {name} is given twice")
+        pairs[name] = value
+    return pairs
+
+
+def read_number(value: str) -> float:
+    """A number; NaN for what is none."""
+    try:
+        return float(value)
+    except ValueError:
+        return math.nan
+
+
 def is_positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
 

@@ -45,6 +45,16 @@ def weight_text(value: float) -> str:
     return text if decimals > 4 and value >= 1 else text.replace(".", "")
 
 
+def expert_run_name(args) -> str:
+    """The task; of one LoRA on mixed data `mix`, and what its tasks have or lack beside the paper's: `mix_politeness`,
+    `mix_without_safety`. args: align_basemodel.py's AlignArguments."""
+    if args.task_name != "mix":
+        return args.task_name
+    others = [task for task in args.trained_tasks if task not in TASKS]
+    missing = [task for task in TASKS if task not in args.trained_tasks]
+    return "_".join(["mix", *others, *(["without", *missing] if missing else [])])
+
+
 def fused_run_name(args, seed: int, topk_as_fused: int = 2) -> str:
     """`mix_moe_reg_{g1}_{g2}_{g3}_gate_{lambda}`, and one more part for each method flag off its default.
 

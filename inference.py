@@ -81,6 +81,8 @@ class InferArguments(SourceArguments):
             given = {name: getattr(self, name) for name in ("prompt", "compare", "task_name", "server_url")}
             check_not_given(reason, **given)
             check_default(self, reason, "dataset_type", "num_samples", "concurrency", "batch_size")
+        if self.prompt is not None:
+            check_default(self, "has no effect with --prompt", "dataset_type", "num_samples", "batch_size")
         run_is_named = bool(self.compare or self.cross_task or self.aligned_flag == 0)
         if self.task_name is None and not (run_is_named and (self.chat or self.prompt is not None)):
             raise UserError(

@@ -9,9 +9,7 @@ weights. The last line is the figures as JSON.
 """
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cli
+from benchmarks import whole_model
 from cli import flag
 from config import ROOT
 from models import base
@@ -68,20 +67,6 @@ def points() -> list[tuple[int, int]]:
     return list(dict.fromkeys([*((n, RANK) for n in NUMBERS), *((NUM_EXPERTS, r) for r in RANKS)]))
 
 
-def in_turn(actions: list[Callable], repeats: int) -> list[float]:
-    """Median seconds of each, timed one after the other in every repeat."""
-    took: list[list[float]] = [[] for _ in actions]
-    for repeat in range(repeats + 1):
-        for action, times in zip(actions, took, strict=True):
-            start = time.perf_counter()
-            action()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if repeat:
-                times.append(time.perf_counter() - start)
-    return list(map(statistics.median, took))
-
-
 def measure_ffn(number: int, rank: int, sizes: tuple[int, int], args: GrowthArguments) -> dict:
     """Ratios of a mixture's FFN to the dense one, forward and forward + backward."""
     dtype, (hidden, width) = base.pick_dtype("auto"), sizes
@@ -106,8 +91,8 @@ def measure_ffn(number: int, rank: int, sizes: tuple[int, int], args: GrowthArgu
         return lambda: form().backward(grad)
 
     with torch.no_grad():
-        base_forward, forward = in_turn([of_base, of_mixture], args.repeats)
-    base_both, both = in_turn([backward(of_base), backward(of_mixture)], args.repeats)
+        base_forward, forward = whole_model.seconds_in_turn([of_base, of_mixture], args.repeats)
+    base_both, both = whole_model.seconds_in_turn([backward(of_base), backward(of_mixture)], args.repeats)
     return {"ffn_forward": forward / base_forward, "ffn_forward_backward": both / base_both}
 
 
@@ -134,7 +119,7 @@ def measure_step(number: int, rank: int, shape: dict, args: GrowthArguments) -> 
 
         return run
 
-    of_lora, of_fusion = in_turn([step(model) for model in models], args.repeats)
+    of_lora, of_fusion = whole_model.seconds_in_turn([step(model) for model in models], args.repeats)
     return {"step": of_fusion / of_lora, "step_s": of_fusion, "lora_step_s": of_lora}
 
 

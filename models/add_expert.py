@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from data.encoding import Encoder
 from models.adapters import Expert
 from models.expert_ffn import PROJECTIONS, LowRankExperts
-from models.mixture import MixtureForCausalLM
+from models.mixture import MixtureForCausalLM, put_delta
 from models.prototypes import OWN_LOGIT, mean_states, task_prompts, without_common
 
 
@@ -45,10 +45,6 @@ def add_expert(model: MixtureForCausalLM, expert: Expert, rows: Tensor) -> None:
                 kept = before.get_parameter(f"{name}_{side}")
                 block.experts.get_parameter(f"{name}_{side}")[: old.num_experts, : old.expert_rank] = kept
             block.experts.scaling[i, : old.num_experts] = before.scaling[i]
-            if (delta := expert.delta(number, name)) is not None:
-                a, b, scaling = delta
-                matrix_a, matrix_b = block.experts.matrices(name)
-                matrix_a[-1, : len(a)], matrix_b[-1, :, : len(a)] = a, b
-                block.experts.scaling[i, -1] = scaling
+            put_delta(block.experts, old.num_experts, i, expert.delta(number, name))
         block.router.weight = nn.Parameter(torch.cat([block.router.weight, rows[number][None]]))
     model.seal_base()

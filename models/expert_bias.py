@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from cli import read_number, read_pairs
 from config import BIAS, UserError
 from models.mixture import ENSEMBLE, MixtureForCausalLM, read_mixture
 
@@ -50,13 +51,10 @@ def read_bias(text: str | None, folder: Path | None) -> ExpertBias | None:
     if mixture is None or mixture.model_type == ENSEMBLE:
         raise UserError(f"--expert_bias {text}: only a fused model has a router; leave it out")
     experts = tuple(expert["name"] for expert in mixture.experts)
-    values: dict[str, str] = {}
-    for part in text.split(","):
-        name, equals, value = (word.strip() for word in part.partition("="))
-        if name not in experts or not equals or name in values:
-            said = "is given twice" if name in values else f"write EXPERT=VALUE with one of {', '.join(experts)}"
-            raise UserError(f"--expert_bias {text}: {part.strip() or 'an empty part'}: {said}")
-        values[name] = value
+    form = f"EXPERT=VALUE with one of {', '.join(experts)}"
+    values = read_pairs(text, "expert_bias", form)
+    if others := set(values) - set(experts):
+        raise UserError(f"--expert_bias {text}: {min(others)}: write {form}")
     if ONLY in values.values():
         if len(values) > 1:
             raise UserError(f"--expert_bias {text}: only takes all the others out; name that expert alone")
@@ -71,10 +69,7 @@ def read_bias(text: str | None, folder: Path | None) -> ExpertBias | None:
 
 def number(value: str, text: str) -> float:
     """A finite number; UserError for anything else."""
-    try:
-        read = float(value)
-    except ValueError:
-        read = math.nan
+    read = read_number(value)
     if not math.isfinite(read):
         raise UserError(f"--expert_bias {text}: {value or 'nothing'}: is no finite number, off or only")
     return read

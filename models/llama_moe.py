@@ -102,10 +102,9 @@ class FuseArguments(BaseArguments):
         """UserError for a flag that has no effect with --add."""
         given = {name: getattr(self, name) for name in ("experts", "from_pt", "fresh_rank", "expert_topk")}
         given["router_init"] = None if self.router_init in ("random", "prototype") else self.router_init
-        given["save_dtype"] = None if self.save_dtype == "auto" else self.save_dtype
         reason = "has no effect with --add, which keeps what --to has"
         check_not_given(reason, **given)
-        check_default(self, reason, "tasks", "max_rank")
+        check_default(self, reason, "tasks", "max_rank", "save_dtype")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,19 @@ if not __package__:  # run as a script, from any folder
 
 import cli
 import config
-from cli import DTYPES, TASKS_HELP, BaseArguments, check, check_at_least, check_not_given, flag, is_positive, read_tasks
+from cli import (
+    DTYPES,
+    TASKS_HELP,
+    BaseArguments,
+    check,
+    check_at_least,
+    check_not_given,
+    flag,
+    is_positive,
+    read_number,
+    read_pairs,
+    read_tasks,
+)
 from config import TASKS, UserError
 
 
@@ -211,19 +223,14 @@ def coefficients(args: MergeArguments) -> dict:
 
 def expert_weights(args: MergeArguments, experts: list[Expert]) -> list[float]:
     """--weights in the experts' order. UserError for one that names no expert, or is no finite number above 0."""
-    given = {}
-    for part in args.weights.split(",") if args.weights else ():
-        name, _, value = (word.strip() for word in part.partition("="))
-        if name in given:
-            raise UserError(f"--weights {args.weights}: {name} is given twice")
-        try:
-            given[name] = float(value)
-        except ValueError:
-            raise UserError(f"--weights {args.weights}: write EXPERT=WEIGHT, with commas") from None
-        if name not in {expert.name for expert in experts} or not is_positive(given[name]):
-            names = ", ".join(expert.name for expert in experts)
-            raise UserError(f"--weights {args.weights}: {part.strip()}: needs one of {names}, and a number above 0")
-    return [given.get(expert.name, 1.0) for expert in experts]
+    if args.weights is None:
+        return [1.0] * len(experts)
+    names = [expert.name for expert in experts]
+    given = {name: read_number(value) for name, value in read_pairs(args.weights, "weights", "EXPERT=WEIGHT").items()}
+    for name, weight in given.items():
+        if name not in names or not is_positive(weight):
+            raise UserError(f"--weights {args.weights}: {name}: needs one of {', '.join(names)}, and a number above 0")
+    return [given.get(name, 1.0) for name in names]
 
 
 def low_rank_changes(experts: list[Expert], num_layers: int, weights: list[float]) -> dict[str, list[tuple]]:

@@ -254,11 +254,16 @@ def stack_experts(experts: list, layer: int, empty: LowRankExperts, dtype: torch
     stacked.scaling.fill_(1)
     with torch.no_grad():
         for (i, projection), (j, expert) in product(enumerate(PROJECTIONS), enumerate(experts)):
-            if (delta := expert.delta(layer, projection)) is None:
-                continue
-            a, b, scaling = delta  # (r, in), (out, r)
-            matrix_a, matrix_b = stacked.matrices(projection)
-            matrix_a[j, : len(a)] = a
-            matrix_b[j, :, : len(a)] = b
-            stacked.scaling[i, j] = scaling
+            put_delta(stacked, j, i, expert.delta(layer, projection))
     return stacked
+
+
+def put_delta(stacked: LowRankExperts, expert: int, number: int, delta: tuple[Tensor, Tensor, float] | None) -> None:
+    """Write an expert's change of a projection (its number in PROJECTIONS) into its place; None: it has none."""
+    if delta is None:
+        return
+    a, b, scaling = delta  # (r, in), (out, r)
+    matrix_a, matrix_b = stacked.matrices(PROJECTIONS[number])
+    matrix_a[expert, : len(a)] = a
+    matrix_b[expert, :, : len(a)] = b
+    stacked.scaling[number, expert] = scaling

@@ -28,6 +28,12 @@ def routing_usage(
     window = model.config.max_position_embeddings
     encoder = Encoder(tokenizer, window)
     samples = [(encoder.prompt_ids(record) + encoder.answer_ids(record)[:-1])[:window] for record in answered]
+    return token_usage(model, samples, batch_size, progress)
+
+
+@torch.inference_mode()
+def token_usage(model: MixtureForCausalLM, samples: list[list[int]], batch_size: int, progress: bool = True) -> dict:
+    """`routing_usage` of token ids."""
     weight, selected = torch.zeros(2, len(model.blocks), model.mixture.num_experts, dtype=torch.float64)  # each (L, E)
     tokens = 0
     batches = batches_by_length(samples, len, batch_size)

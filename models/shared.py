@@ -176,7 +176,7 @@ def own_tensors(own: dict[str, Tensor]) -> dict[str, Tensor]:
         elif (matrix := re.fullmatch(r"(gate_proj|up_proj|down_proj)_([AB])", name)) is not None:
             projection, side = matrix.groups()
             if side == ("B" if projection == "down_proj" else "A"):
-                scaling = own[f"{layer}.scaling"][PROJECTIONS.index(projection)].to(tensor.dtype)
-                tensor = tensor * scaling[:, None, None]
+                scaling = own[f"{layer}.scaling"][PROJECTIONS.index(projection)].float()
+                tensor = tensor.float() * scaling[:, None, None]  # fp32, whatever the experts are kept in
             tensors[f"{layer.replace('.mlp.experts', '.mlp.low_rank')}.{name}"] = tensor
     return tensors

@@ -11,7 +11,7 @@ from data.sources import Record
 from models.expert_bias import ExpertBias
 from models.generation import answered_record, generate, generate_tokens, prompt_window
 from models.loading import device, is_fused, load_run
-from models.routing import routing_usage, usage_line
+from models.routing import routing_usage, token_usage, usage_line
 
 PROMPT, NEW, END = "> ", "/new", "/quit"
 
@@ -80,11 +80,10 @@ def converse(args, path: Path | None, base_model: str, bias: ExpertBias | None) 
         if len(kept) <= len(turns):
             print(f"(the first {len(turns) + 1 - len(kept)} turns no longer fit the model's window)")
         streamer = AnswerStreamer(tokenizer)
-        generate_tokens(model, tokenizer, [ids[-window:]], args, args.seed + len(turns), streamer)
+        (answer,) = generate_tokens(model, tokenizer, [ids[-window:]], args, args.seed + len(turns), streamer)
         turns.append((said, streamer.answer.strip()))
-        if is_fused(path):
-            answered = Record("turn", "", said, "", streamer.answer.strip())
-            print(usage_line(routing_usage(model, tokenizer, [answered], 1, progress=False)))
+        if is_fused(path):  # over the conversation, as it was read
+            print(usage_line(token_usage(model, [ids[-window:] + answer[:-1]], 1, progress=False)))
 
 
 def turn_ids(tokenizer, turns: list[tuple[str, str]], chat: bool) -> list[int]:

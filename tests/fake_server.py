@@ -8,9 +8,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FakeServer(ThreadingHTTPServer):
-    """answer(request) gives the choice's fields. faults: what befalls the next requests, in order; None: nothing;
-    bytes: that body.
+    """answer(request) gives the choice's fields, or a fault.
 
+    faults: what befalls the next requests, in order; None: nothing; bytes: that body.
     requests: all that came in, with those that got a fault. keys: the Authorization headers.
     """
 
@@ -50,7 +50,10 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(fault, bytes):
             self.reply(200, fault)
             return
-        choice = {"index": 0, "finish_reason": "stop", **self.server.answer(request)}
+        answer = self.server.answer(request)
+        if isinstance(answer, str):
+            fault, answer = answer, {}
+        choice = {"index": 0, "finish_reason": "stop", **answer}
         body = {
             "id": "1",
             "object": "completion",

@@ -212,13 +212,14 @@ def test_a_prompt_at_which_two_servers_fail_ends_it_and_no_server_is_given_up(tw
     servers, _ = two_servers
     for server in servers:
         rule = server.answer
-        server.answer = lambda request, rule=rule: {"text": None} if request["prompt"] == "bad" else rule(request)
-    clients = make_clients(",".join(server.url for server in servers), 1, flag="server_url", max_retries=1)
+        server.answer = lambda request, rule=rule: "500" if request["prompt"] == "bad" else rule(request)
+    clients = make_clients(",".join(server.url for server in servers), 1, flag="server_url", max_retries=0)
     answers = []
-    with pytest.raises(UserError, match="not a completion in OpenAI's format"):
-        for prompt, _ in complete_by_any(clients, "m", [*(f"prompt {i}" for i in range(9)), "bad"]):
+    with pytest.raises(UserError, match="500"):
+        for prompt, _ in complete_by_any(clients, "m", ["bad", *(f"prompt {i}" for i in range(9))]):
             answers.append(prompt)
-    assert len(answers) >= 8 and "the others go on" not in capsys.readouterr().err
+    assert "bad" not in answers and "the others go on" not in capsys.readouterr().err
+    assert [sum(request["prompt"] == "bad" for request in server.requests) for server in servers] == [1, 1]
 
 
 @pytest.mark.parametrize("urls", [",", "http://127.0.0.1:1/v1,", "http://127.0.0.1:1/v1,http://127.0.0.1:1/v1/"])

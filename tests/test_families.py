@@ -38,7 +38,7 @@ from models.causal_lm import VERIFIED
 from models.dense_experts import FORMS, form_config
 from models.expert_ffn import PROJECTIONS
 from models.loading import load_run, run_kind
-from models.mixture import read_mixture
+from models.mixture import MixtureConfig
 
 SHAPE = dict(
     vocab_size=600,
@@ -210,13 +210,12 @@ def test_the_form_of_dense_experts_is_the_same_model_or_refused_by_name(family, 
         assert f"is --to {form}" in capsys.readouterr().err
 
 
-def test_a_qwen3_whose_layers_are_all_full_has_no_window(family, tmp_path):
+def test_a_qwen3_whose_layers_are_all_full_has_no_window():
     """transformers keeps the window's size in the configuration where no layer uses it."""
-    if AutoConfig.from_pretrained(family[0]).model_type != "qwen3":
-        return
-    mixture = read_mixture(family[2])
-    mixture.base |= {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 3}
-    assert form_config(mixture, "qwen3_moe", "float32").sliding_window is None
+    for layer_types, window in ((["full_attention"] * 3, None), (["sliding_attention"] * 3, 8)):
+        base_config = Qwen3Config(**SHAPE, use_sliding_window=True, sliding_window=8, layer_types=layer_types)
+        mixture = MixtureConfig([{}], 1, 1, "", base_config.to_dict())
+        assert form_config(mixture, "qwen3_moe", "float32").sliding_window == window
 
 
 def test_one_expert_leaves_as_an_adapter(family, tmp_path):

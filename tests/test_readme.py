@@ -157,7 +157,8 @@ def test_the_whole_chain_of_commands_runs_on_a_base_without_a_pad_token(
     train_safety = next((script, argv) for script, argv in shown if script == "evaluator/train_judge.py")
     for number, (script, argv) in enumerate([train_safety, *shown]):
         of_four_tasks = "DIR" in argv and any("politeness" in word for word in argv)
-        short = ["--max_new_tokens", "5"] if "--chat" in argv else SHORT.get(script, ())
+        in_terminal = {"--chat", "--prompt"} & set(argv)  # where there are no samples to be few
+        short = ["--max_new_tokens", "5"] if in_terminal else SHORT.get(script, ())
         argv = with_flags([*argv, *short], results_dir=results)
         if "--moe_flag" in argv and argv[argv.index("--moe_flag") + 1] == "0":
             argv = with_flags(argv, base_model=base_dir, data_source="sample")

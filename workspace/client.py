@@ -12,6 +12,7 @@ import queue
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -169,16 +170,20 @@ def complete_by_any(
                 prompt = waiting.get(timeout=0.05)
             except queue.Empty:
                 continue
+            if address in failed_at.get(prompt, ()):  # for another one
+                waiting.put(prompt)
+                time.sleep(0.05)
+                continue
             try:
                 answers.put((prompt, complete(client.api, model=model, prompt=prompt, **sampling)))
                 in_a_row[address] = 0
             except (ServerGone, ServerFailed) as error:
+                in_a_row[address] = in_a_row.get(address, 0) + 1
                 if isinstance(error, ServerFailed):
-                    in_a_row[address] = in_a_row.get(address, 0) + 1
                     failed_at.setdefault(prompt, set()).add(address)
-                    if len(failed_at[prompt] - set(gone)) > 1:
-                        answers.put((prompt, error))  # the prompt's fault, not the servers'
-                        continue
+                if len(failed_at.get(prompt, ())) > 1:
+                    answers.put((prompt, error))  # the prompt's fault, not the servers'
+                    continue
                 waiting.put(prompt)
                 is_gone = isinstance(error, ServerGone) or in_a_row[address] >= FAILURES_IN_A_ROW
                 if is_gone and gone.setdefault(address, error) is error:
