@@ -8,7 +8,7 @@ from evaluator import figures
 from evaluator.comparison import KINDS, split_seed
 from evaluator.page_figures import confusion, draw_figures, expert_names
 from evaluator.results import INTERVALS
-from evaluator.run_scores import JUDGED, RunScores, scored_tasks, table_metrics
+from evaluator.run_scores import JUDGED, MEAN_NLL, RunScores, scored_tasks, table_metrics
 from evaluator.statistics import interval_text
 
 TITLE = "H3Fusion, compared"
@@ -29,10 +29,16 @@ PAPER_GAINS = {"expert": 11.37, "ensemble": 13.77, "merge": 6.18}  # percent, by
 
 
 def write_page(
-    path: Path, comparison: dict, runs: dict[str, RunScores], answers: dict | None, duplicates: dict[str, dict] | None
+    path: Path,
+    comparison: dict,
+    runs: dict[str, RunScores],
+    answers: dict | None,
+    duplicates: dict[str, dict] | None,
+    beside: tuple[dict, dict[str, RunScores]] | None = None,
 ) -> None:
     """Write the page of a comparison (comparison.compare); answers: page_answers.shown_answers, where they may be
-    shown; duplicates: data.near_duplicates.near_duplicates, where they were counted."""
+    shown; duplicates: data.near_duplicates.near_duplicates, where they were counted; beside: a comparison of runs of
+    the same names on another base, and those runs."""
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -51,7 +57,7 @@ def write_page(
         title=TITLE,
         question=QUESTION,
         answer=verdict(comparison),
-        setting=setting_text(records),
+        setting=setting_text(records, alone=beside is None),
         reference=reference,
         columns=[column_of(one, rows) for one in shown]
         + [{"heading": h, "arrow": "", "about": a} for _, h, a, _ in COSTS],
@@ -62,6 +68,7 @@ def write_page(
         figures=drawn,
         confusion=confusion(runs[own].routing, expert_names(runs[own])),
         gains=relative_gains(comparison),
+        beside=beside_table(comparison, records, *beside) if beside else None,
         answers=answers,
         colours=figures.COLOURS,
         duplicates=duplicates,
@@ -97,13 +104,38 @@ def verdict(comparison: dict) -> str:
     return ", ".join(parts) + f" (paired, p < {SIGNIFICANT} after Holm's correction)."
 
 
-def setting_text(records: dict[str, dict | None]) -> str:
-    """Base, data and device in words."""
+def beside_table(comparison: dict, records: dict, other: dict, others_runs: dict[str, RunScores]) -> dict:
+    """The mean NLL of the rows that both comparisons have: the bases' names, each row's two scores as `score_cell` has
+    them, and what the second comparison says, in words."""
+    others_records = {name: scores.record for name, scores in others_runs.items()}
+    bases = [base_name(records), base_name(others_records)]
+    by_run = {row["run"]: row for row in other["rows"]}
+    both = [row for row in comparison["rows"] if row["run"] in by_run]
+    rows = [
+        {
+            "run": row["run"],
+            "cells": [
+                score_cell(row, comparison["rows"], MEAN_NLL),
+                score_cell(by_run[row["run"]], other["rows"], MEAN_NLL),
+            ],
+        }
+        for row in both
+    ]
+    return {"bases": bases, "rows": rows, "text": f"{setting_text(others_records, alone=False)} {verdict(other)}"}
+
+
+def base_name(records: dict[str, dict | None]) -> str:
+    """The base that the runs were made on, by its last name."""
+    return next(Path(record["run"]["arguments"]["base_model"]).name for record in records.values() if record)
+
+
+def setting_text(records: dict[str, dict | None], alone: bool) -> str:
+    """Base, data and device in words. alone: no other base stands on the page."""
     made = [record for record in records.values() if record]
     if not made:
         return "Nothing is recorded of how the runs were made."
     arguments = made[0]["run"]["arguments"]
-    base = Path(arguments["base_model"]).name
+    base = base_name(records)
     data = Path(arguments.get("data_source") or "unrecorded").name
     data = data if data in ("hub", "sample", "unrecorded") else f"of the folder “{data}”"
     samples = {
@@ -115,7 +147,10 @@ def setting_text(records: dict[str, dict | None]) -> str:
     if len(devices) > 1:
         text += " Seconds and tokens per second are of different devices."
     if base == "smollm2":
-        text += " SmolLM2-135M-Instruct is the embedded Q4_1 file, dequantised; all rests on this one small model."
+        text += " SmolLM2-135M-Instruct is the embedded Q4_1 file, dequantised"
+        text += "; all rests on this one small model." if alone else "."
+    if base == "gemma3":
+        text += " Gemma 3 270M is a Q4_K_M file, dequantised."
     return text
 
 

@@ -32,6 +32,9 @@ class ReportArguments:
     save: str | None = flag(None, "keep each run's scores by item in this folder, as <run>.json without texts")
     only_save: int = flag(0, "1: keep the scores and write no report", choices=[0, 1])
     saved: str | None = flag(None, "read runs that are not in --results_dir from such a folder")
+    beside: str | None = flag(
+        None, "kept runs of the same names on another base, by --save: their mean likelihoods stand beside these"
+    )
     data_source: str | None = flag(None, "count held-out questions that nearly stand in the training rows of this data")
     dataset_type: str = flag("test", "which half", choices=["train", "test", HELD_APART])
     results_dir: str = flag(str(RESULTS_DIR), "the folder of the scores (default: results)")
@@ -39,8 +42,9 @@ class ReportArguments:
     def __post_init__(self):
         if self.only_save and not self.save:
             raise UserError("--only_save 1: say where, with --save")
-        if self.only_save and self.show_answers:
-            raise UserError("--only_save 1 writes no page: leave --show_answers out")
+        for name in ("show_answers", "beside"):
+            if self.only_save and getattr(self, name):
+                raise UserError(f"--only_save 1 writes no page: leave --{name} out")
 
 
 if __name__ == "__main__":
@@ -108,8 +112,17 @@ def main(argv: list[str] | None = None) -> None:
         write_json(path.with_name("table.json"), comparison)
         page = path.with_name("index.html")
         answers = answers_to_show(args, list(known), own_run(list(known), comparison["reference"]))
-        write_page(page, comparison, known, answers, duplicates)
+        beside = args.beside and beside_runs(kept_folder(Path(args.beside), args.dataset_type), list(known), reference)
+        write_page(page, comparison, known, answers, duplicates, beside)
         print(f"the page: {page}")
+
+
+def beside_runs(folder: Path, names: list[str], reference: str) -> tuple[dict, dict[str, RunScores]]:
+    """The kept runs of a folder that have these names, compared: comparison, runs. UserError without the reference."""
+    runs = {name: kept for name in names if (kept := read_kept(folder, name)) is not None}
+    if reference not in runs:
+        raise UserError(f"--beside {folder}: has no {reference}.json; keep that run there with --save")
+    return compare(runs, reference), runs
 
 
 def count_duplicates(args: ReportArguments, tasks: tuple[str, ...]) -> dict[str, dict] | None:

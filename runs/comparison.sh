@@ -11,8 +11,8 @@ cd "$(dirname "$0")/.."
 
 . runs/rows.sh
 take_flags "base_model=smollm2 data_source=sample num_samples= num_scored= num_answered= num_train_epochs= batch_size=4
-    num_held_apart=30 seeds=42 dtype=auto ablations= answers=1 judge_url= judge_model= quick=0 save= reuse= results_dir=" "$@"
-case $QUICK$ANSWERS$ABLATIONS in *[!01]*) refuse "--quick, --answers and --ablations are 0 or 1" ;; esac
+    num_held_apart=30 seeds=42 dtype=auto other_merges=1 ablations= answers=1 judge_url= judge_model= quick=0 save= reuse= results_dir=" "$@"
+case $QUICK$ANSWERS$ABLATIONS$OTHER_MERGES in *[!01]*) refuse "--quick, --answers, --ablations and --other_merges are 0 or 1" ;; esac
 case $NUM_TRAIN_EPOCHS in *[!0-9]*) refuse "--num_train_epochs $NUM_TRAIN_EPOCHS: is a whole number here" ;; esac
 case $JUDGE_URL:$JUDGE_MODEL in : | ?*:?*) ;; *) refuse "--judge_url and --judge_model go together" ;; esac
 [ $QUICK = 0 ] || [ -z "$JUDGE_URL" ] || refuse "--judge_url: --quick 1 answers no prompt of helpfulness"
@@ -34,7 +34,7 @@ num_seeds=$(count $(echo "$SEEDS" | tr ',' ' '))
 num_ablations=$((5 + $(count $TOP_KS) + $(count $GATES) + 4 * $(count $GAMMAS)))
 echo "The comparison on $BASE_MODEL and $DATA_SOURCE, $NUM_SAMPLES rows per task, seeds $SEEDS, into $RESULTS_DIR:"
 echo "  $((3 * num_seeds)) experts, $((num_seeds * (2 - QUICK))) LoRAs on the mixed data, $num_seeds fusions; of the first seed $((ABLATIONS * num_ablations)) other fusions"
-echo "  linear and TIES merges and an averaging ensemble of each seed, $(count $MERGES $TUNED) other merges and one more ensemble"
+echo "  linear and TIES merges and an averaging ensemble of each seed, $((OTHER_MERGES * $(count $MERGES $TUNED))) other merges and $OTHER_MERGES more ensembles"
 echo "  likelihoods of $NUM_SCORED held-out rows per task and run; answers, and 2 to 4 ways to select among them: $([ $ANSWERS = 1 ] && echo "$NUM_ANSWERED prompts per task" || echo none)"
 if [ $QUICK = 1 ]; then
     echo "On two CPU cores: about ten minutes."
@@ -81,12 +81,14 @@ done
 of 42
 
 # 2. Other merges of the first seed's experts, by usual coefficients and by tuned ones; another average
-for method in $MERGES; do row merge_$method experts python models/merging.py --method $method $R; done
-for method in $TUNED; do
-    row merge_${method}_tuned experts python models/merging.py --method $method --num_held_apart $NUM_HELD_APART --dtype $DTYPE $R
-done
-row ensemble_log_probabilities experts python models/ensemble.py --average log_probabilities $R
-score
+if [ $OTHER_MERGES = 1 ]; then
+    for method in $MERGES; do row merge_$method experts python models/merging.py --method $method $R; done
+    for method in $TUNED; do
+        row merge_${method}_tuned experts python models/merging.py --method $method --num_held_apart $NUM_HELD_APART --dtype $DTYPE $R
+    done
+    row ensemble_log_probabilities experts python models/ensemble.py --average log_probabilities $R
+    score
+fi
 
 # 3. Fusions that differ in one thing
 if [ $ABLATIONS = 1 ]; then

@@ -62,6 +62,25 @@ def write_report(results):
     call(report, "--runs", runs, "--reference", FUSED, "--show_answers", results, "--results_dir", results)
 
 
+def test_the_same_rows_on_another_base_stand_beside_these(results, tmp_path, capsys):
+    """Of a folder of kept rows; a row that it lacks is left out, the reference may not be."""
+    kept, page = tmp_path / "kept", results / "report" / "index.html"
+    call(report, "--runs", f"raw,safety,{FUSED}", "--save", kept, "--only_save", 1, "--results_dir", results)
+    for path in kept.glob("*.json"):
+        path.write_text(path.read_text().replace('"base_model": "tiny-llama"', '"base_model": "another"'))
+    shown = ["--runs", f"raw,safety,truthfulness,{FUSED}", "--beside", kept, "--results_dir", results]
+    call(report, *shown)
+    section = page.read_text().split("The same rows on another base</h2>")[1].split("<h2>")[0]
+    assert re.findall(r'scope="row">([^<]+)<', section) == ["raw", "safety", FUSED]
+    numbers = json.loads((results / "report" / "table.json").read_text())
+    value = row_of(numbers, "safety")["metrics"]["mean_nll_per_token"]["value"]
+    assert section.count(f"{value:.3f} [") == 2 and section.count("p = ") == 4 and "Base model another" in section
+    (kept / f"{FUSED}.json").unlink()
+    with pytest.raises(SystemExit):
+        call(report, *shown)
+    assert f"has no {FUSED}.json" in capsys.readouterr().err
+
+
 def row_of(table, run):
     return next(row for row in table["rows"] if row["run"] == run)
 
