@@ -73,6 +73,19 @@ def test_a_randomly_initialised_model_ends_in_json():
     assert measured["ours"]["training_step_s"] > 0 and measured["exported Mixtral"]["prefill_tokens_per_s"] > 0
 
 
+@pytest.mark.slow
+def test_quick_serving_ends_in_json(fused_dir):
+    """By this project's own inference; with vLLM in tests/test_engines.py."""
+    result = run_script("benchmarks/bench_serving.py", "--cross_task", fused_dir, "--vllm", "", "--quick", 1)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout.splitlines()[-1])["results"]
+    assert [(row["engine"], row["form"]) for row in rows] == [
+        ("this project", form) for form in ("dense base", "shared", "mixtral")
+    ]
+    assert all(row[name] > 0 for row in rows for name in ("tokens_per_s_at_1", "first_token_s_at_2", "memory_bytes"))
+    assert rows[0]["weights_bytes"] < rows[1]["weights_bytes"] < rows[2]["weights_bytes"]
+
+
 def test_llama_2_7b_costs_what_the_documents_say():
     counted = whole_model.counted_bytes("Llama-2-7B")
     assert counted["dense base bytes"] == 2 * 6_738_415_616
