@@ -53,7 +53,7 @@ def router_inputs(model, samples: list[dict], prompts_only: bool) -> list[tuple[
         counted = batch["routing_mask"][0].bool()
         if prompts_only:
             counted &= batch["labels"][0] == IGNORED
-        inputs.append((torch.stack([x[counted.to(x.device)].cpu() for x in states]), sample["task"]))
+        inputs.append((torch.stack([x[counted.to(x.device)].cpu() for x in states]), TASKS.index(sample["task"])))
     for hook in hooks:
         hook.remove()
     return inputs
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     model.to(device())
     encoder = Encoder(tokenizer, 300)
     trained, held_apart = [], []
-    records = held_apart_records(args.data_source, args.num_samples, args.num_held_apart, args.seed)
+    records = held_apart_records(TASKS, args.data_source, args.num_samples, args.num_held_apart, args.seed)
     for task in TASKS:
         rows = trainable_rows(task, read_rows(task, "train", args.data_source))
         trained += answer_records(task, draw(rows, args.num_samples, args.seed))

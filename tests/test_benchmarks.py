@@ -93,3 +93,12 @@ def test_llama_2_7b_costs_what_the_documents_say():
     assert counted["fused file bytes"] == 32 * 4 * (3 * 8 * 3 * (4096 + 11008) + 3 * 4096) + scalings
     assert counted["memory, ours / dense base"] < 1.02
     assert counted["fused file / exported Mixtral"] < 0.006
+
+
+@pytest.mark.slow
+def test_routers_alone_end_in_json(fused_dir):
+    flags = ["--data_source", "sample", "--num_samples", 4, "--num_held_apart", 3, "--rates", "1e-2"]
+    result = run_script("benchmarks/routers_alone.py", "--moe_dir", fused_dir, *flags)
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(result.stdout.splitlines()[-1])
+    assert measured["samples"]["held_apart"] == 9 and 0 <= measured["routing_accuracy"]["0.01"]["mean"] <= 1
