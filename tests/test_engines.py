@@ -8,13 +8,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 
 import openai
 import pytest
 import torch
-from conftest import free_port, make_tokenizer, save_adapter, tiny_config
+from conftest import ROOT, free_port, make_tokenizer, save_adapter, tiny_config
 from transformers import LlamaForCausalLM
 
 from benchmarks import bench_serving
@@ -139,6 +140,26 @@ def test_vllm_answers_as_we_do(exports, tmp_path, form, dtype, more, within):
         answers = greedy(client, exports[form], prompts)
     gaps = differences(exports[form], prompts, answers, dtype)
     assert max(gaps, default=0.0) < within and len(set(map(tuple, answers))) == len(QUESTIONS)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_run_is_served_in_one_step(exports, tmp_path):
+    port, run = free_port(), exports["shared"].with_name("moe")
+    path = f"{os.path.dirname(sys.executable)}:{os.path.dirname(VLLM)}:{os.environ['PATH']}"
+    settings = {"PATH": path, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    command = ["bash", ROOT / "runs" / "serve.sh", run, "--port", port, "--results_dir", tmp_path]
+    server = subprocess.Popen(
+        list(map(str, command)), env={**os.environ, **settings}, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        name = next(line.partition(" answers at")[0] for line in server.stdout if " answers at" in line)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+        assert len(greedy(client, name, [[5, 6, 7]], new_tokens=4)[0]) == 4
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(60)
 
 
 @needs_vllm
