@@ -150,7 +150,7 @@ def load_run(
     base_model = base.default_base_model(base_model) if kind == "raw" else resolve_base(path, base_model)
     if kind in ("fused", "ensemble", "shared"):
         if kind == "shared":
-            model = load_shared(path, dtype)
+            model = load_shared(path, base_model, dtype)
         else:
             model = (load_fused if kind == "fused" else load_ensemble)(path, base_model, dtype)
         if bias is not None:
