@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import other_base
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_export import failed, with_attention
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
@@ -17,7 +17,7 @@ from evaluator import evaluate_likelihood
 from models import export, shared
 from models.base_identity import base_sha256
 from models.expert_bias import read_bias
-from models.loading import load_run, weights_sha256
+from models.loading import is_fused, load_run, run_kind, weights_sha256
 from models.shared import kernel_source, modeling_source
 from workspace.files import sha256
 
@@ -276,6 +276,61 @@ def test_the_same_export_again_is_told_from_one_with_another_name(named, fused_d
     assert "is this export already (verified" in capsys.readouterr().out
     assert "base_id=someone/tiny-llama, this one" in failed([*again, "someone/other", "--output", named], capsys)
     assert "base=None, this one has base=by-name" in failed([*again, BASE_ID, "--output", exported], capsys)
+
+
+def test_by_name_it_is_a_run_like_any_other_without_its_code(named, fused_dir, base_dir, tmp_path, capsys):
+    assert run_kind(named) == "shared_by_name" and is_fused(named)
+    loaded, tokenizer = load_run(named, str(base_dir), "float32")
+    assert torch.equal(logits(loaded), logits(load_run(fused_dir, dtype="float32")[0])) and tokenizer("Hi.").input_ids
+    assert weights_sha256(named) == sha256(named / "model.safetensors")
+    bias = read_bias("safety=only", named)
+    alone = [logits(load_run(path, str(base_dir), "float32", bias)[0]) for path in (named, fused_dir)]
+    assert torch.equal(*alone) and not torch.equal(alone[0], logits(loaded))
+    inference.main(["--prompt", "Hello", "--cross_task", str(named), "--max_new_tokens", "4", "--base_model",
+                    str(base_dir)])  # fmt: skip
+    assert "experts used: helpfulness" in capsys.readouterr().out
+    evaluate_likelihood.main(["--run", str(named), "--data_source", "sample", "--num_samples", "2", "--results_dir",
+                              str(tmp_path), "--base_model", str(base_dir)])  # fmt: skip
+    scores = json.loads((tmp_path / "evaluation/safety/test/out/likelihood/metrics.json").read_text())
+    assert "routing_accuracy" in scores["metrics"]
+
+
+def test_by_name_our_own_commands_take_its_base_from_the_hub(named, fused_dir, base_dir, tmp_path, hub_cache):
+    """Whether or not its run.json came along."""
+    alone = shutil.copytree(named, tmp_path / "alone")
+    (alone / "run.json").unlink()
+    for folder in (named, alone):
+        assert torch.equal(
+            logits(load_run(folder, dtype="float32")[0]), logits(load_run(fused_dir, dtype="float32")[0])
+        )
+    other = other_base(base_dir, tmp_path / "other")
+    for folder in (named, alone):
+        with pytest.raises(UserError, match="other: is not the base of .*, someone/tiny-llama as it was"):
+            load_run(folder, str(other))
+    shutil.copyfile(other / "model.safetensors", hub_cache / "snapshots" / COMMIT / "model.safetensors")
+    with pytest.raises(UserError, match="someone/tiny-llama: is not the base of .*give that one's folder"):
+        load_run(named)
+    shutil.rmtree(hub_cache)
+    with pytest.raises(UserError, match="someone/tiny-llama is not cached"):
+        load_run(named)
+
+
+def test_by_name_it_is_no_base_of_others_and_no_start_of_a_fusion(named, tmp_path, capsys):
+    with pytest.raises(UserError, match="is a fused model that names its base; name it as a run"):
+        load_run(None, str(named), "float32")
+    assert "is not a fused model" in failed(["--cross_task", named, "--output", tmp_path / "out"], capsys)
+
+
+def test_by_name_a_torn_one_is_refused(named, base_dir, tmp_path):
+    torn = shutil.copytree(named, tmp_path / "out")
+    tensors = load_file(torn / "model.safetensors")
+    del tensors["model.layers.1.mlp.router.weight"]
+    save_file(tensors, torn / "model.safetensors")
+    with pytest.raises(UserError, match="does not fit its config.json .tensor model.layers.1.mlp.router.weight"):
+        load_run(torn, str(base_dir))
+    (torn / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no model.safetensors"):
+        load_run(torn, str(base_dir))
 
 
 def test_a_base_in_pickles_is_refused(fused_dir, base_dir, tmp_path, capsys):
