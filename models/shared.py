@@ -145,7 +145,7 @@ def write_shared(
     GenerationConfig(**ids).save_pretrained(folder)
     form = "transformers model (trust_remote_code)"
     if base_id is not None:
-        form += f" without the weights of its base, which are loaded from {base_id}"
+        form += f" that loads the weights of its base from {base_id}"
     write_text(folder / "README.md", model_card(mixture, form, run, base_id or base_model, dtype))
     write_json(folder / "config.json", settings)
     if base_id is None:
