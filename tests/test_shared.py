@@ -191,6 +191,8 @@ def test_by_name_it_is_the_copied_form(named, exported, base_dir, own_modules, h
     copied, offline = from_pretrained(exported), from_pretrained(named)
     assert torch.equal(logits(offline), logits(copied))
     assert torch.equal(logits(from_pretrained(named, base_model=base_dir)), logits(copied))
+    again = type(offline).from_pretrained(pretrained_model_name_or_path=named, base_model=base_dir)
+    assert torch.equal(logits(again), logits(copied))
     assert offline.generation_config.to_dict() == copied.generation_config.to_dict()
     assert offline.config.name_or_path == str(named)
     assert not any(layer.mlp.up_proj.weight.requires_grad for layer in offline.model.layers)
