@@ -96,9 +96,10 @@ def load_base_config(base_model: str, with_experts: bool = False) -> PreTrainedC
     """The configuration of a base model that the mixture fits, with a warning where nobody has tried its family. Needs
     no weights. UserError if it cannot be had, or does not fit."""
     base_config = load_config(base_model)
-    if not with_experts and holds_experts(base_model):
+    if not with_experts and (does := holds_or_names_base(base_model)):
         raise UserError(
-            f"--base_model {base_model}: is a fused model that holds its base; name it as a run, and give its base here"
+            f"--base_model {base_model}: is a fused model that {does} its base; name it as a run, and give its base "
+            "here"
         )
     try:
         unfit = why_unfit(skeleton(base_config))
@@ -111,10 +112,13 @@ def load_base_config(base_model: str, with_experts: bool = False) -> PreTrainedC
     return base_config
 
 
-def holds_experts(base_model: str) -> bool:
-    """Whether a folder is an export that holds its base (models/shared.py)."""
+def holds_or_names_base(base_model: str) -> str | None:
+    """What a shared export (models/shared.py) does with its base, "holds" or "names"; None for another model."""
     path = Path(base_path(base_model)) / "config.json"
-    return path.exists() and "base_model_type" in read_json(path)
+    settings = read_json(path) if path.exists() else {}
+    if "base_model_type" not in settings:
+        return None
+    return "names" if settings["mixture"].get("base") else "holds"
 
 
 @cache  # once

@@ -1,6 +1,7 @@
 """A fused model in the forms that other programs read; all but pt are checked against ours after writing:
 
 python models/export.py --cross_task RUN --output DIR [--dtype float16] [--verify 0]                   the base once
+python models/export.py --cross_task RUN --base by-name --output DIR                                   the base by name
 python models/export.py --cross_task RUN --to mixtral --output DIR                                     Llama and Mistral
 python models/export.py --cross_task RUN --to qwen3_moe --output DIR                                   Qwen3
 python models/export.py --cross_task RUN --to peft --expert safety --output DIR
@@ -39,6 +40,15 @@ class ExportArguments:
         "classes, with dense experts; peft: one expert as an adapter; pt: the released code's moe.pt",
         choices=["shared", "mixtral", "qwen3_moe", "peft", "pt"],
     )
+    base: str = flag(
+        "copied",
+        "with --to shared, the base's weights. copied: into the checkpoint; by-name: left out, to be loaded by the "
+        "base's name on the hub and checked by their sha256",
+        choices=["copied", "by-name"],
+    )
+    base_id: str | None = flag(
+        None, "with --base by-name, the base's name on the hub (default: as the run recorded; a local folder has none)"
+    )
     output: str | None = flag(None, "where to write: a new folder, or with --to pt a new file")
     expert: str | None = flag(None, "with --to peft: which expert")
     base_model: str | None = flag(None, "where the run's base model lies (default: as the run recorded)")
@@ -60,6 +70,10 @@ class ExportArguments:
             raise UserError("--expert names the one expert that --to peft writes: give both or neither")
         if self.to == "peft" and self.dtype not in ("auto", "float32"):
             raise UserError(f"--dtype {self.dtype}: an adapter is written in float32; leave the flag out")
+        if self.base == "by-name" and self.to != "shared":
+            raise UserError(f"--base by-name: goes with --to shared, not with --to {self.to}; leave it out")
+        if self.base_id is not None and self.base != "by-name":
+            raise UserError(f"--base_id {self.base_id}: goes with --base by-name; leave it out")
         if self.to == "pt" and self.verify:
             raise UserError("--verify 1: the released code reads moe.pt and is not part of this project; leave it out")
         if self.verify is None:
@@ -83,10 +97,10 @@ from models.base_identity import base_sha256
 from models.behaviour import behaviour, compare, greedy_texts, tokenized
 from models.dense_experts import FORMS, form_config, layer_weights, outer_weights, write_dense_experts
 from models.expert_ffn import PROJECTIONS
-from models.loading import load_run, run_kind, run_sources, weights_sha256
+from models.loading import base_of_run, load_run, run_kind, run_sources, weights_sha256
 from models.mixture import ATTENTION_PROJECTIONS, MixtureForCausalLM, read_mixture
 from models.released import expert_key, router_key
-from models.shared import read_back, write_shared
+from models.shared import id_of_base, read_back, write_shared
 from workspace import run_dir
 
 SCRIPT = "export.py"
@@ -100,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     if run_kind(path) != "fused":
         raise UserError(f"--cross_task {args.cross_task}: is not a fused model; make one with models/llama_moe.py")
     base_model, _ = run_sources(path, args.base_model, None, args.results_dir)
+    if args.base == "by-name":
+        args.base_id = id_of_base(base_of_run(path), base_model, args.base_id, read_mixture(path))
     if args.to == "peft":
         args.dtype = "float32"
     elif args.dtype == "auto":
@@ -137,6 +153,13 @@ def export_folder(path: Path, base_model: str, args: ExportArguments, partial: P
         "dtype": args.dtype,
         "weights_sha256": weights_sha256(path),
     }
+    meta = {}
+    if args.base_id is not None:  # it is made to be passed on: nothing in it says where things lie on this machine
+        source = arguments["data_source"]
+        named_source = None if source and Path(source).is_absolute() else source
+        named = {"base": args.base, "base_id": args.base_id, "base_model": args.base_id}
+        arguments |= {**named, "data_source": named_source}
+        meta = {"command": None}
     if output.is_file():
         raise UserError(f"--output {output}: is a file; name a folder")
     if args.to in FORMS:
@@ -155,7 +178,7 @@ def export_folder(path: Path, base_model: str, args: ExportArguments, partial: P
         model, tokenizer = load_run(path, base_model, dtype="float32")
         export = export_dense_experts if args.to in FORMS else export_peft
         verdict = export(model, tokenizer, partial, args, base_model)
-    run_dir.finish(partial, SCRIPT, arguments, train={}, meta={"verified": verdict})
+    run_dir.finish(partial, SCRIPT, arguments, train={}, meta={**meta, "verified": verdict})
     partial.rename(output)
     print(f"{output}: {verdict}")
 
@@ -164,10 +187,10 @@ def export_folder(path: Path, base_model: str, args: ExportArguments, partial: P
 
 
 def export_shared(path: Path, folder: Path, args: ExportArguments, base_model: str) -> str:
-    """Write a checkpoint that holds the base once into `folder`; unless --verify 0, read it back and compare it with
-    the run."""
+    """Write a checkpoint that holds the base once, or names it, into `folder`; unless --verify 0, read it back and
+    compare it with the run."""
     mixture, tokenizer = read_mixture(path), base.load_tokenizer(base_model)
-    write_shared(path, mixture, tokenizer, folder, args.cross_task, base_model, args.dtype)
+    write_shared(path, mixture, tokenizer, folder, args.cross_task, base_model, args.dtype, args.base_id)
     if not args.verify:
         return NOT_VERIFIED
     model, _ = load_run(path, base_model, dtype="float32")
@@ -175,7 +198,8 @@ def export_shared(path: Path, folder: Path, args: ExportArguments, base_model: s
     attention = model.config._attn_implementation
     model.to("meta")  # ours is not needed any more
     same_tokens(folder, tokenizer)
-    return compare(ours, behaviour(read_back(folder, attention), ours.texts), args.dtype)
+    base_folder = None if args.base_id is None else base.local_folder(base_model)
+    return compare(ours, behaviour(read_back(folder, attention, base_folder), ours.texts), args.dtype)
 
 
 def same_tokens(folder: Path, tokenizer) -> None:

@@ -19,7 +19,7 @@ from models.causal_lm import VERIFIED
 from models.ensemble import load_ensemble
 from models.expert_bias import ExpertBias, set_expert_bias
 from models.mixture import ENSEMBLE, SHARED, load_fused, read_mixture
-from models.shared import load_shared
+from models.shared import load_shared, named_base
 from workspace.files import read_json, sha256
 from workspace.run_dir import read_run
 
@@ -27,8 +27,8 @@ WHOLE = ("causal_lm", "shared")  # kinds of run that are their own base
 
 
 def run_kind(folder: Path | None) -> str:
-    """ "raw" (None), "adapter", "fused", "ensemble", "shared" (an export that holds its base) or "causal_lm" (another
-    whole model: an export, a merge, a base itself).
+    """ "raw" (None), "adapter", "fused", "ensemble", "shared" (an export that holds its base), "shared_by_name" (one
+    that names it) or "causal_lm" (another whole model: an export, a merge, a base itself).
 
     UserError for anything else: an empty or torn checkpoint, a run without its weights, a model of another task.
     """
@@ -40,9 +40,11 @@ def run_kind(folder: Path | None) -> str:
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds neither an adapter nor a model (adapter_config.json or config.json)")
     if (mixture := read_mixture(folder)) is not None:
-        shared = mixture.model_type == SHARED
-        check_weights(base.weight_files(folder) if shared else [folder / "model.safetensors"])
-        return {ENSEMBLE: "ensemble", SHARED: "shared"}.get(mixture.model_type, "fused")
+        kind = {ENSEMBLE: "ensemble", SHARED: "shared"}.get(mixture.model_type, "fused")
+        if kind == "shared" and named_base(folder) is not None:
+            kind = "shared_by_name"
+        check_weights(base.weight_files(folder) if kind in WHOLE else [folder / "model.safetensors"])
+        return kind
     architecture = (read_json(folder / "config.json").get("architectures") or ["model of no architecture"])[0]
     if not architecture.endswith("ForCausalLM"):
         raise UserError(f"{folder}: holds a {architecture}; a causal language model is needed")
@@ -67,7 +69,7 @@ def check_weights(files: list[Path]) -> None:
 def is_fused(folder: Path | None) -> bool:
     """Whether a run's folder holds a fused model, with its base or without. UserError for a folder that holds no
     model."""
-    return run_kind(folder) in ("fused", "shared")
+    return run_kind(folder) in ("fused", "shared", "shared_by_name")
 
 
 def base_of_run(folder: Path) -> str:
@@ -88,6 +90,8 @@ def resolve_base(folder: Path, given: str | None) -> str:
 
     UserError if `given` is another base, or if the base is gone from where the run names it.
     """
+    if run_kind(folder) == "shared_by_name":
+        return resolve_named_base(folder, given)
     named = base.default_base_model(base_of_run(folder))
     if given is None:
         if Path(named).is_absolute() and not Path(named).is_dir():
@@ -106,6 +110,18 @@ def resolve_base(folder: Path, given: str | None) -> str:
     if digest is not None and base_sha256(given) != digest:
         raise UserError(f"--base_model {given}: is not the base of {folder} ({named}); leave the flag out")
     return named if run_kind(folder) in WHOLE else given
+
+
+def resolve_named_base(folder: Path, given: str | None) -> str:
+    """The base of an export that names it: from the hub, or `given`. UserError for another than at export."""
+    named = named_base(folder)
+    base_model = base.default_base_model(given or named["id"])
+    if base_sha256(base_model) != named["sha256"]:
+        remedy = "leave the flag out" if given else "give that one's folder with --base_model"
+        raise UserError(
+            f"--base_model {base_model}: is not the base of {folder}, {named['id']} as it was at export; {remedy}"
+        )
+    return base_model
 
 
 def one_base(experts: list[Expert], given: str | None) -> str:
@@ -148,9 +164,9 @@ def load_run(
     path = Path(path) if path is not None else None
     kind = run_kind(path)
     base_model = base.default_base_model(base_model) if kind == "raw" else resolve_base(path, base_model)
-    if kind in ("fused", "ensemble", "shared"):
-        if kind == "shared":
-            model = load_shared(path, dtype)
+    if kind in ("fused", "ensemble", "shared", "shared_by_name"):
+        if kind in ("shared", "shared_by_name"):
+            model = load_shared(path, base_model, dtype)
         else:
             model = (load_fused if kind == "fused" else load_ensemble)(path, base_model, dtype)
         if bias is not None:

@@ -1,4 +1,5 @@
-"""The fused model as a transformers checkpoint that holds the base once, with the modeling file that runs it."""
+"""The fused model as a transformers checkpoint that holds the base once, or names it, with the modeling file that runs
+it."""
 
 import importlib.util
 import json
@@ -8,19 +9,23 @@ from inspect import getsource
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from config import UserError
+from config import BASE_MODELS_DIR, UserError
 from models import base, expert_ffn, four_bit, router
+from models.base_identity import base_sha256
 from models.causal_lm import activation_name, model_class_of, skeleton
 from models.dense_experts import model_card
+from models.embedded import PACKAGES
 from models.expert_ffn import PROJECTIONS
 from models.mixture import ATTENTION_PROJECTIONS, SHARED, MixtureConfig, MixtureForCausalLM, mixture_class, read_mixture
-from workspace.files import read_json, write_json, write_text
+from workspace.files import read_json, sha256, write_json, write_text
 
 MODELING = "modeling_h3fusion"
 AUTO_CLASSES = {
@@ -44,20 +49,33 @@ def modeling_source(base_config: PreTrainedConfig) -> str:
     return environment.get_template(f"{MODELING}.py.j2").render(kernel=kernel_source(), **names)
 
 
-def read_back(folder: Path, attention: str) -> PreTrainedModel:
+def read_back(folder: Path, attention: str, base_folder: Path | None = None) -> PreTrainedModel:
     """A written checkpoint in fp32, run by its own modeling file, as AutoModelForCausalLM would (which copies that file
-    into a cache of its own)."""
+    into a cache of its own). base_folder: where the base lies that it names."""
     spec = importlib.util.spec_from_file_location(MODELING, folder / f"{MODELING}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.H3FusionForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
+    return module.H3FusionForCausalLM.from_pretrained(
+        str(folder), dtype=torch.float32, attn_implementation=attention, base_model=base_folder
+    )
 
 
-def load_shared(folder: Path, dtype: str) -> MixtureForCausalLM:
-    """A written checkpoint as this project's own model, without its modeling file. UserError for a torn one."""
-    model = base.load_base(str(folder), dtype, mixture_class, with_experts=True)
+def named_base(folder: Path) -> dict | None:
+    """What a written checkpoint has of the base that it names: `id` on the hub, `sha256` (base_identity's), `files`
+    ({name: sha256}); None where it holds the base."""
+    return read_json(folder / "config.json")["mixture"].get("base")
+
+
+def load_shared(folder: Path, base_model: str, dtype: str) -> MixtureForCausalLM:
+    """A written checkpoint as this project's own model, without its modeling file. base_model: the folder itself, or
+    the base that it names. UserError for a torn one."""
+    model = base.load_base(base_model, dtype, mixture_class, with_experts=True)
     model.become(read_mixture(folder))
-    index = read_json(folder / "model.safetensors.index.json")["weight_map"]
+    if named_base(folder) is None:
+        index = read_json(folder / "model.safetensors.index.json")["weight_map"]
+    else:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            index = dict.fromkeys(file.keys(), "model.safetensors")
     own = {key: file for key, file in index.items() if ".mlp.router." in key or ".mlp.low_rank." in key}
     wanted = {key.replace(".mlp.experts.", ".mlp.low_rank.") for key in model.own_state_keys()}
     if odd := set(own) ^ {key for key in wanted if not key.endswith("scaling")}:
@@ -79,21 +97,70 @@ def kernel_source() -> str:
     return "\n\n".join([kernel, *of_4_bits, *routing])
 
 
+def id_of_base(run_base: str, base_model: str, given: str | None, mixture: MixtureConfig) -> str:
+    """The hub's name of a fused run's base, for a checkpoint that names it.
+
+    run_base: as the run recorded it; base_model: as it is loaded; given: --base_id. UserError for a base that others
+    cannot load by a name, and for a run that changed it.
+    """
+    remedy = "take --base copied"
+    if mixture.attention_lora is not None:
+        raise UserError(f"--base by-name: the run has a tuned attention, which is merged into the base's; {remedy}")
+    for name in (base_model, run_base):
+        if name in PACKAGES or Path(name).parent == BASE_MODELS_DIR:
+            raise UserError(
+                f"--base by-name: {Path(name).name} is converted from a GGUF file, and is not the hub's model of that "
+                f"name; {remedy}"
+            )
+    name = given or (run_base if Path(base_model).is_absolute() else base_model)
+    if given is None and Path(name).is_absolute():
+        raise UserError(f"--base by-name: the base is a local folder, {name}; name it on the hub with --base_id")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--base_id {name}: is no name on the hub; write it as there, organisation/model") from error
+    return name
+
+
 def write_shared(
-    run_dir: Path, mixture: MixtureConfig, tokenizer, folder: Path, run: str, base_model: str, dtype: str
+    run_dir: Path,
+    mixture: MixtureConfig,
+    tokenizer,
+    folder: Path,
+    run: str,
+    base_model: str,
+    dtype: str,
+    base_id: str | None = None,
 ) -> None:
     """Write configuration, modeling file, tokenizer, model card and weights in `dtype`, the base one file at a time.
-    run_dir: the fused run's; run and base_model are named in the card."""
+    run_dir: the fused run's; run and base_model are named in the card. base_id: the base's name on the hub, which then
+    stands for its weights. UserError for a named base whose weights are no safetensors."""
     base_config = base.load_base_config(base_model)
+    settings = shared_settings(base_config, mixture, dtype)
+    if base_id is not None:
+        settings["mixture"] |= {"base_model_name_or_path": base_id, "base": describe_base(base_model, base_id)}
     (folder / f"{MODELING}.py").write_text(modeling_source(base_config), encoding="utf-8")
     tokenizer.save_pretrained(folder)
     ids = {name: getattr(base_config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids).save_pretrained(folder)
-    write_text(
-        folder / "README.md", model_card(mixture, "transformers model (trust_remote_code)", run, base_model, dtype)
-    )
-    write_json(folder / "config.json", shared_settings(base_config, mixture, dtype))
-    write_weights(run_dir, mixture, base_model, base_config, getattr(torch, dtype), folder)
+    form = "transformers model (trust_remote_code)"
+    if base_id is not None:
+        form += f" that loads the weights of its base from {base_id}"
+    write_text(folder / "README.md", model_card(mixture, form, run, base_id or base_model, dtype))
+    write_json(folder / "config.json", settings)
+    if base_id is None:
+        write_weights(run_dir, mixture, base_model, base_config, getattr(torch, dtype), folder)
+    else:
+        own = own_tensors(load_file(run_dir / "model.safetensors"))
+        save_tensors(own, getattr(torch, dtype), folder / "model.safetensors")
+
+
+def describe_base(base_model: str, base_id: str) -> dict:
+    """What a checkpoint has of a base that it names (named_base)."""
+    files = base.weight_files(base.local_folder(base_model))
+    if pickles := [path.name for path in files if path.suffix != ".safetensors"]:
+        raise UserError(f"{pickles[0]}: by name only safetensors of the base are loaded; take --base copied")
+    return {"id": base_id, "sha256": base_sha256(base_model), "files": {path.name: sha256(path) for path in files}}
 
 
 def shared_settings(base_config: PreTrainedConfig, mixture: MixtureConfig, dtype: str) -> dict:
@@ -129,10 +196,8 @@ def write_weights(
     def save(number: int, tensors: dict[str, Tensor]) -> None:
         nonlocal size
         name = f"model-{number:05}-of-{total:05}.safetensors"
-        tensors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        size += save_tensors(tensors, dtype, folder / name)
         weight_map.update(dict.fromkeys(tensors, name))
-        size += sum(tensor.nbytes for tensor in tensors.values())
 
     for number, path in enumerate(files, start=1):
         kept = {}
@@ -144,6 +209,13 @@ def write_weights(
     save(total, own_tensors(own))
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", index)
+
+
+def save_tensors(tensors: dict[str, Tensor], dtype: torch.dtype, path: Path) -> int:
+    """Write tensors in `dtype`; the sum of their bytes."""
+    tensors = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def base_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -257,6 +257,12 @@ def test_the_shared_checkpoint_is_the_model_to_transformers_and_to_us(family, tm
                 grad, of_theirs = grads
                 assert torch.allclose(grad, of_theirs * scaling, rtol=1e-6, atol=1e-9)
         assert other.gate_proj.weight.grad is None
+    by_name = ["--cross_task", str(family[2]), "--base", "by-name", "--base_id", "someone/tiny", "--dtype", "float32"]
+    export.main([*by_name, "--output", str(tmp_path / "by-name")])
+    named = AutoModelForCausalLM.from_pretrained(tmp_path / "by-name", trust_remote_code=True, base_model=family[0])
+    with torch.no_grad():
+        copied = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)(ids).logits
+        assert torch.equal(named(ids).logits, copied)
 
 
 @pytest.mark.slow

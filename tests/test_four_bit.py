@@ -85,10 +85,11 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 from models import four_bit
 from models.loading import load_run
 
-folder, out, cache = sys.argv[1:]
+folder, out, cache, *base_model = sys.argv[1:]
 dynamic_module_utils.HF_MODULES_CACHE = cache
 small = AutoModelForCausalLM.from_pretrained(
-    out, trust_remote_code=True, quantization_config=four_bit.quantization(torch.float32), dtype=torch.float32
+    out, trust_remote_code=True, quantization_config=four_bit.quantization(torch.float32), dtype=torch.float32,
+    **({"base_model": base_model[0]} if base_model else {}),
 )
 assert four_bit.is_quantized(small.model.layers[0].mlp.gate_proj)
 ids = torch.randint(3, 600, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -154,6 +155,9 @@ def test_the_whole_method_in_four_bits(tmp_path, base_of_64):
     assert run("-c", EXACTNESS, moe, base_of_64).endswith("exact\n")
     run("models/export.py", "--cross_task", moe, "--output", tmp_path / "out", "--dtype", "float32")
     assert run("-c", SHARED, moe, tmp_path / "out", tmp_path / "modules").endswith("shared\n")
+    by_name = ["--base", "by-name", "--base_id", "someone/tiny", "--output", tmp_path / "named", "--dtype", "float32"]
+    run("models/export.py", "--cross_task", moe, *by_name)
+    assert run("-c", SHARED, moe, tmp_path / "named", tmp_path / "modules", base_of_64).endswith("shared\n")
     fusion = ["--moe_flag", 1, "--moe_dir", moe, "--gate_loss_weight", 0.1, *data, *common]
     run("align_basemodel.py", *fusion, "--gradient_checkpointing", 1, "--save_steps", 2, "--max_steps", 4)
     name = "mix_moe_reg_00000_00000_00000_gate_01000"
