@@ -1,4 +1,5 @@
-"""The committed comparison: docs/results/*.json, into the page, the README's result and picture, docs/comparison.md.
+"""The committed comparison: docs/results/*.json, into the page, the README's result and picture, docs/comparison.md;
+and beside it the same rows on another base, docs/results/gemma3/*.json.
 
 python docs/comparison.py       after runs/comparison.sh --save docs/results
 """
@@ -22,6 +23,7 @@ from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
 
 RESULTS = ROOT / "docs" / "results"
+BESIDE = RESULTS / "gemma3"
 TABLE = ROOT / "docs" / "report" / "table.json"  # the comparison in numbers, beside the page
 REFERENCE = "mix_moe_reg_00000_00000_00000_gate_03000"
 MAIN = (
@@ -54,18 +56,18 @@ LABELS = {
     REFERENCE: "fused and aligned",
 }
 NLL = nll_metrics(TASKS)
-BEGIN, END = "<!-- made by docs/comparison.py: {} -->", "<!-- to here -->"
+BEGIN, END = "<!-- made by docs/{}: {} -->", "<!-- to here -->"
 
 
-def kept_runs() -> dict[str, RunScores]:
-    """All kept runs: the main ones first, in this order, each with its seeds, then the others by name."""
-    names = [path.stem for path in RESULTS.glob("*.json") if path.name not in (DUPLICATES, SHOWN)]
+def kept_runs(folder: Path) -> dict[str, RunScores]:
+    """A folder's kept runs: the main ones first, in this order, each with its seeds, then the others by name."""
+    names = [path.stem for path in folder.glob("*.json") if path.name not in (DUPLICATES, SHOWN)]
 
     def place(name: str) -> tuple:
         run, seed = split_seed(name)
         return (MAIN.index(run) if run in MAIN else len(MAIN), run, seed)
 
-    return {name: read_kept(RESULTS, name) for name in sorted(names, key=place)}
+    return {name: read_kept(folder, name) for name in sorted(names, key=place)}
 
 
 def difference_text(row: dict) -> str:
@@ -140,12 +142,16 @@ def task_by_task(row: dict) -> str:
     return ", ".join(tasks)
 
 
+def row_of(comparison: dict, run: str) -> dict:
+    return next(row for row in comparison["rows"] if row["run"] == run)
+
+
 def minus(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
 def table(comparison: dict) -> str:
-    """The markdown table of all rows."""
+    """The markdown table of all of a comparison's rows."""
     lines = [
         "| run | kind | seeds | mean NLL/token ↓ | fused − run, paired | "
         + " | ".join(f"{one.task} ↓" for one in NLL)
@@ -169,14 +175,13 @@ def table(comparison: dict) -> str:
     return "\n".join(lines)
 
 
-def put(path: Path, name: str, text: str) -> str:
-    """A document with `text` between the marks of that name."""
-    document = path.read_text(encoding="utf-8")
-    begin = BEGIN.format(name)
+def put(document: str, name: str, text: str, script: str = "comparison.py") -> str:
+    """A document with `text` between the marks of that name and script."""
+    begin = BEGIN.format(script, name)
     before, _, rest = document.partition(begin)
     _, _, after = rest.partition(END)
     if not after:
-        raise SystemExit(f"error: {path}: has no {begin} … {END}")
+        raise SystemExit(f"error: a document has no {begin} … {END}")
     return f"{before}{begin}\n\n{text}\n\n{END}{after}"
 
 
@@ -226,31 +231,34 @@ def trained_in_all(name: str, rows: dict[str, dict]) -> float:
     return sum(rows[task]["cost"]["trained_parameters"] for task in TASKS) if made_of_experts else own or 0
 
 
-def documents(comparison: dict) -> dict[Path, str]:
-    """{file: what it must hold} of all that is made from a comparison but the page."""
+def documents(comparison: dict, beside: dict) -> dict[Path, str]:
+    """{file: what it must hold} of all that is made from a comparison, and the one on another base, but the page."""
     figure = picture(comparison)
     figure = figure.replace("<svg", '<svg color="#1b1f24"', 1)  # an image of its own brings its ink and its paper
     figure = figure.replace('style="', 'style="background: #ffffff; ', 1)
+    readme, pages = ROOT / "README.md", ROOT / "docs" / "comparison.md"
     all_rows = f"{sentences(comparison)}\n\n{table(comparison)}"
+    others = f"{verdict(beside)} Against `{EQUAL}` it is {task_by_task(row_of(beside, EQUAL))}.\n\n{table(beside)}"
     return {
-        ROOT / "README.md": put(ROOT / "README.md", "headline", headline(comparison)),
-        ROOT / "docs" / "comparison.md": put(ROOT / "docs" / "comparison.md", "all rows", all_rows),
+        readme: put(readme.read_text(encoding="utf-8"), "headline", headline(comparison)),
+        pages: put(put(pages.read_text(encoding="utf-8"), "all rows", all_rows), "another base", others),
         ROOT / "docs" / "figures" / "comparison.svg": figure,
     }
 
 
 def main() -> None:
-    runs = kept_runs()
-    comparison = compare(runs, REFERENCE)
+    runs, others = kept_runs(RESULTS), kept_runs(BESIDE)
+    comparison, beside = compare(runs, REFERENCE), compare(others, REFERENCE)
     write_json(TABLE, comparison)
-    for path, text in documents(comparison).items():
+    write_json(TABLE.with_name("gemma3.json"), beside)
+    for path, text in documents(comparison, beside).items():
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(ROOT))
     page = TABLE.with_name("index.html")
     answers, duplicates = (
         read_json(RESULTS / name) if (RESULTS / name).exists() else None for name in (SHOWN, DUPLICATES)
     )
-    write_page(page, comparison, runs, answers, duplicates)
+    write_page(page, comparison, runs, answers, duplicates, (beside, others))
     print(page.relative_to(ROOT))
 
 

@@ -53,8 +53,9 @@ def short(name: str) -> str:
     return name if len(name) <= 26 else f"{name[:12]}…{name[-12:]}"
 
 
-def quality_against_cost(rows: list[dict], kinds: tuple[str, ...]) -> str | None:
-    """Each row's mean NLL per token over its trained parameters; None without two rows that have both."""
+def quality_against_cost(rows: list[dict], reference: str, kinds: tuple[str, ...]) -> str | None:
+    """Each row's mean NLL per token over its trained parameters; None without two rows that have both. Named are the
+    reference, and the rows whose names have room, the better ones first."""
     points = [
         (row["cost"]["trained_parameters"] or 0, row["metrics"]["mean_nll_per_token"]["value"], row["kind"], row["run"])
         for row in rows
@@ -69,8 +70,13 @@ def quality_against_cost(rows: list[dict], kinds: tuple[str, ...]) -> str | None
             if of_kind:
                 x, y, *_ = zip(*of_kind, strict=True)
                 axes.scatter([value / 1e6 for value in x], y, s=36, color=COLOURS[number], label=kind)
-        for x, y, _, name in points:
-            axes.annotate(short(name), (x / 1e6, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        values = [y for _, y, *_ in points]
+        line, width = 0.035 * (max(values) - min(values)), 0.3 * max(x for x, *_ in points)  # of a name
+        named = []
+        for x, y, _, name in sorted(points, key=lambda point: (point[3] != reference, point[1])):
+            if all(abs(x - other_x) > width or abs(y - other_y) > line for other_x, other_y in named):
+                axes.annotate(short(name), (x / 1e6, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
+                named.append((x, y))
         axes.set_xlabel("parameters trained for the run itself, millions (0: made of the experts without training)")
         axes.set_ylabel("mean NLL per token, nats (lower is better)")
         axes.locator_params(axis="x", nbins=6)

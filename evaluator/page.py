@@ -138,9 +138,8 @@ def setting_text(records: dict[str, dict | None], alone: bool) -> str:
     base = base_name(records)
     data = Path(arguments.get("data_source") or "unrecorded").name
     data = data if data in ("hub", "sample", "unrecorded") else f"of the folder “{data}”"
-    samples = {
-        record["run"]["arguments"]["num_samples"] for record in made if "num_samples" in record["run"]["arguments"]
-    }
+    trained = [record["run"]["arguments"] for record in made if record["run"]["script"] == "align_basemodel.py"]
+    samples = {arguments["num_samples"] for arguments in trained}
     rows = ", ".join("all" if n == -1 else str(n) for n in sorted(samples, key=str)) or "an unrecorded number of"
     devices = sorted({record["meta"].get("device", "an unrecorded device") for record in made})
     text = f"Base model {base}; data {data}, {rows} training rows per task; made on {' and on '.join(devices)}."

@@ -28,8 +28,8 @@ def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tupl
         ),
         (
             "Quality against cost",
-            figures.quality_against_cost(rows, KINDS),
-            "Each row's mean NLL per token over the parameters that were trained for it.",
+            figures.quality_against_cost(rows, reference, KINDS),
+            "Each row's mean NLL per token over the parameters trained for it. Names without room are left out.",
         ),
         ("The fusion's training", figures.training_curves(log), f"The alignment of {reference}, as logged."),
         (

@@ -52,9 +52,17 @@ def test_every_file_that_is_named_exists():
         assert not missing + [link for link in links if not (path.parent / link).exists()], path.name
 
 
+def loaded(name):
+    """A script of docs, by its path."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_tables_are_the_committed_measurements():
-    table = (ROOT / "docs" / "measurements" / "demo_table.md").read_text()
-    assert table.split("\n\n")[0].strip() in (ROOT / "docs" / "reproduction.md").read_text()
+    page = loaded("reproduction")
+    assert page.document() == page.PAGE.read_text(encoding="utf-8"), "run python docs/reproduction.py"
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         assert not re.search(r"@[A-Z]+@", path.read_text()), f"{path}: a figure is still to be filled in"
 
@@ -62,15 +70,13 @@ def test_the_tables_are_the_committed_measurements():
 @pytest.fixture(scope="module")
 def committed():
     """docs/comparison.py."""
-    spec = importlib.util.spec_from_file_location("committed", ROOT / "docs" / "comparison.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("comparison")
 
 
 def test_the_documents_say_what_the_committed_comparison_says(committed):
     comparison = json.loads(committed.TABLE.read_text())
-    for path, text in committed.documents(comparison).items():
+    beside = json.loads(committed.TABLE.with_name("gemma3.json").read_text())
+    for path, text in committed.documents(comparison, beside).items():
         written = path.read_text(encoding="utf-8")
         if path.suffix == ".svg":  # drawn by the same numbers; their last digits are the processor's
             written, text = (re.sub(r"\d+\.\d+", lambda x: f"{float(x[0]):.0f}", svg) for svg in (written, text))
@@ -81,9 +87,11 @@ def test_the_documents_say_what_the_committed_comparison_says(committed):
 
 
 @pytest.mark.slow
-def test_the_committed_comparison_is_that_of_the_kept_rows(committed):
-    written = json.loads(committed.TABLE.read_text())["rows"]
-    computed = committed.compare(committed.kept_runs(), committed.REFERENCE)["rows"]
+@pytest.mark.parametrize("name", ["table.json", "gemma3.json"])
+def test_the_committed_comparisons_are_those_of_the_kept_rows(committed, name):
+    written = json.loads(committed.TABLE.with_name(name).read_text())["rows"]
+    folder = committed.RESULTS if name == "table.json" else committed.BESIDE
+    computed = committed.compare(committed.kept_runs(folder), committed.REFERENCE)["rows"]
     assert [(row["run"], row["seeds"]) for row in computed] == [(row["run"], row["seeds"]) for row in written]
     for ours, theirs in zip(computed, written, strict=True):
         for name, one in ours["metrics"].items():
