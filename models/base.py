@@ -164,8 +164,6 @@ def load_weights(model_class, base_model: str, base_config, dtype: torch.dtype |
     """`model_class.from_pretrained` on the base's weights, in a torch.dtype or what a --dtype says; UserError if they
     cannot be had. On the CPU; in 4 bits on the GPU if there is one."""
     transformers_logging.disable_progress_bar()  # "Loading weights": over in a second, or the hub shows its own
-    # On a CPU, sequences of a few hundred tokens train faster without PyTorch's fused attention.
-    attention = "sdpa" if torch.cuda.is_available() else "eager"
     kind = pick_dtype(dtype) if isinstance(dtype, str) else dtype
     check_available(base_model)
     in_4_bit = {"quantization_config": four_bit.quantization(kind)} if dtype == NF4 else {}
@@ -175,11 +173,17 @@ def load_weights(model_class, base_model: str, base_config, dtype: torch.dtype |
             config=base_config,
             dtype=kind,
             token=config.hf_token,
-            attn_implementation=attention,
+            attn_implementation=training_attention(),
             **in_4_bit,
         )
     except (OSError, ValueError) as error:
         raise _not_loaded(base_model, error) from error
+
+
+def training_attention() -> str:
+    """The attention that trains here: on a CPU, sequences of a few hundred tokens go faster without PyTorch's fused
+    one."""
+    return "sdpa" if torch.cuda.is_available() else "eager"
 
 
 def pick_dtype(name: str) -> torch.dtype:
