@@ -46,11 +46,14 @@ class Memory(NamedTuple):
 
 
 def check_countable(training: TrainArguments, dtype: str) -> None:
-    """UserError for what this count does not know: 4 bits, sharding, other optimisers, several processes."""
+    """UserError for what this count does not know: 4 bits, other optimisers, compiling, sharding, several processes."""
+    optimiser = training.optim.value
     if dtype == NF4:
         raise UserError("--estimate 1: counts no 4-bit weights; docs/performance.md has figures of --dtype nf4")
-    if training.optim not in ADAM_STATES:
-        raise UserError(f"--estimate 1: counts the states of {', '.join(ADAM_STATES)}, not of --optim {training.optim.value}")
+    if optimiser not in ADAM_STATES:
+        raise UserError(f"--estimate 1: counts the states of {', '.join(ADAM_STATES)}, not of --optim {optimiser}")
+    if training.torch_compile:
+        raise UserError("--estimate 1: counts no compiled step; leave --torch_compile out")
     if training.fsdp or training.deepspeed or training.world_size > 1:
         raise UserError("--estimate 1: counts one process that holds a whole model; run it without a launcher")
 
@@ -91,7 +94,7 @@ def count(model: nn.Module, batch: tuple[int, int, int], training: TrainArgument
         checkpointed = kept_bytes(model, size, length, training, drifts)
     return Memory(
         base=sum(parameter.nbytes for parameter in frozen),
-        trained=sum(p.nbytes * 2 + p.numel() * 4 * ADAM_STATES[training.optim] for p in trained) + of_start,
+        trained=sum(p.nbytes * 2 + p.numel() * 4 * ADAM_STATES[training.optim.value] for p in trained) + of_start,
         activations=activations,
         # the layer whose forward is done again has its own
         checkpointed=checkpointed + activations // model.config.num_hidden_layers,

@@ -106,7 +106,12 @@ def test_the_command_loads_no_weights_and_writes_nothing(stage, base_dir, fused_
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"), [(["--dtype", "nf4"], "no 4-bit weights"), (["--optim", "adafactor"], "not of --optim adafactor")]
+    ("argv", "said"),
+    [
+        (["--dtype", "nf4"], "no 4-bit weights"),
+        (["--optim", "adafactor"], "not of --optim adafactor"),
+        (["--torch_compile", "true"], "no compiled step"),
+    ],
 )
 def test_what_is_not_counted_is_refused_in_one_line(argv, said, base_dir):
     args, training = parsed("--task_name", "safety", "--base_model", str(base_dir), *argv)
