@@ -18,9 +18,9 @@ from models.training_arguments import TrainArguments
 
 # Resident once align_basemodel.py has its imports, tokenizer and samples (CPython 3.11, PyTorch 2.13, Linux, x86)
 INTERPRETER_BYTES = 545_000_000
-# What the C library's heap grows to for one byte in use: a step's tensors of many sizes leave gaps, which
-# cli.keep_freed_memory keeps
-HEAP_PER_BYTE = 1.5
+# Gaps in the C library's heap (cli.keep_freed_memory keeps them) for each byte that a step without checkpointing holds.
+# With it they are as many: what is kept of each layer lies between what was freed.
+HEAP_GAPS = 0.5
 LOGIT_BYTES = 12  # of one in the backward pass: its log-probability and the gradients of that and of itself, all fp32
 ADAM_STATES = {"adamw_torch_fused": 2, "adamw_torch": 2, "sgd": 0}  # fp32 numbers per trained one
 
@@ -41,8 +41,12 @@ class Memory(NamedTuple):
 
     def total(self, checkpointing: bool, on_cpu: bool) -> float:
         """On a CPU with the interpreter and the heap's gaps; on a GPU what PyTorch allocates there."""
-        working = self.working(checkpointing)
-        return self.base + (INTERPRETER_BYTES + HEAP_PER_BYTE * working if on_cpu else working)
+        of_process = INTERPRETER_BYTES + self.heap_gaps if on_cpu else 0
+        return self.base + self.working(checkpointing) + of_process
+
+    @property
+    def heap_gaps(self) -> float:
+        return HEAP_GAPS * self.working(checkpointing=False)
 
 
 def check_countable(training: TrainArguments, dtype: str) -> None:
@@ -139,8 +143,7 @@ def describe(counts: dict[str, Memory], batch: tuple[int, int, int]) -> str:
     ]
     if on_cpu:
         rows.append(("Python and its libraries", INTERPRETER_BYTES, INTERPRETER_BYTES))
-        gaps = [(HEAP_PER_BYTE - 1) * own.working(checkpointing) for checkpointing in (False, True)]
-        rows.append(("gaps in the C library's heap", *gaps))
+        rows.append(("gaps in the C library's heap", own.heap_gaps, own.heap_gaps))
     rows.append(("in all, one process", *(own.total(checkpointing, on_cpu) for checkpointing in (False, True))))
     if on_cpu:
         gpu = counts["sdpa"]
