@@ -113,11 +113,11 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
         columns = (part[i] == number).nonzero()[:, 0]
         sources.append(torch.cat((torch.tensor([len(rows[i].prompt) - 1]), columns[:-1])))
     hidden = outputs.last_hidden_state[samples.repeat_interleave(torch.tensor(lengths)), torch.cat(sources)]
-    tokens = torch.tensor([token for i, number in answers for token in rows[i].answers[number - 1]], device=device)
+    tokens = torch.tensor([token for i, number in answers for token in rows[i].answers[number - 1]])
     log_probs = (
         torch.cat(
             [
-                -F.cross_entropy(base.lm_head(some).float(), targets, reduction="none")  # (512, V) at most
+                _log_probs(base.lm_head(some), targets)  # (512, V) at most
                 for some, targets in zip(hidden.split(512), tokens.split(512), strict=True)
             ]
         )
@@ -129,7 +129,7 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
         openings = torch.tensor([row.opening for row in rows])
         of_prompt = (part == 0) & (torch.arange(length) >= openings[:, None])
         counted = torch.stack([of_prompt[i] | (part[i] == number) for i, number in answers])  # (answers, T)
-        router_logits = [x.view(len(rows), length, -1)[samples] for x in of_layers]
+        router_logits = [x.view(len(rows), length, -1)[samples].to(device) for x in of_layers]
         probs = mean_routing_probs(router_logits, of_prompt[samples].to(device)).cpu()
         probs_with_answer = mean_routing_probs(router_logits, counted.to(device)).cpu()
     scored = {}
@@ -143,6 +143,11 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
             cut=bool(cut),
         )
     return scored
+
+
+def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """(M, V), (M,) -> (M,) fp32. The head of a model that is spread over GPUs may lie on another one than its input."""
+    return -F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
 
 
 def _masks(base, seen: Tensor, positions: Tensor, device) -> Tensor | dict[str, Tensor]:
@@ -178,6 +183,6 @@ def score_texts(model, tokenizer, texts: list[str], window: int, batch_size: int
         for (number, of_text), states in zip(batch, hidden, strict=True):
             count = len(of_text) - 1
             logits = base.lm_head(states[:count]).float()
-            targets = torch.tensor(of_text[1:], device=device)
+            targets = torch.tensor(of_text[1:], device=logits.device)
             scored[number] = (-F.cross_entropy(logits, targets, reduction="sum").item(), count)
     return [scored[number] for number in range(len(texts))]

@@ -186,9 +186,10 @@ def mixture_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(f"Mixture{model_class.__name__}", (MixtureForCausalLM, model_class), {})
 
 
-def load_fused(folder: Path, base_model: str, dtype: str) -> MixtureForCausalLM:
-    """The fused model of a folder: the named base's weights as --dtype has them, fp32 router and experts from here."""
-    model = with_mixture(base.load_base(base_model, dtype, mixture_class), read_mixture(folder))
+def load_fused(folder: Path, base_model: str, dtype: str, device_map: str | dict | None = None) -> MixtureForCausalLM:
+    """The fused model of a folder: the named base's weights as --dtype and --device_map have them, fp32 router and
+    experts from here, each beside its layer."""
+    model = with_mixture(base.load_base(base_model, dtype, mixture_class, device_map=device_map), read_mixture(folder))
     saved = load_file(folder / "model.safetensors")
     saved_shapes, state = {(key, tensor.shape) for key, tensor in saved.items()}, model.state_dict()
     if odd := saved_shapes ^ {(key, state[key].shape) for key in model.own_state_keys()}:

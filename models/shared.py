@@ -53,9 +53,9 @@ def read_back(folder: Path, attention: str) -> PreTrainedModel:
     return module.H3FusionForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation=attention)
 
 
-def load_shared(folder: Path, dtype: str) -> MixtureForCausalLM:
+def load_shared(folder: Path, dtype: str, device_map: str | dict | None = None) -> MixtureForCausalLM:
     """A written checkpoint as this project's own model, without its modeling file. UserError for a torn one."""
-    model = base.load_base(str(folder), dtype, mixture_class, with_experts=True)
+    model = base.load_base(str(folder), dtype, mixture_class, True, device_map)
     model.become(read_mixture(folder))
     index = read_json(folder / "model.safetensors.index.json")["weight_map"]
     own = {key: file for key, file in index.items() if ".mlp.router." in key or ".mlp.low_rank." in key}
