@@ -1,6 +1,7 @@
 """Align one LoRA expert on one task (--moe_flag 0), or the fused mixture on all three (--moe_flag 1)."""
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -198,7 +199,8 @@ from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS
 from models.loading import resolve_base, run_kind
 from models.mixture import MixtureForCausalLM, load_fused, read_mixture
-from models.trainer import AlignmentTrainer, MixtureTrainer, on_first_process
+from models.processes import on_first_process
+from models.trainer import AlignmentTrainer, MixtureTrainer
 from models.training_arguments import TrainArguments
 from workspace import run_dir
 from workspace.files import sha256
@@ -209,6 +211,7 @@ SCRIPT = "align_basemodel.py"
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     args, training = training_arguments.parse(argv, AlignArguments)
+    check_sharding(args, training)
     resolve_sources(args)
     if args.estimate:
         print_estimate(args, training)
@@ -217,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(args.results_dir) / "outputs" / name
     arguments = result_arguments(args, training)
     remedy = "give this run a name of its own with --run_name, or move that one"
-    state = on_first_process(training, lambda: run_dir.begin(folder, SCRIPT, arguments, remedy))
+    state = on_first_process(lambda: run_dir.begin(folder, SCRIPT, arguments, remedy))
     if state == "complete":
         print(f"{folder} is complete: nothing to do")
         return
@@ -249,6 +252,13 @@ def main(argv: list[str] | None = None) -> None:
         meta |= {"init": init["run"]["arguments"], "experts": init["meta"].get("experts")}
     run_dir.finish(folder, SCRIPT, arguments, train, meta)
     print(f"Aligned on {args.task_name} in {train['seconds']:.0f} s: {folder}")
+
+
+def check_sharding(args: AlignArguments, training: TrainArguments) -> None:
+    """UserError for a fusion under DeepSpeed: ZeRO-3 gathers a layer's weights when the layer is called, and the
+    mixture's kernel reads the weights of its base alone."""
+    if args.moe_flag and (training.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"):
+        raise UserError("--moe_flag 1: the mixture does not run under DeepSpeed; take runs/fsdp.yaml")
 
 
 def resolve_sources(args: AlignArguments) -> None:

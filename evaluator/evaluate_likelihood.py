@@ -106,6 +106,7 @@ from models.base_identity import base_sha256
 from models.expert_bias import read_bias
 from models.loading import check_device_map, is_fused, load_on_device, run_sources, weights_sha256
 from models.losses import routing_hits
+from models.processes import is_first, join_processes, on_first_process
 from workspace import run_dir
 from workspace.run_dir import find_run
 
@@ -116,6 +117,7 @@ JUDGE = "likelihood"  # the name where a judge's would stand: the model's own pr
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, LikelihoodArguments)
+    join_processes()
     check_device_map(args.device_map)
     names = [name.strip() for name in args.run.split(",") if name.strip()]
     outputs = Path(args.results_dir) / "outputs"
@@ -133,7 +135,9 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
     of_run["expert_bias"] = bias.text or None if bias else None
     folders = {t: evaluation_folder(args.results_dir, t, args.dataset_type, label, JUDGE) for t in args.scored_tasks}
     arguments = {task: {**of_run, **settings_of(args, task, base_model, data_source)} for task in folders}
-    states = {task: run_dir.begin(folder, SCRIPT, arguments[task], REMEDY) for task, folder in folders.items()}
+    states = on_first_process(
+        lambda: {task: run_dir.begin(folder, SCRIPT, arguments[task], REMEDY) for task, folder in folders.items()}
+    )
     todo = [task for task in args.scored_tasks if states[task] != "complete"]
     if not todo:
         print(f"{label}: scored already")
@@ -150,15 +154,17 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
         texts = [row["text"] for row in rows]
         scored = score_texts(model, tokenizer, texts, encoder.max_length, args.batch_size, model.device)
         metrics, judgements = general_metrics([row["id"] for row in rows], scored)
-        write_scores(folders[GENERAL], SCRIPT, arguments[GENERAL], judge, metrics, judgements)
-        print_scores(folders[GENERAL])
+        if is_first():
+            write_scores(folders[GENERAL], SCRIPT, arguments[GENERAL], judge, metrics, judgements)
+            print_scores(folders[GENERAL])
     for task in items:
         records, comparisons = items[task]
         wanted = records + [r for questions in comparisons.values() for q in questions for r in choice_records(q)]
         scored = score_answers(model, encoder, wanted, args.batch_size, model.device, f"{label} on {task}")
         metrics, judgements = task_metrics(task, records, comparisons, scored, expert_of_task.get(task))
-        write_scores(folders[task], SCRIPT, arguments[task], judge, metrics, judgements)
-        print_scores(folders[task])
+        if is_first():
+            write_scores(folders[task], SCRIPT, arguments[task], judge, metrics, judgements)
+            print_scores(folders[task])
 
 
 def settings_of(args: LikelihoodArguments, task: str, base_model: str, source: str) -> dict:

@@ -11,6 +11,7 @@ from data.batching import batches_by_length, pad
 from data.encoding import IGNORED, Encoder
 from data.sources import Record
 from models.losses import mean_routing_probs
+from models.processes import is_first, merge_shares, own_share
 from models.router import recorded_router_logits
 
 
@@ -52,13 +53,13 @@ def score_answers(model, encoder: Encoder, records: list[Record], batch_size: in
     """
     rows = _rows(encoder, list(dict.fromkeys(records)))
     rows.sort(key=lambda row: row.length)
+    share = own_share([rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])
     scored = {}
-    with tqdm(total=len(rows), desc=name, unit="prompt") as bar:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
+    with tqdm(total=sum(map(len, share)), desc=name, unit="prompt", disable=not is_first()) as bar:
+        for batch in share:
             scored.update(_score_batch(model, batch, device))
             bar.update(len(batch))
-    return scored
+    return merge_shares(scored)
 
 
 def _rows(encoder: Encoder, records: list[Record]) -> list[_Row]:
@@ -177,7 +178,7 @@ def score_texts(model, tokenizer, texts: list[str], window: int, batch_size: int
     ids = tokenizer(texts, split_special_tokens=True)["input_ids"]
     samples = [(number, of_text[:window]) for number, of_text in enumerate(ids)]
     scored = {}
-    for batch in batches_by_length(samples, lambda sample: len(sample[1]), batch_size):
+    for batch in own_share(batches_by_length(samples, lambda sample: len(sample[1]), batch_size)):
         rows, mask = (tensor.to(device) for tensor in pad([of_text for _, of_text in batch], left=False))
         hidden = base.model(input_ids=rows, attention_mask=mask, use_cache=False).last_hidden_state
         for (number, of_text), states in zip(batch, hidden, strict=True):
@@ -185,4 +186,5 @@ def score_texts(model, tokenizer, texts: list[str], window: int, batch_size: int
             logits = base.lm_head(states[:count]).float()
             targets = torch.tensor(of_text[1:], device=logits.device)
             scored[number] = (-F.cross_entropy(logits, targets, reduction="sum").item(), count)
+    scored = merge_shares(scored)
     return [scored[number] for number in range(len(texts))]

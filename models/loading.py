@@ -19,6 +19,7 @@ from models.causal_lm import VERIFIED
 from models.ensemble import load_ensemble
 from models.expert_bias import ExpertBias, set_expert_bias
 from models.mixture import ENSEMBLE, SHARED, load_fused, read_mixture
+from models.processes import check_one_process
 from models.shared import load_shared
 from workspace.files import read_json, sha256
 from workspace.run_dir import read_run
@@ -182,6 +183,8 @@ def check_device_map(device_map: str | None) -> None:
     """UserError where --device_map would be ignored."""
     if device_map and not torch.cuda.is_available():
         raise UserError(f"--device_map {device_map}: spreads a base over GPUs, and this machine has none; leave it out")
+    if device_map:
+        check_one_process(f"--device_map {device_map}")
 
 
 def weights_sha256(path: Path | None) -> str | None:
