@@ -1,6 +1,8 @@
 """runs/*.yaml: accelerate reads them and takes from them what they are for."""
 
 import argparse
+import dataclasses
+import re
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -8,6 +10,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT
+from scripts import FLAGS
 
 import align_basemodel
 from config import UserError
@@ -59,3 +62,14 @@ def test_the_fusion_under_deepspeed_is_refused(fused_dir, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(UserError, match="--moe_flag 1: .*take runs/fsdp.yaml"):
         align_basemodel.check_sharding(args, training)
+
+
+def test_the_commands_of_the_scaling_page_have_flags_that_exist():
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    ((?:python|torchrun|accelerate launch) .+)$", text, re.M)
+    assert len(lines) >= 8
+    for line in lines:
+        script = re.search(r"[\w/]+\.py", line)[0]
+        known = {f"--{field.name}" for arguments in FLAGS[script] for field in dataclasses.fields(arguments)}
+        known.add("--gradient_checkpointing")  # transformers' older name of --activation_checkpointing
+        assert set(re.findall(r" (--\w+)", line[line.index(script) :])) <= known, line
