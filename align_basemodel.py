@@ -1,8 +1,11 @@
 """Align one LoRA expert on one task (--moe_flag 0), or the fused mixture on all three (--moe_flag 1)."""
 
 import math
+import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import cli
@@ -56,6 +59,7 @@ class AlignArguments(SourceArguments):
     num_samples: int = flag(-1, "training rows per task, drawn with --seed; -1 takes all")
     max_length: int = flag(300, "longest sample in tokens; a longer one loses the beginning of its prompt")
     batch_size: int | None = flag(None, "samples per device and step; short for --per_device_train_batch_size")
+    estimate: int = flag(0, "1: print what the training would take of memory, and do nothing else", choices=[0, 1])
     # one expert
     rank: int | None = flag_with(OF_EXPERT, 8, "LoRA rank r")
     alpha: float | None = flag_with(OF_EXPERT, 4.0, "LoRA alpha")
@@ -184,17 +188,19 @@ if __name__ == "__main__":
     cli.check_early(cli.parse_known, AlignArguments, cli.TRAINING_EPILOG)
 
 import torch
+from peft import PeftModel
 from transformers import Trainer
 
 from data.encoding import Collator, Encoder, describe
 from data.sources import absolute_source, answer_records, data_sha256, draw, read_rows, source_files, trainable_rows
-from models import base, training_arguments
+from models import base, memory, training_arguments
 from models.adapters import add_lora, load_adapter
 from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS
 from models.loading import resolve_base, run_kind
-from models.mixture import load_fused, read_mixture
-from models.trainer import AlignmentTrainer, MixtureTrainer, on_first_process
+from models.mixture import MixtureForCausalLM, load_fused, read_mixture
+from models.processes import on_first_process
+from models.trainer import AlignmentTrainer, MixtureTrainer
 from models.training_arguments import TrainArguments
 from workspace import run_dir
 from workspace.files import sha256
@@ -205,12 +211,16 @@ SCRIPT = "align_basemodel.py"
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     args, training = training_arguments.parse(argv, AlignArguments)
+    check_sharding(args, training)
     resolve_sources(args)
+    if args.estimate:
+        print_estimate(args, training)
+        return
     name = run_name(args, training)
     folder = Path(args.results_dir) / "outputs" / name
     arguments = result_arguments(args, training)
     remedy = "give this run a name of its own with --run_name, or move that one"
-    state = on_first_process(training, lambda: run_dir.begin(folder, SCRIPT, arguments, remedy))
+    state = on_first_process(lambda: run_dir.begin(folder, SCRIPT, arguments, remedy))
     if state == "complete":
         print(f"{folder} is complete: nothing to do")
         return
@@ -242,6 +252,13 @@ def main(argv: list[str] | None = None) -> None:
         meta |= {"init": init["run"]["arguments"], "experts": init["meta"].get("experts")}
     run_dir.finish(folder, SCRIPT, arguments, train, meta)
     print(f"Aligned on {args.task_name} in {train['seconds']:.0f} s: {folder}")
+
+
+def check_sharding(args: AlignArguments, training: TrainArguments) -> None:
+    """UserError for a fusion under DeepSpeed: ZeRO-3 gathers a layer's weights when the layer is called, and the
+    mixture's kernel reads the weights of its base alone."""
+    if args.moe_flag and (training.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"):
+        raise UserError("--moe_flag 1: the mixture does not run under DeepSpeed; take runs/fsdp.yaml")
 
 
 def resolve_sources(args: AlignArguments) -> None:
@@ -345,17 +362,15 @@ def training_samples(args: AlignArguments, seed: int, tokenizer) -> list[dict]:
     return samples
 
 
-def expert_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict]) -> Trainer:
-    """A Trainer of LoRA on the FFN of the base, its attention frozen."""
-    model = add_lora(args, list(PROJECTIONS), training.seed)
-    if args.init_adapter:
-        load_adapter(model, Path(args.init_adapter), args.rank, args.alpha)
-    return AlignmentTrainer(model, training, train_dataset=samples, data_collator=Collator())
+def expert_model(args: AlignArguments, training: TrainArguments, load: Callable = base.load_base) -> PeftModel:
+    """The base with a new LoRA on its FFNs. load: as models.adapters.add_lora has it."""
+    return add_lora(args, list(PROJECTIONS), training.seed, load)
 
 
-def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict]) -> Trainer:
-    """A Trainer of the fused model's router and experts, its base frozen."""
-    model = load_fused(Path(args.moe_dir), args.base_model, args.dtype)
+def mixture_model(args: AlignArguments, training: TrainArguments, load: Callable = load_fused) -> MixtureForCausalLM:
+    """The fused model, of which that is trained which the flags say. load: what makes it of (folder, base_model,
+    dtype)."""
+    model = load(Path(args.moe_dir), args.base_model, args.dtype)
     model.set_top_k(args.expert_topk)
     if args.tune_attention:
         torch.manual_seed(training.seed)
@@ -365,8 +380,34 @@ def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: lis
         block.experts.requires_grad_(bool(args.train_experts))
         block.router.gate_gradient = args.gate_gradient
         block.experts.dropout = args.expert_dropout or 0.0
+    return model
+
+
+def print_estimate(args: AlignArguments, training: TrainArguments) -> None:
+    """--estimate 1: what the run would take of memory, on this machine and, if that has none, on a GPU."""
+    memory.check_countable(training, args.dtype)
+    samples = training_samples(args, training.seed, base.load_tokenizer(args.base_model))
+    batch = memory.largest_batch(samples, training.per_device_train_batch_size)
+    make, empty = (mixture_model, memory.empty_fused) if args.moe_flag else (expert_model, memory.empty_base)
+    kinds = ("sdpa",) if torch.cuda.is_available() else ("eager", "sdpa")
+    models = {kind: make(args, training, partial(empty, attention=kind)) for kind in kinds}
+    drifts = args.moe_flag and any(args.all_drift_weights.values())
+    counts = {kind: memory.count(model, batch, training, drifts) for kind, model in models.items()}
+    print(memory.describe(counts, batch))
+
+
+def expert_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict]) -> Trainer:
+    """A Trainer of LoRA on the FFN of the base, its attention frozen."""
+    model = expert_model(args, training)
+    if args.init_adapter:
+        load_adapter(model, Path(args.init_adapter), args.rank, args.alpha)
+    return AlignmentTrainer(model, training, train_dataset=samples, data_collator=Collator())
+
+
+def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict]) -> Trainer:
+    """A Trainer of the fused model's router and experts, its base frozen."""
     return MixtureTrainer(
-        model,
+        mixture_model(args, training),
         args=training,
         train_dataset=samples,
         data_collator=Collator(routing=True, gate_tokens=args.gate_tokens, tasks=args.trained_tasks),

@@ -265,3 +265,12 @@ class SourceArguments(BaseArguments):
         "bitsandbytes",
         choices=[*DTYPES, NF4],
     )
+
+
+@dataclass
+class AnsweringArguments(SourceArguments):
+    """And where a model that answers or is scored lies."""
+
+    device_map: str | None = flag(
+        None, "auto: spread a base larger than one GPU over all of them (accelerate)", choices=["auto"]
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import cli
 from cli import (
-    SourceArguments,
+    AnsweringArguments,
     check,
     check_at_least,
     check_default,
@@ -25,7 +25,7 @@ NUM_TINTED = 6  # answers whose routing is kept token by token
 
 
 @dataclass
-class InferArguments(SourceArguments):
+class InferArguments(AnsweringArguments):
     """Flags of inference.py."""
 
     task_name: str | None = flag(
@@ -66,6 +66,8 @@ class InferArguments(SourceArguments):
         if (self.server_url is None) != (self.server_model is None):
             raise UserError("--server_url and --server_model go together: the server, and the model's name on it")
         check_at_least(1, concurrency=self.concurrency)
+        if self.server_url:
+            check_not_given("is of a model that runs here, not of --server_url", device_map=self.device_map)
         if self.server_url and self.expert_bias:
             raise UserError(f"--expert_bias {self.expert_bias}: is not known to a server; leave --server_url out")
         if self.server_url and self.cross_task == RAW_CHAT:
@@ -130,7 +132,8 @@ from models import base
 from models.base_identity import base_sha256
 from models.expert_bias import ExpertBias, read_bias
 from models.generation import answer_row, answered_record, generate
-from models.loading import device, is_fused, load_run, run_sources, weights_sha256
+from models.loading import check_device_map, is_fused, load_on_device, run_sources, weights_sha256
+from models.processes import answers_of_all, check_one_process, is_first, join_processes, on_first_process
 from models.routing import draw_heat_map, routing_usage, token_routing, usage_line
 from models.terminal import answer_prompt, compare_runs, converse, printable
 from workspace import client, run_dir
@@ -142,6 +145,11 @@ SCRIPT = "inference.py"
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, InferArguments)
+    join_processes()
+    check_device_map(args.device_map)
+    for name in ("server_url", "prompt", "chat"):
+        if getattr(args, name):
+            check_one_process(f"--{name} {getattr(args, name)}")
     if args.server_url:
         client.make_clients(args.server_url, args.concurrency, flag="server_url")  # its mistakes, before anything else
     if args.compare:
@@ -191,24 +199,25 @@ def answer_task(
     }
     rows = sources.read_rows(args.task_name, args.dataset_type, data_source)
     records = sources.spread(sources.prompt_records(args.task_name, rows, data_source), args.num_samples)
-    state = run_dir.begin(folder, SCRIPT, arguments, "move it away, or write to another --results_dir")
+    remedy = "move it away, or write to another --results_dir"
+    state = on_first_process(lambda: run_dir.begin(folder, SCRIPT, arguments, remedy))
     outputs = folder / "outputs.jsonl"
     observation = Path(args.results_dir) / "observation" / args.task_name / args.dataset_type / name
     observe = is_fused(path) and not args.server_url
     if state == "complete":
         print(f"{folder} is complete: nothing to do")
-        if observe and not (observation / "routing.json").exists():  # stopped, or failed, after the answers
-            model, tokenizer = load_run(path, base_model, args.dtype, bias)
-            observe_routing(model.to(device()), tokenizer, read_lines(outputs), args, observation)
+        # stopped, or failed, after the answers
+        if observe and is_first() and not (observation / "routing.json").exists():
+            model, tokenizer = load_on_device(args, path, base_model, bias)
+            observe_routing(model, tokenizer, read_lines(outputs), args, observation)
         return
     if args.server_url:
         batches = [[record] for record in records]
     else:
-        model, tokenizer = load_run(path, base_model, args.dtype, bias)
-        model.to(device())
+        model, tokenizer = load_on_device(args, path, base_model, bias)
         chat = args.run == RAW_CHAT
         batches = batches_by_length(records, lambda record: len(prompt_ids(tokenizer, record, chat)), args.batch_size)
-    done = finished_batches(outputs, batches)
+    done = on_first_process(lambda: finished_batches(outputs, batches))
     num_done = sum(len(batches[i]) for i in done)
     if done:
         print(f"Going on after {num_done} of {len(records)} answers")
@@ -216,7 +225,13 @@ def answer_task(
     if args.server_url:
         answers = answers_of_server(args, [record for batch in todo.values() for record in batch])
     else:
-        answers = (a for i, batch in todo.items() for a in generate(model, tokenizer, batch, args, args.seed + i))
+        answers = answers_of_all(
+            todo, lambda number: generate(model, tokenizer, todo[number], args, args.seed + number)
+        )
+    if not is_first():
+        for _ in answers:  # the first process has them too, and writes them
+            pass
+        return
     started, new_tokens = time.perf_counter(), 0
     with open(outputs, "a", encoding="utf-8") as file:
         for answer in tqdm(answers, desc=name, unit="answer", initial=num_done, total=len(records)):

@@ -19,7 +19,7 @@ if not __package__:  # run as a script, from any folder
 import cli
 from cli import (
     TASKS_HELP,
-    SourceArguments,
+    AnsweringArguments,
     check,
     check_at_least,
     check_default,
@@ -36,7 +36,7 @@ OF_HELD_APART = {"dataset_type": HELD_APART}
 
 
 @dataclass
-class LikelihoodArguments(SourceArguments):
+class LikelihoodArguments(AnsweringArguments):
     """Flags of evaluator/evaluate_likelihood.py."""
 
     run: str = flag(
@@ -104,8 +104,9 @@ from evaluator.statistics import metric, share
 from models import base
 from models.base_identity import base_sha256
 from models.expert_bias import read_bias
-from models.loading import device, is_fused, load_run, run_sources, weights_sha256
+from models.loading import check_device_map, is_fused, load_on_device, run_sources, weights_sha256
 from models.losses import routing_hits
+from models.processes import is_first, join_processes, on_first_process
 from workspace import run_dir
 from workspace.run_dir import find_run
 
@@ -116,6 +117,8 @@ JUDGE = "likelihood"  # the name where a judge's would stand: the model's own pr
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, LikelihoodArguments)
+    join_processes()
+    check_device_map(args.device_map)
     names = [name.strip() for name in args.run.split(",") if name.strip()]
     outputs = Path(args.results_dir) / "outputs"
     runs = [(name, find_run(name, outputs, args.checkpoint_number)) for name in names]
@@ -132,14 +135,15 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
     of_run["expert_bias"] = bias.text or None if bias else None
     folders = {t: evaluation_folder(args.results_dir, t, args.dataset_type, label, JUDGE) for t in args.scored_tasks}
     arguments = {task: {**of_run, **settings_of(args, task, base_model, data_source)} for task in folders}
-    states = {task: run_dir.begin(folder, SCRIPT, arguments[task], REMEDY) for task, folder in folders.items()}
+    states = on_first_process(
+        lambda: {task: run_dir.begin(folder, SCRIPT, arguments[task], REMEDY) for task, folder in folders.items()}
+    )
     todo = [task for task in args.scored_tasks if states[task] != "complete"]
     if not todo:
         print(f"{label}: scored already")
         return
     items = {task: task_items(task, args, data_source) for task in todo if task != GENERAL}
-    model, tokenizer = load_run(path, base_model, args.dtype, bias)
-    model.to(device())
+    model, tokenizer = load_on_device(args, path, base_model, bias)
     window = model.config.max_position_embeddings
     check("max_length", args.max_length, (args.max_length or 0) <= window, f"at most {window}, the model's window")
     encoder = Encoder(tokenizer, args.max_length or window, chat=name == RAW_CHAT)
@@ -148,17 +152,19 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
     if GENERAL in todo:
         rows = sources.spread(sources.general_passages(data_source), args.num_samples)
         texts = [row["text"] for row in rows]
-        scored = score_texts(model, tokenizer, texts, encoder.max_length, args.batch_size, device())
+        scored = score_texts(model, tokenizer, texts, encoder.max_length, args.batch_size, model.device)
         metrics, judgements = general_metrics([row["id"] for row in rows], scored)
-        write_scores(folders[GENERAL], SCRIPT, arguments[GENERAL], judge, metrics, judgements)
-        print_scores(folders[GENERAL])
+        if is_first():
+            write_scores(folders[GENERAL], SCRIPT, arguments[GENERAL], judge, metrics, judgements)
+            print_scores(folders[GENERAL])
     for task in items:
         records, comparisons = items[task]
         wanted = records + [r for questions in comparisons.values() for q in questions for r in choice_records(q)]
-        scored = score_answers(model, encoder, wanted, args.batch_size, device(), f"{label} on {task}")
+        scored = score_answers(model, encoder, wanted, args.batch_size, model.device, f"{label} on {task}")
         metrics, judgements = task_metrics(task, records, comparisons, scored, expert_of_task.get(task))
-        write_scores(folders[task], SCRIPT, arguments[task], judge, metrics, judgements)
-        print_scores(folders[task])
+        if is_first():
+            write_scores(folders[task], SCRIPT, arguments[task], judge, metrics, judgements)
+            print_scores(folders[task])
 
 
 def settings_of(args: LikelihoodArguments, task: str, base_model: str, source: str) -> dict:

@@ -11,6 +11,7 @@ from data.batching import batches_by_length, pad
 from data.encoding import IGNORED, Encoder
 from data.sources import Record
 from models.losses import mean_routing_probs
+from models.processes import is_first, merge_shares, own_share
 from models.router import recorded_router_logits
 
 
@@ -52,13 +53,13 @@ def score_answers(model, encoder: Encoder, records: list[Record], batch_size: in
     """
     rows = _rows(encoder, list(dict.fromkeys(records)))
     rows.sort(key=lambda row: row.length)
+    share = own_share([rows[start : start + batch_size] for start in range(0, len(rows), batch_size)])
     scored = {}
-    with tqdm(total=len(rows), desc=name, unit="prompt") as bar:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
+    with tqdm(total=sum(map(len, share)), desc=name, unit="prompt", disable=not is_first()) as bar:
+        for batch in share:
             scored.update(_score_batch(model, batch, device))
             bar.update(len(batch))
-    return scored
+    return merge_shares(scored)
 
 
 def _rows(encoder: Encoder, records: list[Record]) -> list[_Row]:
@@ -113,11 +114,11 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
         columns = (part[i] == number).nonzero()[:, 0]
         sources.append(torch.cat((torch.tensor([len(rows[i].prompt) - 1]), columns[:-1])))
     hidden = outputs.last_hidden_state[samples.repeat_interleave(torch.tensor(lengths)), torch.cat(sources)]
-    tokens = torch.tensor([token for i, number in answers for token in rows[i].answers[number - 1]], device=device)
+    tokens = torch.tensor([token for i, number in answers for token in rows[i].answers[number - 1]])
     log_probs = (
         torch.cat(
             [
-                -F.cross_entropy(base.lm_head(some).float(), targets, reduction="none")  # (512, V) at most
+                _log_probs(base.lm_head(some), targets)  # (512, V) at most
                 for some, targets in zip(hidden.split(512), tokens.split(512), strict=True)
             ]
         )
@@ -129,7 +130,7 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
         openings = torch.tensor([row.opening for row in rows])
         of_prompt = (part == 0) & (torch.arange(length) >= openings[:, None])
         counted = torch.stack([of_prompt[i] | (part[i] == number) for i, number in answers])  # (answers, T)
-        router_logits = [x.view(len(rows), length, -1)[samples] for x in of_layers]
+        router_logits = [x.view(len(rows), length, -1)[samples].to(device) for x in of_layers]
         probs = mean_routing_probs(router_logits, of_prompt[samples].to(device)).cpu()
         probs_with_answer = mean_routing_probs(router_logits, counted.to(device)).cpu()
     scored = {}
@@ -143,6 +144,11 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
             cut=bool(cut),
         )
     return scored
+
+
+def _log_probs(logits: Tensor, targets: Tensor) -> Tensor:
+    """(M, V), (M,) -> (M,) fp32. The head of a model that is spread over GPUs may lie on another one than its input."""
+    return -F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
 
 
 def _masks(base, seen: Tensor, positions: Tensor, device) -> Tensor | dict[str, Tensor]:
@@ -172,12 +178,13 @@ def score_texts(model, tokenizer, texts: list[str], window: int, batch_size: int
     ids = tokenizer(texts, split_special_tokens=True)["input_ids"]
     samples = [(number, of_text[:window]) for number, of_text in enumerate(ids)]
     scored = {}
-    for batch in batches_by_length(samples, lambda sample: len(sample[1]), batch_size):
+    for batch in own_share(batches_by_length(samples, lambda sample: len(sample[1]), batch_size)):
         rows, mask = (tensor.to(device) for tensor in pad([of_text for _, of_text in batch], left=False))
         hidden = base.model(input_ids=rows, attention_mask=mask, use_cache=False).last_hidden_state
         for (number, of_text), states in zip(batch, hidden, strict=True):
             count = len(of_text) - 1
             logits = base.lm_head(states[:count]).float()
-            targets = torch.tensor(of_text[1:], device=device)
+            targets = torch.tensor(of_text[1:], device=logits.device)
             scored[number] = (-F.cross_entropy(logits, targets, reduction="sum").item(), count)
+    scored = merge_shares(scored)
     return [scored[number] for number in range(len(texts))]

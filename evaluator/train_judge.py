@@ -66,7 +66,8 @@ from models import base, training_arguments
 from models.adapters import add_lora
 from models.base_identity import base_sha256
 from models.loading import device
-from models.trainer import AlignmentTrainer, on_first_process
+from models.processes import on_first_process
+from models.trainer import AlignmentTrainer
 from models.training_arguments import TrainArguments
 from workspace import run_dir
 from workspace.files import write_json, write_lines
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments["base_sha256"] = base_sha256(args.base_model)
     arguments["data_sha256"] = data_sha256(judge_files(args.kind, args.data_source))
     remedy = "give this judge a folder of its own with --output, or move that one"
-    state = on_first_process(training, lambda: run_dir.begin(folder, SCRIPT, arguments, remedy))
+    state = on_first_process(lambda: run_dir.begin(folder, SCRIPT, arguments, remedy))
     if state == "complete":
         print(f"{folder} is complete: nothing to do")
         return

@@ -3,6 +3,7 @@ mixture cannot represent it."""
 
 import dataclasses
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,9 +53,10 @@ def how_made(experts: list) -> dict[str, dict | None]:
     return {name: record and record["run"]["arguments"] for name, record in records.items()}
 
 
-def add_lora(args, targets: list[str], seed: int) -> PeftModel:
-    """A base with fp32 LoRA on the `targets`, all else frozen; args: base_model, dtype, rank, alpha, lora_dropout."""
-    model = base.load_base(args.base_model, args.dtype)
+def add_lora(args, targets: list[str], seed: int, load: Callable = base.load_base) -> PeftModel:
+    """A base with fp32 LoRA on the `targets`, all else frozen; args: base_model, dtype, rank, alpha, lora_dropout.
+    load: what makes the base of (base_model, dtype)."""
+    model = load(args.base_model, args.dtype)
     torch.manual_seed(seed)
     lora = LoraConfig(
         task_type="CAUSAL_LM",

@@ -139,11 +139,12 @@ def load_base(
     dtype: torch.dtype | str,
     with_class: Callable[[type[PreTrainedModel]], type[PreTrainedModel]] = answer_loss_class,
     with_experts: bool = False,
+    device_map: str | dict | None = None,
 ) -> PreTrainedModel:
     """A base model in a torch.dtype or what a --dtype says, as its family's class that `with_class` adds to. UserError
     if it cannot be had, or does not fit the mixture, or holds experts too (with_experts: whose base is wanted)."""
     base_config = load_base_config(base_model, with_experts)
-    model = load_weights(with_class(model_class_of(base_config)), base_model, base_config, dtype)
+    model = load_weights(with_class(model_class_of(base_config)), base_model, base_config, dtype, device_map)
     if base_config.model_type not in VERIFIED and (why := why_computes_otherwise(model)):
         raise _unfit(base_model, base_config, why)
     return model
@@ -164,26 +165,38 @@ def _not_loaded(base_model: str, error: Exception) -> UserError:
     return hub.unavailable(base_model, "model", error, NO_HUB)
 
 
-def load_weights(model_class, base_model: str, base_config, dtype: torch.dtype | str):
+def load_weights(
+    model_class, base_model: str, base_config, dtype: torch.dtype | str, device_map: str | dict | None = None
+):
     """`model_class.from_pretrained` on the base's weights, in a torch.dtype or what a --dtype says; UserError if they
-    cannot be had. On the CPU; in 4 bits on the GPU if there is one."""
+    cannot be had. On the CPU (in 4 bits on the GPU if there is one), or where accelerate puts them by `device_map`:
+    UserError if some would not fit on the GPUs."""
     transformers_logging.disable_progress_bar()  # "Loading weights": over in a second, or the hub shows its own
-    # On a CPU, sequences of a few hundred tokens train faster without PyTorch's fused attention.
-    attention = "sdpa" if torch.cuda.is_available() else "eager"
     kind = pick_dtype(dtype) if isinstance(dtype, str) else dtype
     check_available(base_model)
-    in_4_bit = {"quantization_config": four_bit.quantization(kind)} if dtype == NF4 else {}
+    settings = {"quantization_config": four_bit.quantization(kind)} if dtype == NF4 else {}
+    if device_map is not None:
+        settings["device_map"] = device_map
     try:
-        return model_class.from_pretrained(
+        model = model_class.from_pretrained(
             base_path(base_model),
             config=base_config,
             dtype=kind,
             token=config.hf_token,
-            attn_implementation=attention,
-            **in_4_bit,
+            attn_implementation=training_attention(),
+            **settings,
         )
     except (OSError, ValueError) as error:
         raise _not_loaded(base_model, error) from error
+    if any(parameter.is_meta for parameter in model.parameters()):  # left on the CPU or the disk, fetched at each call
+        raise UserError(f"--device_map {device_map}: {base_model} does not fit on the GPUs; take --dtype nf4, or more")
+    return model
+
+
+def training_attention() -> str:
+    """The attention that trains here: on a CPU, sequences of a few hundred tokens go faster without PyTorch's fused
+    one."""
+    return "sdpa" if torch.cuda.is_available() else "eager"
 
 
 def pick_dtype(name: str) -> torch.dtype:

@@ -78,7 +78,7 @@ def why_computes_otherwise(model: PreTrainedModel) -> str | None:
 
 
 def differ(first: Tensor, second: Tensor) -> bool:
-    return bool((first - second).float().norm() > PROBE_TOLERANCE * first.float().norm())
+    return bool((first - second.to(first.device)).float().norm() > PROBE_TOLERANCE * first.float().norm())
 
 
 def answer_log_probs(hidden: Tensor, lm_head: nn.Module, labels: Tensor) -> tuple[Tensor, Tensor]:

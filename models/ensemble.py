@@ -98,9 +98,11 @@ class EnsembleHead(nn.Module):
         return log_probs.mean(-2).log_softmax(-1)
 
 
-def load_ensemble(folder: Path, base_model: str, dtype: str) -> MixtureForCausalLM:
+def load_ensemble(
+    folder: Path, base_model: str, dtype: str, device_map: str | dict | None = None
+) -> MixtureForCausalLM:
     """The ensemble of a folder, on the named base's weights."""
-    model = load_fused(folder, base_model, dtype)
+    model = load_fused(folder, base_model, dtype, device_map)
     num_experts = model.mixture.num_experts
     model.model = EachExpert(model.model, num_experts)
     model.lm_head = EnsembleHead(model.lm_head, num_experts, model.mixture.average)

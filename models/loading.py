@@ -19,6 +19,7 @@ from models.causal_lm import VERIFIED
 from models.ensemble import load_ensemble
 from models.expert_bias import ExpertBias, set_expert_bias
 from models.mixture import ENSEMBLE, SHARED, load_fused, read_mixture
+from models.processes import check_one_process
 from models.shared import load_shared, named_base
 from workspace.files import read_json, sha256
 from workspace.run_dir import read_run
@@ -151,9 +152,13 @@ def open_experts(args) -> tuple[list[Expert], str, str | None]:
 
 
 def load_run(
-    path: Path | str | None, base_model: str | None = None, dtype: str = "auto", bias: ExpertBias | None = None
+    path: Path | str | None,
+    base_model: str | None = None,
+    dtype: str = "auto",
+    bias: ExpertBias | None = None,
+    device_map: str | dict | None = None,
 ):
-    """(model, tokenizer) of a run's folder, in evaluation mode on the CPU.
+    """(model, tokenizer) of a run's folder, in evaluation mode, on the CPU or as `device_map` says (from_pretrained's).
 
     path: an aligned expert (a PEFT adapter), a fused model, one of their checkpoint-N folders, an ensemble, a causal
     language model's own folder (an export, a merge, a base), or None for the raw `base_model`. base_model: the base's
@@ -166,22 +171,36 @@ def load_run(
     base_model = base.default_base_model(base_model) if kind == "raw" else resolve_base(path, base_model)
     if kind in ("fused", "ensemble", "shared", "shared_by_name"):
         if kind in ("shared", "shared_by_name"):
-            model = load_shared(path, base_model, dtype)
+            model = load_shared(path, base_model, dtype, device_map)
         else:
-            model = (load_fused if kind == "fused" else load_ensemble)(path, base_model, dtype)
+            model = (load_fused if kind == "fused" else load_ensemble)(path, base_model, dtype, device_map)
         if bias is not None:
             set_expert_bias(model, bias)
         if (compute_dtype := base.pick_dtype(dtype)) != torch.float32:
             for block in model.blocks:
                 block.experts.fold_scaling(compute_dtype)
     elif kind == "causal_lm" and base.load_config(base_model).model_type not in VERIFIED:
-        model = base.load_weights(AutoModelForCausalLM, base_model, base.load_config(base_model), dtype)
+        model = base.load_weights(AutoModelForCausalLM, base_model, base.load_config(base_model), dtype, device_map)
     else:
-        model = base.load_base(base_model, dtype)
+        model = base.load_base(base_model, dtype, device_map=device_map)
     model.set_attn_implementation("sdpa")  # without gradients the faster one on a CPU too
     if kind == "adapter":
         model = PeftModel.from_pretrained(model, str(path))
     return model.eval(), base.load_tokenizer(base_model)
+
+
+def load_on_device(args, path: Path | None, base_model: str, bias: ExpertBias | None):
+    """`load_run` as the flags dtype and device_map of `args` say, on `device` or spread over all GPUs."""
+    model, tokenizer = load_run(path, base_model, args.dtype, bias, args.device_map)
+    return model if args.device_map else model.to(device()), tokenizer
+
+
+def check_device_map(device_map: str | None) -> None:
+    """UserError where --device_map would be ignored."""
+    if device_map and not torch.cuda.is_available():
+        raise UserError(f"--device_map {device_map}: spreads a base over GPUs, and this machine has none; leave it out")
+    if device_map:
+        check_one_process(f"--device_map {device_map}")
 
 
 def weights_sha256(path: Path | None) -> str | None:

@@ -186,20 +186,26 @@ def mixture_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(f"Mixture{model_class.__name__}", (MixtureForCausalLM, model_class), {})
 
 
-def load_fused(folder: Path, base_model: str, dtype: str) -> MixtureForCausalLM:
-    """The fused model of a folder: the named base's weights as --dtype has them, fp32 router and experts from here."""
-    mixture = read_mixture(folder)
-    attention_lora, mixture.attention_lora = mixture.attention_lora, None
-    model = base.load_base(base_model, dtype, mixture_class)
-    model.become(mixture)
-    four_bit.make_trainable(model)
-    if attention_lora:
-        model.add_attention_lora(**attention_lora)
+def load_fused(folder: Path, base_model: str, dtype: str, device_map: str | dict | None = None) -> MixtureForCausalLM:
+    """The fused model of a folder: the named base's weights as --dtype and --device_map have them, fp32 router and
+    experts from here, each beside its layer."""
+    model = with_mixture(base.load_base(base_model, dtype, mixture_class, device_map=device_map), read_mixture(folder))
     saved = load_file(folder / "model.safetensors")
     saved_shapes, state = {(key, tensor.shape) for key, tensor in saved.items()}, model.state_dict()
     if odd := saved_shapes ^ {(key, state[key].shape) for key in model.own_state_keys()}:
         raise UserError(f"{folder}: model.safetensors does not fit its config.json (tensor {min(odd)[0]}); fuse again")
     model.load_state_dict(saved, strict=False)
+    return model
+
+
+def with_mixture(model: MixtureForCausalLM, mixture: MixtureConfig) -> MixtureForCausalLM:
+    """A base as the fused model of a configuration: its routers, experts and LoRA on the attention new, all else
+    frozen."""
+    attention_lora, mixture.attention_lora = mixture.attention_lora, None
+    model.become(mixture)
+    four_bit.make_trainable(model)
+    if attention_lora:
+        model.add_attention_lora(**attention_lora)
     model.seal_base()
     return model
 

@@ -41,9 +41,9 @@ def token_usage(model: MixtureForCausalLM, samples: list[list[int]], batch_size:
         ids, mask = (tensor.to(model.device) for tensor in pad(batch, left=False))
         with recorded_router_logits(model) as of_layers:
             model.model(input_ids=ids, attention_mask=mask, use_cache=False)
-        real = mask.flatten().bool()
+        real = mask.flatten().bool().cpu()
         for layer, router_logits in enumerate(of_layers):
-            chosen = route(router_logits[real], model.mixture.num_experts_per_tok)
+            chosen = route(router_logits.cpu()[real], model.mixture.num_experts_per_tok)
             top_k_index, top_k_weights = (x.flatten().cpu() for x in chosen)
             weight[layer].index_add_(0, top_k_index, top_k_weights.double())
             selected[layer] += top_k_index.bincount(minlength=model.mixture.num_experts)

@@ -66,10 +66,12 @@ def named_base(folder: Path) -> dict | None:
     return read_json(folder / "config.json")["mixture"].get("base")
 
 
-def load_shared(folder: Path, base_model: str, dtype: str) -> MixtureForCausalLM:
+def load_shared(
+    folder: Path, base_model: str, dtype: str, device_map: str | dict | None = None
+) -> MixtureForCausalLM:
     """A written checkpoint as this project's own model, without its modeling file. base_model: the folder itself, or
     the base that it names. UserError for a torn one."""
-    model = base.load_base(base_model, dtype, mixture_class, with_experts=True)
+    model = base.load_base(base_model, dtype, mixture_class, True, device_map)
     model.become(read_mixture(folder))
     if named_base(folder) is None:
         index = read_json(folder / "model.safetensors.index.json")["weight_map"]

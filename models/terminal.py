@@ -10,7 +10,7 @@ from data.prompts import STOP_STRING, render_prompt
 from data.sources import Record
 from models.expert_bias import ExpertBias
 from models.generation import answered_record, generate, generate_tokens, prompt_window
-from models.loading import device, is_fused, load_run
+from models.loading import is_fused, load_on_device
 from models.routing import routing_usage, token_usage, usage_line
 
 PROMPT, NEW, END = "> ", "/new", "/quit"
@@ -23,8 +23,7 @@ def printable(text: str) -> str:
 
 def answer_prompt(args, path: Path | None, base_model: str, bias: ExpertBias | None) -> None:
     """Answer --prompt; of a fused model, say how much each expert was used."""
-    model, tokenizer = load_run(path, base_model, args.dtype, bias)
-    model.to(device())
+    model, tokenizer = load_on_device(args, path, base_model, bias)
     (answer,) = generate(model, tokenizer, [Record("prompt", "", args.prompt)], args, args.seed)
     print(printable(answer["output"]))
     if is_fused(path):
@@ -57,8 +56,7 @@ class AnswerStreamer(TextStreamer):
 def converse(args, path: Path | None, base_model: str, bias: ExpertBias | None) -> None:
     """A conversation, streamed: each turn is read with those before it, as far as they fit. Of a fused model
     each answer is followed by the experts that it used."""
-    model, tokenizer = load_run(path, base_model, args.dtype, bias)
-    model.to(device())
+    model, tokenizer = load_on_device(args, path, base_model, bias)
     window = prompt_window(model, args.max_new_tokens)
     print(f"{NEW} begins again, {END} (or the end of input) ends.")
     turns: list[tuple[str, str]] = []

@@ -1,11 +1,8 @@
 """transformers.Trainer with the fusion's three losses, their logging, and the router's own learning rate."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import Trainer
 
@@ -16,23 +13,6 @@ from models.losses import gate_loss, mean_routing_probs, routing_hits
 from models.mixture import MixtureForCausalLM
 from models.training_arguments import TrainArguments
 from workspace import run_dir
-
-
-def on_first_process(training: TrainArguments, action: Callable[[], str]) -> str:
-    """What `action` returns, called in the first process alone. Its UserError ends the others too, silently."""
-    outcome, error = [None], None
-    if training.process_index == 0:
-        try:
-            outcome = [action()]
-        except UserError as raised:
-            error = raised
-    if training.world_size > 1:
-        broadcast_object_list(outcome)
-    if error is not None:
-        raise error
-    if outcome[0] is None:
-        sys.exit(2)
-    return outcome[0]
 
 
 class AlignmentTrainer(Trainer):

@@ -1,0 +1,75 @@
+"""runs/*.yaml: accelerate reads them and takes from them what they are for."""
+
+import argparse
+import dataclasses
+import re
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.launch import prepare_multi_gpu_env
+from conftest import ROOT
+from scripts import FLAGS
+
+import align_basemodel
+from config import UserError
+from models import training_arguments
+
+
+def launch_arguments(name) -> argparse.Namespace:
+    """The arguments of accelerate launch with a file of runs/."""
+    path = str(ROOT / "runs" / name)
+    args = launch_command_parser().parse_args(["--config_file", path, "align_basemodel.py"])
+    return _validate_launch_command(args)[0]
+
+
+def test_fsdp_shards_by_decoder_layer_and_saves_whole_matrices(monkeypatch):
+    assert load_config_from_file(str(ROOT / "runs" / "fsdp.yaml")).mixed_precision == "bf16"
+    args = launch_arguments("fsdp.yaml")
+    assert args.use_fsdp and args.num_processes == 8
+    for name, value in prepare_multi_gpu_env(args).items():
+        if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP")):
+            monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"
+    assert str(plugin.state_dict_type).endswith("FULL_STATE_DICT")
+    assert plugin.transformer_cls_names_to_wrap is None  # then the model's own decoder layers
+    assert not plugin.activation_checkpointing and not plugin.cpu_ram_efficient_loading
+
+
+def test_zero3_is_read_by_accelerate():
+    settings = load_config_from_file(str(ROOT / "runs" / "zero3.yaml"))
+    assert settings.mixed_precision == "bf16" and settings.deepspeed_config["zero_stage"] == 3
+    args = launch_arguments("zero3.yaml")
+    assert args.use_deepspeed and str(args.zero_stage) == "3"
+
+
+def test_zero3_is_read_by_deepspeed(monkeypatch):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: runs/zero3.yaml has not been run")
+    from accelerate.utils import DeepSpeedPlugin
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    for name, value in prepare_deepspeed_cmd_env(launch_arguments("zero3.yaml"))[1].items():
+        monkeypatch.setenv(name, value)
+    assert DeepSpeedPlugin().deepspeed_config["zero_optimization"]["stage"] == 3
+
+
+def test_the_fusion_under_deepspeed_is_refused(fused_dir, monkeypatch):
+    argv = ["--moe_flag", "1", "--moe_dir", str(fused_dir), "--data_source", "sample", "--use_cpu", "1"]
+    args, training = training_arguments.parse(argv, align_basemodel.AlignArguments)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match="--moe_flag 1: .*take runs/fsdp.yaml"):
+        align_basemodel.check_sharding(args, training)
+
+
+def test_the_commands_of_the_scaling_page_have_flags_that_exist():
+    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^    ((?:python|torchrun|accelerate launch) .+)$", text, re.M)
+    assert len(lines) >= 8
+    for line in lines:
+        script = re.search(r"[\w/]+\.py", line)[0]
+        known = {f"--{field.name}" for arguments in FLAGS[script] for field in dataclasses.fields(arguments)}
+        known.add("--gradient_checkpointing")  # transformers' older name of --activation_checkpointing
+        assert set(re.findall(r" (--\w+)", line[line.index(script) :])) <= known, line
