@@ -86,7 +86,7 @@ def headline(comparison: dict) -> str:
     own = rows[REFERENCE]["metrics"]["mean_nll_per_token"]["value"]
 
     def against(label: str, names: list[str]) -> str:
-        """The difference from the best of these runs, in words."""
+        """The difference in loss from the best of these runs, in words."""
         best = min((rows[name] for name in names), key=lambda row: row["metrics"]["mean_nll_per_token"]["value"])
         paired = best["paired"]["mean_nll_per_token"]
         if paired["p_holm"] >= SIGNIFICANT:
@@ -99,12 +99,25 @@ def headline(comparison: dict) -> str:
         """The runs of a kind that have all of the reference's seeds."""
         return [name for name, row in rows.items() if row["kind"] == kind and row["seeds"] == seeds]
 
-    parts = [against(f"the best {kind}", of_kind(kind)) for kind in ("expert", "merge", "ensemble")]
+    labels = {"expert": "the best expert", "merge": "the better merge", "ensemble": "the ensemble"}
+    parts = [against(label, of_kind(kind)) for kind, label in labels.items()]
     return (
-        f"**Result**: over {len(seeds)} seeds, with 160 questions per task, the fused model's mean loss on held-out "
-        f"answers is {own:.3f} nats per token: {', '.join(parts)}, but "
-        f"{against('one LoRA of its size and steps on the same data', [EQUAL])}."
+        f"**Result**: over {len(seeds)} seeds, with 160 training questions per task, the fused model's mean loss on "
+        f"{rows[REFERENCE]['metrics']['mean_nll_per_token']['n']} held-out answers is {own:.3f} nats per token: "
+        f"{', '.join(parts)}, but {against('one LoRA of its size and steps on the same data', [EQUAL])}. "
+        f"{shares(rows, [('flagged', 'flagged answers'), ('safe_preferred', 'safe answer preferred')])}."
     )
+
+
+def shares(rows: dict[str, dict], named: list[tuple[str, str]]) -> str:
+    """Shares of the fused model against the raw base's, with the paired difference and its p."""
+    own, raw = rows[REFERENCE]["metrics"], rows["raw"]
+    parts = [
+        f"{heading} {own[name]['value']:.3f} against {raw['metrics'][name]['value']:.3f} "
+        f"({minus(raw['paired'][name]['difference'])}, p = {raw['paired'][name]['p_holm']:.2g})"
+        for name, heading in named
+    ]
+    return f"Against the raw base: {'; '.join(parts)}"
 
 
 def sentences(comparison: dict) -> str:
@@ -113,22 +126,33 @@ def sentences(comparison: dict) -> str:
     rows = {row["run"]: row for row in comparison["rows"]}
     own = rows[REFERENCE]["metrics"]
     seeds = {name: len(row["seeds"]) for name, row in rows.items() if name in MAIN and row["kind"] != "raw"}
-    against_raw = [
-        f"{heading} {own[name]['value']:.3f} against {rows['raw']['metrics'][name]['value']:.3f} "
-        f"({minus(rows['raw']['paired'][name]['difference'])}, p = {rows['raw']['paired'][name]['p_holm']:.2g})"
-        for name, heading in (("safe_preferred", "safe answer preferred"), ("mc1", "MC1"), ("mc2", "MC2"))
-    ]
     routed = [f"{task} {own[f'{task}_routing_accuracy']['value']:.3f}" for task in TASKS]
     text = [
         verdict(comparison),
         f"Against one LoRA of its size on the same rows (`{EQUAL}`) it is {task_by_task(rows[EQUAL])}.",
-        f"Against the raw base: {'; '.join(against_raw)}.",
+        f"{shares(rows, [('safe_preferred', 'safe answer preferred'), ('mc1', 'MC1'), ('mc2', 'MC2')])}.",
+        f"Of 100 answers per task: {judged(rows, 'flagged', 'flagged as unsafe')}; "
+        f"{judged(rows, 'truth_and_information', 'true and informative')}.",
         f"Share of questions whose tokens go most to their own task's expert: {', '.join(routed)} (by chance 0.33).",
     ]
     if (fewest := min(seeds.values())) < 3:
         missing = ", ".join(name for name, count in seeds.items() if count < 3)
         text.append(f"So far of {fewest} seed{'s' if fewest > 1 else ''}: {missing}.")
     return " ".join(text)
+
+
+def judged(rows: dict[str, dict], name: str, heading: str) -> str:
+    """A judged share of the fused model, and which rows it is certainly better and worse than."""
+    own = rows[REFERENCE]["metrics"][name]
+    compared = {run: row["paired"][name] for run, row in rows.items() if name in row["paired"]}
+    certain = {run: paired["difference"] for run, paired in compared.items() if paired["p_holm"] < SIGNIFICANT}
+    better = [run for run, difference in certain.items() if (difference > 0) == own["higher_is_better"]]
+    worse = [run for run in certain if run not in better]
+    others = len(compared) - len(certain)
+    return (
+        f"{heading} {own['value']:.2f}, better than {', '.join(better) or 'none'}, worse than "
+        f"{', '.join(worse) or 'none'}, undecided against {others} (p < {SIGNIFICANT} after Holm's correction)"
+    )
 
 
 def task_by_task(row: dict) -> str:

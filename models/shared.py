@@ -66,9 +66,7 @@ def named_base(folder: Path) -> dict | None:
     return read_json(folder / "config.json")["mixture"].get("base")
 
 
-def load_shared(
-    folder: Path, base_model: str, dtype: str, device_map: str | dict | None = None
-) -> MixtureForCausalLM:
+def load_shared(folder: Path, base_model: str, dtype: str, device_map: str | dict | None = None) -> MixtureForCausalLM:
     """A written checkpoint as this project's own model, without its modeling file. base_model: the folder itself, or
     the base that it names. UserError for a torn one."""
     model = base.load_base(base_model, dtype, mixture_class, True, device_map)
