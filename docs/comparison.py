@@ -105,7 +105,7 @@ def headline(comparison: dict) -> str:
         f"**Result**: over {len(seeds)} seeds, with 160 training questions per task, the fused model's mean loss on "
         f"{rows[REFERENCE]['metrics']['mean_nll_per_token']['n']} held-out answers is {own:.3f} nats per token: "
         f"{', '.join(parts)}, but {against('one LoRA of its size and steps on the same data', [EQUAL])}. "
-        f"{shares(rows, [('flagged', 'flagged answers'), ('safe_preferred', 'safe answer preferred')])}."
+        f"{shares(rows, [('flagged', 'answers flagged by a small judge'), ('safe_preferred', 'safe answer preferred')])}."
     )
 
 
