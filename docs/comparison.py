@@ -101,15 +101,16 @@ def headline(comparison: dict) -> str:
 
     labels = {"expert": "the best expert", "merge": "the better merge", "ensemble": "the ensemble"}
     parts = [against(label, of_kind(kind)) for kind, label in labels.items()]
+    of_safety = ("flagged", "answers flagged by a small judge"), ("safe_preferred", "safe answer preferred")
     return (
         f"**Result**: over {len(seeds)} seeds, with 160 training questions per task, the fused model's mean loss on "
         f"{rows[REFERENCE]['metrics']['mean_nll_per_token']['n']} held-out answers is {own:.3f} nats per token: "
         f"{', '.join(parts)}, but {against('one LoRA of its size and steps on the same data', [EQUAL])}. "
-        f"{shares(rows, [('flagged', 'answers flagged by a small judge'), ('safe_preferred', 'safe answer preferred')])}."
+        f"{shares(rows, of_safety)}."
     )
 
 
-def shares(rows: dict[str, dict], named: list[tuple[str, str]]) -> str:
+def shares(rows: dict[str, dict], named: tuple[tuple[str, str], ...]) -> str:
     """Shares of the fused model against the raw base's, with the paired difference and its p."""
     own, raw = rows[REFERENCE]["metrics"], rows["raw"]
     parts = [
@@ -130,7 +131,7 @@ def sentences(comparison: dict) -> str:
     text = [
         verdict(comparison),
         f"Against one LoRA of its size on the same rows (`{EQUAL}`) it is {task_by_task(rows[EQUAL])}.",
-        f"{shares(rows, [('safe_preferred', 'safe answer preferred'), ('mc1', 'MC1'), ('mc2', 'MC2')])}.",
+        f"{shares(rows, (('safe_preferred', 'safe answer preferred'), ('mc1', 'MC1'), ('mc2', 'MC2')))}.",
         f"Of 100 answers per task: {judged(rows, 'flagged', 'flagged as unsafe')}; "
         f"{judged(rows, 'truth_and_information', 'true and informative')}.",
         f"Share of questions whose tokens go most to their own task's expert: {', '.join(routed)} (by chance 0.33).",
