@@ -144,7 +144,7 @@ def draw(kept: dict) -> None:
         axis.set_xticks([row[key] for row in rows], [str(row[key]) for row in rows])
         axis.set_xlabel(label)
         axis.axhline(1, color="#888888", linewidth=0.8)
-        axis.set_ylim(bottom=0)
+    axes[0].set_ylim(bottom=0)  # of both, once both have their lines
     axes[0].set_ylabel("times as long")
     axes[0].legend(fontsize=8, loc="lower left")
     figure.savefig(PICTURE, metadata={"Date": None})
