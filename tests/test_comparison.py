@@ -401,7 +401,7 @@ frame.srcdoc = {page};
 frame.onload = () => {{
   const page = frame.contentDocument, view = frame.contentWindow;
   const heading = page.querySelector("#runs thead th:nth-child(2) button");
-  const first = () => page.querySelector("#runs tbody th").firstChild.textContent.trim();
+  const first = () => page.querySelector("#runs tbody th .run").textContent;
   heading.click(); const lowest = first(); heading.click(); const highest = first();
   document.getElementById("said").textContent = JSON.stringify({{
     overflow: page.documentElement.scrollWidth - view.innerWidth,
