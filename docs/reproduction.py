@@ -82,10 +82,7 @@ def judges() -> str:
 
 def router_rates() -> str:
     """Routing accuracy on training prompts held apart, by the routers' learning rate, of two draws of training rows."""
-    lines = [
-        "| rate | " + " | ".join(TASKS) + " | mean | mean with 28 rows |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    lines = ["| rate | " + " | ".join(TASKS) + " | mean | mean with 28 rows |", "| --- | --- | --- | --- | --- | --- |"]
     fewer = read("router_rates_28_rows.json")["routing_accuracy"]
     for rate, accuracies in read("router_rates_32_rows.json")["routing_accuracy"].items():
         values = [accuracies[name] for name in (*TASKS, "mean")] + [fewer[rate]["mean"]]
