@@ -33,6 +33,7 @@ from benchmarks import whole_model
 from cli import flag
 from config import RESULTS_DIR, ROOT, UserError
 from models import base, export
+from models.cost import peak_memory_bytes
 from models.loading import device, load_run, resolve_base
 from workspace.files import write_json
 from workspace.run_dir import environment, find_run
@@ -199,7 +200,7 @@ def measure_own(form: str, run: Path, folder: Path, at_once: tuple[int, ...], ne
             first = whole_model.seconds(lambda ids=ids: whole_model.generate(model, ids, 1), 3)
             took = whole_model.seconds(lambda ids=ids: whole_model.generate(model, ids, new_tokens), 1)
         figures |= {f"tokens_per_s_at_{number}": number * new_tokens / took, f"first_token_s_at_{number}": first}
-    figures["memory_bytes"] = whole_model.peak_bytes()
+    figures["memory_bytes"] = peak_memory_bytes()
     return figures
 
 

@@ -6,7 +6,6 @@ Each form runs in a process of its own, so that its peak memory is its own.
 import contextlib
 import io
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -21,6 +20,7 @@ from transformers.utils import logging
 from cli import keep_freed_memory
 from config import TASKS, UserError
 from models import base, export, llama_moe
+from models.cost import peak_memory_bytes
 from models.expert_ffn import PROJECTIONS
 from models.loading import device, load_run
 from models.mixture import MixtureConfig, mixture_class
@@ -203,7 +203,7 @@ def measure(form: str, source: Path | str, base_model: str | None, sizes: dict) 
                     lambda p=prompt: generate(model, p, sizes["new_tokens"], cache_implementation="static"), 3
                 )
                 figures[f"decode_tokens_per_s_batch_{batch}_static"] = batch * sizes["new_tokens"] / took
-    figures["inference_peak_bytes"] = peak_bytes()
+    figures["inference_peak_bytes"] = peak_memory_bytes()
     model.train()
     if not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # as align_basemodel.py trains on a CPU
@@ -227,7 +227,7 @@ def measure(form: str, source: Path | str, base_model: str | None, sizes: dict) 
         optimizer.zero_grad()
 
     figures["training_step_s"] = seconds(lambda: step(False), sizes["repeats"])
-    figures["training_peak_bytes"] = peak_bytes()
+    figures["training_peak_bytes"] = peak_memory_bytes()
     if form == "ours":
         labelled, every = seconds_in_turn([lambda: step(False), lambda: step(True)], sizes["repeats"])
         figures["training_step_in_turn_s"], figures["training_step_all_logits_s"] = labelled, every
@@ -286,13 +286,3 @@ def seconds_in_turn(works: list, repeats: int) -> list[float]:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
     return [statistics.median(times[1:]) for times in taken]
-
-
-def peak_bytes() -> int:
-    """Peak memory so far: the device's on a GPU, else this process's (getrusage would count its parent's as well)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

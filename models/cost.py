@@ -9,11 +9,16 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+STATUS = Path("/proc/self/status")  # Linux: what this process alone has held; getrusage begins with its parent's
+
 
 def peak_memory_bytes() -> int:
     """The most memory held by this process so far: the GPU's if there is one, else the machine's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if STATUS.exists():
+        (line,) = (line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
     import resource  # not on Windows
 
     unit = 1 if platform.system() == "Darwin" else 1024  # getrusage(2): bytes on macOS, kilobytes on Linux

@@ -3,19 +3,32 @@
 import json
 import platform
 import resource
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from config import ROOT
 from models import cost
 from models.cost import TrainingCost, peak_memory_bytes
 
 
-@pytest.mark.parametrize("system, expected", [("Linux", 5 * 1024), ("Darwin", 5)])
-def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, system, expected):
+@pytest.mark.skipif(not cost.STATUS.exists(), reason="Linux tells a process's own peak")
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    ballast = bytearray(1_500_000_000)
+    ballast[::4096] = b"1" * len(ballast[::4096])  # every page is used
+    code = "from models.cost import peak_memory_bytes; print(peak_memory_bytes())"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 50_000_000 < int(child.stdout) < len(ballast)
+
+
+@pytest.mark.parametrize("system, expected", [("FreeBSD", 5 * 1024), ("Darwin", 5)])
+def test_peak_memory_is_in_bytes_on_every_system(monkeypatch, tmp_path, system, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(cost, "STATUS", tmp_path / "none")
     monkeypatch.setattr(platform, "system", lambda: system)
     monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=5))
     assert peak_memory_bytes() == expected
