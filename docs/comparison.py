@@ -99,7 +99,7 @@ def headline(comparison: dict) -> str:
         """The runs of a kind that have all of the reference's seeds."""
         return [name for name, row in rows.items() if row["kind"] == kind and row["seeds"] == seeds]
 
-    labels = {"expert": "the best expert", "merge": "the better merge", "ensemble": "the ensemble"}
+    labels = {"expert": "the best expert", "merge": "the best merge with as many seeds", "ensemble": "the ensemble"}
     parts = [against(label, of_kind(kind)) for kind, label in labels.items()]
     of_safety = ("flagged", "answers flagged by a small judge"), ("safe_preferred", "safe answer preferred")
     return (

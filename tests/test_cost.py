@@ -1,6 +1,7 @@
 """What a training costs is told whole."""
 
 import json
+import os
 import platform
 import resource
 import subprocess
@@ -21,7 +22,8 @@ def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     ballast = bytearray(1_500_000_000)
     ballast[::4096] = b"1" * len(ballast[::4096])  # every page is used
     code = "from models.cost import peak_memory_bytes; print(peak_memory_bytes())"
-    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    settings = {"cwd": ROOT, "env": {**os.environ, "CUDA_VISIBLE_DEVICES": ""}}
+    child = subprocess.run([sys.executable, "-c", code], **settings, capture_output=True, text=True, check=True)
     assert 50_000_000 < int(child.stdout) < len(ballast)
 
 
