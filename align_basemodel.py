@@ -233,10 +233,6 @@ def main(argv: list[str] | None = None) -> None:
     trained = trainer.train_into(folder, state == "resume", started)
     if trained is None:
         return
-    if args.answer_topk:
-        trainer.model.set_top_k(args.answer_topk)
-        for saved in (folder, *folder.glob("checkpoint-*")):
-            trainer.model.mixture.save(saved)
     train = {
         "samples": len(samples),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
@@ -371,7 +367,7 @@ def mixture_model(args: AlignArguments, training: TrainArguments, load: Callable
     """The fused model, of which that is trained which the flags say. load: what makes it of (folder, base_model,
     dtype)."""
     model = load(Path(args.moe_dir), args.base_model, args.dtype)
-    model.set_top_k(args.expert_topk)
+    model.set_top_k(args.expert_topk, recorded=args.answer_topk)
     if args.tune_attention:
         torch.manual_seed(training.seed)
         model.add_attention_lora(args.attention_rank, args.attention_alpha, args.attention_dropout)

@@ -113,7 +113,6 @@ def serve_by_vllm(command: str, folder: Path, shared: bool) -> tuple[subprocess.
 
 
 def free_port() -> int:
-
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
@@ -172,11 +171,11 @@ def measure_server(address: str, model: str, session: int, vocabulary: int, at_o
     figures = {}
 
     async def all_of_it() -> None:
-        client = openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=600)
-        for number, requests in at_once.items():
-            await ask(client, model, random_prompts(number, vocabulary, 1), number)  # not counted
-            measured = await ask(client, model, random_prompts(requests, vocabulary, 2), number)
-            figures.update({f"{name}_at_{number}": value for name, value in measured.items()})
+        async with openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=600) as client:
+            for number, requests in at_once.items():
+                await ask(client, model, random_prompts(number, vocabulary, 1), number)  # not counted
+                measured = await ask(client, model, random_prompts(requests, vocabulary, 2), number)
+                figures.update({f"{name}_at_{number}": value for name, value in measured.items()})
 
     asyncio.run(all_of_it())
     figures["memory_bytes"] = memory_bytes(session)

@@ -63,8 +63,8 @@ class Encoder:
         room: tokens to keep for an answer, if more than this one takes: the prompt is then cut as for a longer answer,
         so that all answers that are compared follow the same prompt.
 
-        Returns input_ids, labels (IGNORED but on the answer and its EOS), opening (the number of leading tokens that
-        belong to the template's opening), task, and cut ("", "prompt" or "answer"). Of a sample that is too
+        Returns id, input_ids, labels (IGNORED but on the answer and its EOS), opening (the number of leading tokens
+        that belong to the template's opening), task, and cut ("", "prompt" or "answer"). Of a sample that is too
         long the prompt loses its beginning (but a BOS token), down to the response mark; an answer that still does
         not fit is cut and gets no EOS. Labels may be all IGNORED: see `encode_all`.
         """
@@ -80,6 +80,7 @@ class Encoder:
             if len(prompt) + len(answer) > self.max_length:
                 cut, answer = "answer", answer[: self.max_length - len(prompt)]
         return {
+            "id": record.id,
             "input_ids": prompt + answer,
             "labels": [IGNORED] * len(prompt) + answer,
             "opening": opening,

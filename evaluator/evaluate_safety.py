@@ -165,6 +165,7 @@ def judge_answers(
     protocol, engine = args.judge_protocol, args.engine
     dtype = None if engine else base.pick_dtype(args.dtype)
     max_length = trained.max_length if trained else args.max_length
+    texts = prompts(args, rows)
 
     def ask(missing: list[str]) -> Iterator[tuple[str, object]]:
         if engine:
@@ -173,16 +174,16 @@ def judge_answers(
             return ((text, completion.choices[0].text) for text, completion in completions)
         if protocol == "beaver-dam":
             model, tokenizer = load_classifier(args.judge, dtype)
-            return category_probabilities(model, tokenizer, missing, args.batch_size, max_length)
+            return category_probabilities(model, tokenizer, texts, args.batch_size, max_length, set(missing))
         model, tokenizer = load_causal(args.judge, dtype, args.base_model)
         if protocol == "yes-no":
-            return yes_probabilities(model, tokenizer, missing, args.batch_size, max_length)
-        return written_answers(model, tokenizer, missing, args.batch_size, GUARD_TOKENS)
+            return yes_probabilities(model, tokenizer, texts, args.batch_size, max_length, wanted=set(missing))
+        return written_answers(model, tokenizer, texts, args.batch_size, GUARD_TOKENS, set(missing))
 
     judge = server_judge(args) if engine else f"{Path(args.judge).name} {version}"
     asked = f"{protocol} {GUARD_TOKENS if protocol in GUARDS else max_length} {dtype}"
     cache = JudgementCache(args.results_dir)
-    judgements = judge_texts(cache, judge, asked, prompts(args, rows), ask, Path(args.judge).name)
+    judgements = judge_texts(cache, judge, asked, texts, ask, Path(args.judge).name)
     if protocol == "beaver-dam":
         return [
             {

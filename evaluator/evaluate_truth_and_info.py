@@ -157,7 +157,7 @@ def judge_answers(args: TruthArguments, version: str | None, texts: list[str], t
 
     def ask_model(missing):
         model, tokenizer = load_causal(args.judge, dtype, args.base_model)
-        return yes_probabilities(model, tokenizer, missing, args.batch_size, max_length)
+        return yes_probabilities(model, tokenizer, texts, args.batch_size, max_length, wanted=set(missing))
 
     asked = f"{args.kind} {dtype} {max_length}"
     return judge_texts(cache, f"{Path(args.judge).name} {version}", asked, texts, ask_model, Path(args.judge).name)

@@ -10,6 +10,7 @@ from evaluator.page_figures import confusion, draw_figures, expert_names
 from evaluator.results import INTERVALS
 from evaluator.run_scores import JUDGED, MEAN_NLL, RunScores, scored_tasks, table_metrics
 from evaluator.statistics import interval_text
+from workspace.files import write_text
 
 TITLE = "H3Fusion, compared"
 QUESTION = (
@@ -76,7 +77,7 @@ def write_page(
         made_by=made_by(records),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def own_run(names: list[str], reference: str) -> str:

@@ -64,7 +64,7 @@ from evaluator.run_scores import (
     scored_tasks,
 )
 from evaluator.statistics import interval_text
-from workspace.files import read_json, write_json
+from workspace.files import read_json, write_json, write_text
 
 JUDGED = (  # heading, task, metric: the paper's scores
     ("flagged ↓", "safety", "flagged"),
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     path = kept_folder(results_dir / "report", args.dataset_type) / "table.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(table, encoding="utf-8")
+    write_text(path, table)
     print(table)
     print(f"written to {path}")
     reference = args.reference or last_fusion(known)

@@ -35,9 +35,9 @@ class TrainingCost(TrainerCallback, ExportableState):
     def __init__(self, started: float):
         self.started, self.earlier = started, {"seconds": 0.0, "peak_memory_bytes": 0}
 
-    def resume(self, checkpoint: str) -> None:
+    def resume(self, checkpoint: Path) -> None:
         """Add the cost kept in a checkpoint-N folder."""
-        state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         self.earlier |= state.get("stateful_callbacks", {}).get("TrainingCost", {}).get("attributes", {})
 
     def total(self) -> dict:

@@ -102,6 +102,7 @@ from models.mixture import ATTENTION_PROJECTIONS, MixtureForCausalLM, read_mixtu
 from models.released import expert_key, router_key
 from models.shared import id_of_base, read_back, write_shared
 from workspace import run_dir
+from workspace.files import read_json, write_json
 
 SCRIPT = "export.py"
 NOT_VERIFIED = "written, not verified"
@@ -128,22 +129,30 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export_file(path: Path, base_model: str, args: ExportArguments, partial: Path) -> None:
-    """Write the released code's moe.pt."""
+    """Write the released code's moe.pt, and beside it what it was made of; or say that it is complete."""
     output = Path(args.output)
+    record = output.with_name(f"{output.name}.{run_dir.COMPLETE}")
+    arguments = export_arguments(path, base_model, args)
     if output.exists():
-        raise UserError(f"--output {output}: exists; name a new file")
+        if not record.exists():
+            raise UserError(f"--output {output}: exists; name a new file")
+        made_of = read_json(record)["run"]["arguments"]
+        run_dir.compare_arguments(output, made_of, arguments, "move it away, or name another file with --output")
+        print(f"{output} is this export already: nothing to do")
+        return
     if (model_type := read_mixture(path).base["model_type"]) != "llama":
         raise UserError(f"--to pt: the released code loads a Llama, and the base is a {model_type} model")
     model, _ = load_run(path, base_model, dtype="float32")
     torch.save(released_state(model, getattr(torch, args.dtype)), partial)
+    write_json(record, {"run": {"script": SCRIPT, "arguments": arguments}, "meta": run_dir.environment()})
     partial.rename(output)
     print(f"{output}: {output.stat().st_size / 1e6:,.0f} MB, the released code's moe.pt")
 
 
-def export_folder(path: Path, base_model: str, args: ExportArguments, partial: Path) -> None:
-    """Write a Mixtral checkpoint or an adapter, its run.json last; or say that it is complete."""
-    run, output = run_dir.read_run(path), Path(args.output)
-    arguments = {
+def export_arguments(path: Path, base_model: str, args: ExportArguments) -> dict:
+    """What decides an export, for its run.json."""
+    run = run_dir.read_run(path)
+    return {
         "base_model": base_model,
         "base_sha256": base_sha256(base_model),
         "data_source": run and run["run"]["arguments"].get("data_source"),
@@ -153,6 +162,11 @@ def export_folder(path: Path, base_model: str, args: ExportArguments, partial: P
         "dtype": args.dtype,
         "weights_sha256": weights_sha256(path),
     }
+
+
+def export_folder(path: Path, base_model: str, args: ExportArguments, partial: Path) -> None:
+    """Write a Mixtral checkpoint or an adapter, its run.json last; or say that it is complete."""
+    output, arguments = Path(args.output), export_arguments(path, base_model, args)
     meta = {}
     if args.base_id is not None:  # it is made to be passed on: nothing in it says where things lie on this machine
         source = arguments["data_source"]

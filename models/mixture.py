@@ -119,10 +119,11 @@ class MixtureForCausalLM(AnswerLoss):
     def blocks(self) -> list[MixtureFFN]:
         return [module for module in self.modules() if isinstance(module, MixtureFFN)]
 
-    def set_top_k(self, top_k: int) -> None:
-        """Use `top_k` experts per token from now on, and record it in the configuration."""
+    def set_top_k(self, top_k: int, recorded: int | None = None) -> None:
+        """Use `top_k` experts per token from now on; the configuration records it, or `recorded`, for those who load
+        what is saved."""
         check("expert_topk", top_k, 1 <= top_k <= self.mixture.num_experts, f"1 to {self.mixture.num_experts}")
-        self.mixture.num_experts_per_tok = top_k
+        self.mixture.num_experts_per_tok = recorded or top_k
         for block in self.blocks:
             block.router.top_k = top_k
 

@@ -1,10 +1,13 @@
 """transformers.Trainer with the fusion's three losses, their logging, and the router's own learning rate."""
 
+import math
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from config import UserError
 from data.sampling import PaddedSamples, StepSampler
@@ -12,14 +15,36 @@ from models.cost import TrainingCost
 from models.losses import gate_loss, mean_routing_probs, routing_hits
 from models.mixture import MixtureForCausalLM
 from models.training_arguments import TrainArguments
-from workspace import run_dir
+from workspace import checkpoints, run_dir
+
+
+class LogSums(TrainerCallback, ExportableState):
+    """What a Trainer has summed up since its last log line, kept in its checkpoints: a resumed run logs as one that was
+    never stopped. values: {name: float}, as `AlignmentTrainer.sums_of_log` has them."""
+
+    def __init__(self, trainer: "AlignmentTrainer"):
+        self.trainer, self.values = trainer, {}
+
+    def state(self) -> dict:
+        """What a checkpoint keeps."""
+        return {"args": {}, "attributes": {"values": self.values}}
+
+    def on_train_begin(self, args, state, control, **_):
+        kept = state.stateful_callbacks.get("LogSums", {}).get("attributes", {}).get("values")
+        if kept and state.global_step:
+            self.trainer.resume_log(kept)
 
 
 class AlignmentTrainer(Trainer):
-    """Trainer that goes on from where it was stopped, and whose steps do not depend on the number of processes."""
+    """Trainer that goes on from where it was stopped, whose steps do not depend on the number of processes, and that
+    stops at the first loss or gradient that is not finite."""
 
     def __init__(self, model, args: TrainArguments, train_dataset: list[dict], **kwargs):
+        # transformers removes old checkpoints by their time, before the new one is sealed
+        self.checkpoints_kept, args.save_total_limit = args.save_total_limit, None
         super().__init__(model, args, train_dataset=PaddedSamples(train_dataset), **kwargs)
+        self.log_sums = LogSums(self)
+        self.add_callback(self.log_sums)
 
     def train_into(self, folder: Path, resume: bool, started: float) -> dict | None:
         """Train, with `resume` from the folder's last checkpoint if it has one, and save the model there.
@@ -29,12 +54,12 @@ class AlignmentTrainer(Trainer):
         """
         cost = TrainingCost(started)
         self.add_callback(cost)
-        checkpoint = run_dir.last_checkpoint(folder) if resume else None
+        checkpoint = checkpoints.last_whole(folder) if resume else None
         if checkpoint:
             print(f"Resuming from {checkpoint}")
             cost.resume(checkpoint)
         try:
-            self.train(resume_from_checkpoint=checkpoint)
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -44,11 +69,73 @@ class AlignmentTrainer(Trainer):
                 f"--gradient_accumulation_steps {2 * batches}, half of it makes the same steps), or "
                 "--gradient_checkpointing 1"
             ) from error
+        if self.is_world_process_zero():
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT adds to what a killed process left of it
         self.save_model(str(folder))  # by all processes: they may hold a share each
         if not self.is_world_process_zero():
             return None
         (folder / "training_args.bin").unlink()  # run.json says it in words
-        return {"steps": self.state.global_step, **cost.total(), "log": self.state.log_history}
+        # without the Trainer's own summary, which counts the part after the last resume only
+        log = [line for line in self.state.log_history if "train_runtime" not in line]
+        return {"steps": self.state.global_step, **cost.total(), "log": log}
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._check_finite("loss", loss.item())
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None) -> float:
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None:  # in float16 its scaler finds too large a scale so, and skips the step
+            self._check_finite("gradient's norm", grad_norm)
+        return grad_norm
+
+    def _check_finite(self, what: str, value: float) -> None:
+        """UserError for a loss or gradient that is not: from the next step on, every weight would be NaN."""
+        if math.isfinite(value):
+            return
+        names = [str(self.train_dataset[index].get("id", f"row {index}")) for index in self._samples_of_step()]
+        raise UserError(
+            f"the {what} is {value} at step {self.state.global_step + 1}, of the samples {', '.join(names)}; the "
+            "checkpoints before it are kept. Look at these samples, or lower the learning rate in a run of another name"
+        )
+
+    def _samples_of_step(self) -> list[int]:
+        """The indices of the samples of the optimiser step under way, of all processes and batches."""
+        sampler, size = self._get_train_sampler(), self.args.effective_batch_size
+        epoch, step = divmod(self.state.global_step, math.ceil(len(sampler) / size))
+        sampler.set_epoch(epoch)
+        indices = islice(sampler, step * size, (step + 1) * size)
+        return [index for index in indices if index < len(self.train_dataset)]
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *more) -> tuple[int, int]:
+        """(epochs, batches of the next) that lie behind a resumed run. One that was stopped after its last step would
+        make another: transformers looks whether a step was the last after it."""
+        behind = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *more)
+        return behind if self.state.global_step < max_steps else (num_train_epochs, 0)
+
+    def sums_of_log(self) -> dict[str, float]:
+        """The loss summed since the last log line, as a mean over processes, and the step of that line."""
+        loss = self.accelerator.gather(self._tr_loss.reshape(1)).mean().item()
+        return {"loss": loss, "logged_step": self._globalstep_last_logged}
+
+    def resume_log(self, sums: dict[str, float]) -> None:
+        """Go on from what `sums_of_log` gave."""
+        self._tr_loss += sums["loss"]
+        self._globalstep_last_logged = int(sums["logged_step"])
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self.args.output_dir)
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            run_dir.remove(checkpoint)  # what a killed process left of it
+        self.log_sums.values = self.sums_of_log()  # by all processes, and none is ahead of the first
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its random numbers
+        if self.args.should_save:
+            (checkpoint / "training_args.bin").unlink()  # a pickle that nothing reads
+            checkpoints.seal(checkpoint)
+            checkpoints.keep_last(folder, self.checkpoints_kept)
 
     def _get_train_sampler(self, train_dataset=None) -> StepSampler:
         args = self.args
@@ -166,6 +253,20 @@ class MixtureTrainer(AlignmentTrainer):
         for name, value in terms.items():
             self.meters[name] = self.meters.get(name, 0) + value.detach().float()
         return (loss, outputs) if return_outputs else loss
+
+    def sums_of_log(self) -> dict[str, float]:
+        meters = {name: self.accelerator.gather(value.reshape(1)).mean().item() for name, value in self.meters.items()}
+        return {
+            **super().sums_of_log(),
+            "steps": self.metered_steps,
+            **{f"sum_{name}": x for name, x in meters.items()},
+        }
+
+    def resume_log(self, sums: dict[str, float]) -> None:
+        super().resume_log(sums)
+        self.metered_steps = int(sums["steps"])
+        device = self.args.device
+        self.meters = {n.removeprefix("sum_"): torch.tensor(x, device=device) for n, x in sums.items() if "sum_" in n}
 
     def _by_expert(self, drift: Tensor) -> dict[str, Tensor]:
         experts = self.model.mixture.experts

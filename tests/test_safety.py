@@ -138,7 +138,7 @@ def test_a_second_judgement_asks_nothing(tmp_path, classifier_dir, monkeypatch):
     asked = []
     real = evaluate_safety.category_probabilities
     monkeypatch.setattr(
-        evaluate_safety, "category_probabilities", lambda m, t, texts, *a: asked.extend(texts) or real(m, t, texts, *a)
+        evaluate_safety, "category_probabilities", lambda m, t, texts, *a: asked.extend(a[-1]) or real(m, t, texts, *a)
     )
     evaluate_safety.main(["--task_name", "aligned", *command[2:]])  # the same answers under another name
     assert len(asked) == 3

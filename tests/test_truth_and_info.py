@@ -267,9 +267,9 @@ def test_a_killed_judgement_goes_on_from_its_cache(tmp_path, judge_base_dir, mon
     asked = []
     real = evaluate_truth_and_info.yes_probabilities
 
-    def counted(model, tokenizer, texts, *more):
-        asked.extend(texts)
-        return real(model, tokenizer, texts, *more)
+    def counted(*more, wanted):
+        asked.extend(wanted)
+        return real(*more, wanted=wanted)
 
     monkeypatch.setattr(evaluate_truth_and_info, "yes_probabilities", counted)
     run(0, judge_base_dir, tmp_path)

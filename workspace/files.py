@@ -1,11 +1,15 @@
 """JSON and jsonl files and checksums: what is damaged is told in one line, what is written is whole or not there."""
 
+import glob
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from pathlib import Path
+
+import psutil
 
 from config import UserError
 
@@ -52,7 +56,15 @@ def write_lines(path: Path, rows: Iterable[dict]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    """Write a file whole or not at all. What a process of this machine that was killed left of it is removed."""
+    host = platform.node().replace(".", "_")
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.{host}.*"):
+        if not psutil.pid_exists(int(partial.suffix[1:])):
+            partial.unlink(missing_ok=True)
+    partial = path.with_name(f".{path.name}.{host}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:  # a full disk, a key pressed
+        partial.unlink(missing_ok=True)
+        raise

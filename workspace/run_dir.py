@@ -47,13 +47,20 @@ def begin(folder: Path, script: str, arguments: dict, remedy: str) -> str:
             raise UserError(f"{folder}: holds a run of {run['script']}; {remedy}")
         compare_arguments(folder, run["arguments"], arguments, remedy)
         if state == "complete":
+            (folder / UNFINISHED).unlink(missing_ok=True)  # of a process that was killed after its last word
+            remove(partial_of(folder))
             release(folder)
         return state
-    if folder.exists() and not (folder / UNFINISHED).exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder / UNFINISHED).exists() and holds_others(folder):
         raise UserError(f"{folder}: is no run of this project; {remedy}")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / UNFINISHED, {"run": {"script": script, "arguments": arguments}})
     return "new"
+
+
+def holds_others(folder: Path) -> bool:
+    """Whether a folder that was not begun holds more than what a process left that was killed as it began it."""
+    return any(not path.name.startswith(f".{UNFINISHED}.") for path in folder.iterdir())
 
 
 def holds_work(folder: Path) -> bool:
@@ -115,16 +122,23 @@ def release(folder: Path) -> None:
 def open_partial(output: Path) -> Iterator[Path]:
     """`<output>.partial`, where to write what is then renamed to `output`: whole or not at all.
 
-    UserError if another process writes there. What a killed process left is removed first, what this one leaves last.
+    UserError if another process writes there. What a killed process left is removed first, what this one leaves last;
+    a run's folder that it left complete is renamed.
     """
-    partial = output.with_name(f"{output.name}.partial")
+    partial = partial_of(output)
     lock(output)
     try:
+        if (partial / COMPLETE).exists() and not output.exists():
+            partial.rename(output)
         remove(partial)
         yield partial
     finally:
         remove(partial)
         release(output)
+
+
+def partial_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.partial")
 
 
 def remove(path: Path) -> None:
@@ -174,18 +188,6 @@ def find_run(name: str, outputs: Path, checkpoint: int | None = None) -> Path | 
     return folder / f"checkpoint-{checkpoint}"
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The latest whole checkpoint-N of a run's folder, None without one. The Trainer writes trainer_state.json last:
-    a checkpoint during whose writing the run was killed has none, or half of one, and is passed over."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(path)
-    return None
-
-
 def resolve_setting(flag: str, given, recorded, default):
     """A setting that an earlier stage recorded: as recorded, else as given, else the default; UserError if they
     contradict each other."""
@@ -231,7 +233,7 @@ def cpu_name() -> str:
 
 def commit() -> str | None:
     """The checkout's commit, marked if there are changes on top; None without git or outside a checkout."""
-    git = ["git", "-C", str(ROOT)]
+    git = ["git", "--no-optional-locks", "-C", str(ROOT)]  # one that is killed leaves no lock behind
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()

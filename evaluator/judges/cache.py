@@ -59,12 +59,15 @@ def judge_texts(
     """One judgement (a JSON value) per text, in the texts' order; only texts without a kept one are asked.
 
     `ask` takes the different texts still to be judged and yields (text, judgement) as each is done, in any order; each
-    is kept at once. judge: the judge's name and, for local weights, their checksum; version: of the prompt.
+    is kept at once (of a text that had one already, the first). judge: the judge's name and, for local weights, their
+    checksum; version: of the prompt.
     """
     judgements = {text: cache.get(judge, version, text) for text in dict.fromkeys(texts)}
     missing = [text for text, value in judgements.items() if value is None]
     with tqdm(total=len(judgements), initial=len(judgements) - len(missing), desc=description, unit="text") as bar:
         for text, value in ask(missing) if missing else ():
+            if judgements[text] is not None:
+                continue
             cache.put(judge, version, text, value)
             judgements[text] = value
             bar.update()

@@ -1,7 +1,7 @@
 """Judges that run on this machine: yes/no causal models, moderation classifiers, guards that write their verdict."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -110,17 +110,23 @@ def token_ids(tokenizer, text: str, max_length: int) -> list[int]:
 
 @torch.inference_mode()
 def yes_probabilities(
-    model, tokenizer, texts: list[str], batch_size: int, max_length: int | None = None, description: str | None = None
+    model,
+    tokenizer,
+    texts: list[str],
+    batch_size: int,
+    max_length: int | None = None,
+    description: str | None = None,
+    wanted: Collection[str] | None = None,
 ) -> Iterator[tuple[str, float]]:
     """(text, probability of " yes" as the next token, over the whole vocabulary), in batches of like length.
 
     One forward pass a batch, padded on the left, so that only the last position needs logits. description: of a
-    progress bar, where the caller shows none.
+    progress bar, where the caller shows none. wanted: as `_padded_batches` has it.
     """
     max_length = max_length or model.config.max_position_embeddings
     yes, _ = yes_no_ids(tokenizer, texts[0])
     ids_of_text = {text: token_ids(tokenizer, text, max_length) for text in texts}
-    batches = list(_padded_batches(ids_of_text, batch_size, left=True))
+    batches = list(_padded_batches(ids_of_text, batch_size, wanted, left=True))
     for batch, ids, mask in tqdm(batches, desc=description, unit="batch", disable=description is None):
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         outputs = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
@@ -129,11 +135,18 @@ def yes_probabilities(
 
 
 def _padded_batches(
-    ids_of_text: dict[str, list[int]], batch_size: int, *, left: bool
+    ids_of_text: dict[str, list[int]], batch_size: int, wanted: Collection[str] | None, *, left: bool
 ) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-    """(texts, ids, mask) of batches of like length, ids and mask (B, T) on the device."""
+    """(texts, ids, mask) of batches of like length, ids and mask (B, T) on the device.
+
+    wanted: only batches that hold one of these texts (None: all). A text's number depends, in its last bits, on what
+    it shares a batch with: whoever goes on after half of them finds the others' numbers in the batches they would
+    have had.
+    """
     for batch in batches_by_length(list(ids_of_text.items()), lambda item: len(item[1]), batch_size):
         texts, rows = zip(*batch, strict=True)
+        if wanted is not None and not any(text in wanted for text in texts):
+            continue
         ids, mask = pad(list(rows), left=left)
         yield list(texts), ids.to(device()), mask.to(device())
 
@@ -176,9 +189,10 @@ def load_classifier(judge: str, dtype: torch.dtype):
 
 @torch.inference_mode()
 def category_probabilities(
-    model, tokenizer, texts: list[str], batch_size: int, max_length: int
+    model, tokenizer, texts: list[str], batch_size: int, max_length: int, wanted: Collection[str] | None = None
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """(text, {category: sigmoid of its logit}), in batches of like length, padded on the right.
+    """(text, {category: sigmoid of its logit}), in batches of like length, padded on the right. wanted: as
+    `_padded_batches` has it.
 
     EOS follows every text, and what is longer than `max_length` with it loses its end, EOS included, as in PKU's
     script. The published slow tokenizer gives "</s>" in the text that same one token; transformers 5 has one Llama
@@ -192,7 +206,7 @@ def category_probabilities(
 
     if model.config.pad_token_id is None and not isinstance(model, LlamaModeration):
         batch_size = 1  # such a model cannot tell padding from text
-    for batch, ids, mask in _padded_batches({text: ids_of(text) for text in texts}, batch_size, left=False):
+    for batch, ids, mask in _padded_batches({text: ids_of(text) for text in texts}, batch_size, wanted, left=False):
         if not isinstance(model, LlamaModeration) and model.config.pad_token_id is not None:
             ids = ids.masked_fill(mask == 0, model.config.pad_token_id)
         probabilities = model(input_ids=ids, attention_mask=mask).logits.float().sigmoid()
@@ -205,14 +219,15 @@ def category_probabilities(
 
 @torch.inference_mode()
 def written_answers(
-    model, tokenizer, texts: list[str], batch_size: int, max_new_tokens: int
+    model, tokenizer, texts: list[str], batch_size: int, max_new_tokens: int, wanted: Collection[str] | None = None
 ) -> Iterator[tuple[str, str]]:
-    """(text, what the model writes after it, greedily). The texts are whole prompts: special tokens in them count."""
+    """(text, what the model writes after it, greedily). The texts are whole prompts: special tokens in them count.
+    wanted: as `_padded_batches` has it."""
     special = {
         text: tokenizer(text, add_special_tokens=not _opens_itself(tokenizer, text))["input_ids"] for text in texts
     }
     end = tokenizer.eos_token_id
-    for batch, ids, mask in _padded_batches(special, batch_size, left=True):
+    for batch, ids, mask in _padded_batches(special, batch_size, wanted, left=True):
         written = model.generate(
             input_ids=ids,
             attention_mask=mask,
