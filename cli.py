@@ -7,6 +7,7 @@ import functools
 import math
 import platform
 import re
+import sqlite3
 import sys
 import typing
 import warnings
@@ -17,6 +18,8 @@ from config import EMBEDDED_MODEL, GENERAL, PAPER_BASE_MODEL, RESULTS_DIR, XSTES
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 NF4 = "nf4"  # QLoRA's 4-bit data type (https://arxiv.org/abs/2305.14314)
 HELP_ALL = "--help_all"
+# How safetensors and PyTorch say that the system would not write: in errors that are no OSError
+WRITE_FAILED = ("os error", "PytorchStreamWriter", "iostream error")
 NO_TASKS = (
     "raw",
     "raw_chat",
@@ -37,7 +40,8 @@ TRAINING_EPILOG = f"""every field of transformers.TrainingArguments is a flag to
 
 
 def command(main):
-    """Decorate a script's `main`: a UserError becomes one line on stderr and exit code 2."""
+    """Decorate a script's `main`: a UserError, or a file or disk that fails, becomes one line on stderr and exit code
+    2."""
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> None:
@@ -47,11 +51,27 @@ def command(main):
             main(argv)
         except UserError as error:
             exit_with(error)
+        except Exception as error:
+            if (problem := file_problem(error)) is None:
+                raise
+            exit_with(UserError(f"{problem}; what was finished is kept: mend this, and run the same command again"))
         except KeyboardInterrupt:
             print("stopped: run the same command again to resume", file=sys.stderr)
             sys.exit(130)
 
     return run
+
+
+def file_problem(error: Exception) -> str | None:
+    """What failed, in one line, if it was a file, a disk or a database; None for another error."""
+    said = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    if isinstance(error, sqlite3.Error):
+        return f"the file of judgements: {said}"
+    if isinstance(error, OSError) or any(sign in said for sign in WRITE_FAILED):
+        return said[:400]
+    return None
 
 
 def exit_with(error: UserError) -> typing.NoReturn:

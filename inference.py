@@ -137,7 +137,7 @@ from models.processes import answers_of_all, check_one_process, is_first, join_p
 from models.routing import draw_heat_map, routing_usage, token_routing, usage_line
 from models.terminal import answer_prompt, compare_runs, converse, printable
 from workspace import client, run_dir
-from workspace.files import line_of, read_lines, write_json, write_lines
+from workspace.files import as_written, line_of, read_lines, write_json, write_lines
 
 SCRIPT = "inference.py"
 
@@ -329,7 +329,8 @@ def finished_batches(outputs: Path, batches: list[list[Record]]) -> set[int]:
     """Which batches have all their answers in the file; the lines of the others are taken out of it."""
     if not outputs.exists():
         return set()
-    answers = {row["id"]: row for row in read_lines(outputs, killed=True)}
+    with as_written(outputs):
+        answers = {row["id"]: row for row in read_lines(outputs, killed=True)}
     done = {i for i, batch in enumerate(batches) if all(record.id in answers for record in batch)}
     write_lines(outputs, [answers[record.id] for i in sorted(done) for record in batches[i]])
     return done
@@ -337,8 +338,9 @@ def finished_batches(outputs: Path, batches: list[list[Record]]) -> set[int]:
 
 def put_in_order(outputs: Path, records: list[Record]) -> list[dict]:
     """Bring the answers into their prompts' order; returns them."""
-    answers = {row["id"]: row for row in read_lines(outputs)}
-    rows = [answers[record.id] for record in records]
+    with as_written(outputs):
+        answers = {row["id"]: row for row in read_lines(outputs)}
+        rows = [answers[record.id] for record in records]
     write_lines(outputs, rows)
     return rows
 

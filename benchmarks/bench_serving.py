@@ -40,7 +40,7 @@ from workspace.run_dir import environment, find_run
 
 KEPT = ROOT / "benchmarks" / "results" / "serving.json"
 FORMS = ("dense base", "shared", "mixtral")
-AT_ONCE = {1: 8, 8: 48, 64: 192}  # requests at a time: how many in all
+AT_ONCE = {1: 4, 8: 24, 64: 128}  # requests at a time: how many in all
 PROMPT_TOKENS, NEW_TOKENS = 64, 64
 START_S = 900  # within which a server must answer
 
@@ -207,6 +207,19 @@ def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
 
 
+def markdown(kept: dict) -> str:
+    """The figures as a table, as docs/serving.md has it."""
+    headings = [f"tokens/s at {n}" for n in AT_ONCE] + [f"first token, s, at {n}" for n in AT_ONCE]
+    lines = [f"| engine | form | weights, MB | {' | '.join(headings)} | memory, GB |"]
+    lines.append("| --- | --- |" + " --- |" * (len(headings) + 2))
+    for one in kept["results"]:
+        speeds = [f"{one[f'tokens_per_s_at_{n}']:.0f}" for n in AT_ONCE]
+        waits = [f"{one[f'first_token_s_at_{n}']:.2f}" for n in AT_ONCE]
+        cells = [f"{one['weights_bytes'] / 1e6:.0f}", *speeds, *waits, f"{one['memory_bytes'] / 1e9:.1f}"]
+        lines.append(f"| {one['engine']} | {one['form']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, ServingArguments)
@@ -230,13 +243,21 @@ def main(argv: list[str] | None = None) -> None:
                 rounds.setdefault(("this project", form), []).append(figures)
                 print(f"round {number + 1}, {form}: {[(k[0], v[-1]) for k, v in rounds.items() if k[1] == form]}")
         results = [
-            {"engine": engine, "form": form, "weights_bytes": bytes_of_weights(folders[form]), **medians(figures)}
+            {
+                "engine": engine,
+                "form": form,
+                "weights_bytes": bytes_of_weights(folders[form]),
+                **medians(figures),
+                "rounds": figures,
+            }
             for (engine, form), figures in rounds.items()
         ]
-    kept = {"arguments": vars(args), "made_by": environment(), "results": results}
+    asked = {name: getattr(args, name) for name in ("forms", "rounds", "quick")}  # and no place of this machine
+    kept = {"arguments": asked, "made_by": environment(), "results": results}
     kept["vllm"] = vllm_versions(args.vllm) if args.vllm else None
     if not args.quick:
         write_json(KEPT, kept)
+        print(markdown(kept))
     print(json.dumps(kept))
 
 

@@ -72,6 +72,22 @@ def bench_model(base_model: str, quick: bool) -> dict:
     return figures
 
 
+def markdown(figures: dict) -> str:
+    """The figures of `bench_model` as a table, as docs/performance.md has it."""
+    rows = [
+        ("weights on disk, MB", "checkpoint_bytes", 1e-6, "{:.0f}"),
+        ("prefill, 8 x 512, tokens/s", "prefill_tokens_per_s", 1, "{:,.0f}"),
+        *((f"decoding, tokens/s, batch {n}", f"decode_tokens_per_s_batch_{n}", 1, "{:.1f}") for n in (1, 8, 32)),
+        ("LoRA training step, 8 x 256, s", "training_step_s", 1, "{:.2f}"),
+        ("peak memory answering, GB", "inference_peak_bytes", 1e-9, "{:.1f}"),
+        ("peak memory training, GB", "training_peak_bytes", 1e-9, "{:.1f}"),
+    ]
+    lines = [f"| SmolLM2-135M, whole | {' | '.join(FORMS)} |", "| --- |" + " --- |" * len(FORMS)]
+    for heading, name, scale, text in rows:
+        lines.append(f"| {heading} | {' | '.join(text.format(figures[form][name] * scale) for form in FORMS)} |")
+    return "\n".join(lines)
+
+
 def bench_random(shape: str, quick: bool) -> dict:
     """Figures of each form of a randomly initialised model; for speed and memory, on a GPU that it fits."""
     sizes = {name: pair[quick] for name, pair in SIZES.items()}

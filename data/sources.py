@@ -153,6 +153,10 @@ def read_jsonl(
             raise UserError(f"{where}: not UTF-8; save the file in that encoding") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+            raise UserError(f"{where}: not JSON that can be read ({error})") from None
+        if b"\\ud" in line.lower() and holds_half_characters(row):
+            raise UserError(f"{where}: holds half a character (a surrogate without its other half); take it out")
         if not isinstance(row, dict):
             raise UserError(f"{where}: must be a JSON object, is a {type(row).__name__}")
         for column, kind in columns.items():
@@ -166,6 +170,15 @@ def read_jsonl(
     if not rows:
         raise UserError(f"{path}: has no rows")
     return rows
+
+
+def holds_half_characters(row) -> bool:
+    """Whether a text in a JSON document has a surrogate without its other half, which no file can hold."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _check_field(where: str, row: dict, column: str, kind: type, may_be_empty: bool) -> None:

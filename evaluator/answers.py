@@ -6,8 +6,8 @@ from pathlib import Path
 from cli import DTYPES, check_at_least, check_not_given, check_num_samples, flag
 from config import RESULTS_DIR, ROOT, UserError
 from data.sources import read_jsonl, spread
-from workspace.files import read_json, sha256
-from workspace.run_dir import COMPLETE
+from workspace.files import sha256
+from workspace.run_dir import COMPLETE, read_record
 
 CONCURRENCY = 8  # requests to a server at a time
 BATCH_SIZE = 16  # texts per batch of a local judge
@@ -131,7 +131,8 @@ def load_answers(folder: Path, task: str, num_samples: int = -1) -> Answers:
         raise UserError(f"{folder}: its inference did not finish; run inference.py again to resume it")
     path = folder / "outputs.jsonl"
     rows = read_jsonl(path, COLUMNS, may_be_empty=("input", "output", "reference"))
-    asked = read_json(folder / COMPLETE)["train"].get("answers")
+    record = read_record(folder / COMPLETE)
+    asked = record["train"].get("answers")
     if asked is not None and len(rows) != asked:
         raise UserError(
             f"{path}: holds {len(rows)} answers, {asked} prompts were asked; move {folder} away and run "
@@ -140,5 +141,5 @@ def load_answers(folder: Path, task: str, num_samples: int = -1) -> Answers:
     wrong = next((row["id"] for row in rows if row["task"] != task), None)
     if wrong is not None:
         raise UserError(f"{path}: answer {wrong!r} is not one to a {task} prompt")
-    selected_by = read_json(folder / COMPLETE)["run"]["arguments"].get("judge_version")
+    selected_by = record["run"]["arguments"].get("judge_version")
     return Answers(spread(rows, num_samples), folder, sha256(path), selected_by)

@@ -104,7 +104,7 @@ def output_pairs(rows: list[dict], reference_outputs: str | None, folder: Path) 
     standard = all(row["id"].startswith("alpaca_eval-") for row in rows)
     dataset = "alpaca_eval"
     if not standard:
-        dataset = read_json(folder / run_dir.COMPLETE)["run"]["arguments"]["data_source"]
+        dataset = run_dir.read_record(folder / run_dir.COMPLETE)["run"]["arguments"]["data_source"]
     given = None if reference_outputs is None else read_reference(Path(reference_outputs))
     model, reference = [], []
     for row in rows:
@@ -143,7 +143,7 @@ def read_reference(path: Path) -> dict[str, dict]:
 
 def write_once(path: Path, rows: list[dict]) -> Path:
     """Write a JSON file; UserError for one of other content, of which scores may exist."""
-    if path.exists() and read_json(path) != rows:
+    if path.exists() and read_json(path, list) != rows:
         raise UserError(f"{path}: holds other answers or another reference; {REMEDY}")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, rows)

@@ -78,7 +78,7 @@ from evaluator.results import evaluation_folder, judge_name, read_judgements, sc
 from evaluator.statistics import share, statistic_metric
 from models import base
 from workspace import client, run_dir
-from workspace.files import read_json
+from workspace.files import as_written, read_json
 
 SCRIPT = "evaluate_truth_and_info.py"
 TASK = "truthfulness"
@@ -176,11 +176,11 @@ def combine(args: TruthArguments, answers: Answers, folder: Path) -> None:
     """Truth × information per item, then the mean, with every score of the other mode on the same answers; beside it
     the product of the two means, which earlier papers quote."""
     for other in sorted(path for path in folder.parent.iterdir() if (path / run_dir.COMPLETE).exists()):
-        run = read_json(other / run_dir.COMPLETE)["run"]
+        run = run_dir.read_record(other / run_dir.COMPLETE)["run"]
         recorded = run["arguments"]
         if run["script"] != SCRIPT or recorded.get("mode") != 1 - args.mode:
             continue
-        if (recorded["answers_sha256"], recorded["num_samples"]) != (answers.checksum, args.num_samples):
+        if (recorded.get("answers_sha256"), recorded.get("num_samples")) != (answers.checksum, args.num_samples):
             continue
         combine_two(*((folder, other) if args.mode == 0 else (other, folder)), answers, args.num_samples)
 
@@ -188,12 +188,13 @@ def combine(args: TruthArguments, answers: Answers, folder: Path) -> None:
 def combine_two(truth_folder: Path, information_folder: Path, answers: Answers, num_samples: int) -> None:
     """The joint score of a truth and an information score of the same answers, in a folder of its own beside them."""
     folders = (truth_folder, information_folder)
-    judges = [read_json(folder / "metrics.json")["judge"] for folder in folders]
-    arguments = {
-        "answers_sha256": answers.checksum,
-        "num_samples": num_samples,
-        "judges": [[judge_name(judge), judge["version"]] for judge in judges],
-    }
+    with as_written(truth_folder.parent):
+        judges = [read_json(folder / "metrics.json")["judge"] for folder in folders]
+        arguments = {
+            "answers_sha256": answers.checksum,
+            "num_samples": num_samples,
+            "judges": [[judge_name(judge), judge["version"]] for judge in judges],
+        }
 
     def score():
         truth, information = (read_judgements(folder) for folder in folders)

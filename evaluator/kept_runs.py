@@ -10,7 +10,7 @@ from pathlib import Path
 
 from config import UserError
 from evaluator.run_scores import Result, RunScores
-from workspace.files import read_json, write_text
+from workspace.files import as_written, read_json, write_text
 
 DUPLICATES = "near_duplicates.json"  # beside the runs: of the data that they are scored on
 
@@ -29,10 +29,11 @@ def read_kept(folder: Path, name: str) -> RunScores | None:
     if kept.get("run") != name:
         raise UserError(f"{path}: is no kept run of that name")
     metrics = {}
-    for one, result in kept["metrics"].items():
-        size = result["sizes"] or [1.0] * len(result["ids"])
-        metrics[one] = Result(**{**result, "sizes": size, "questions": result["questions"] or result["ids"]})
-    return RunScores(kept["run"], kept["record"], kept["cost"], metrics, kept["routing"], kept["usage"])
+    with as_written(path):
+        for one, result in kept["metrics"].items():
+            size = result["sizes"] or [1.0] * len(result["ids"])
+            metrics[one] = Result(**{**result, "sizes": size, "questions": result["questions"] or result["ids"]})
+        return RunScores(kept["run"], kept["record"], kept["cost"], metrics, kept["routing"], kept["usage"])
 
 
 def save_run(folder: Path, run: RunScores) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from config import XSTEST, UserError
 from evaluator.run_scores import JUDGED, in_order, read_result
-from workspace.files import read_json, read_lines
+from workspace.files import as_written, read_json, read_lines
 from workspace.run_dir import read_run
 
 SHOWN = "shown_answers.json"  # beside kept runs: `shown_answers` of them
@@ -13,8 +13,10 @@ SHOWN = "shown_answers.json"  # beside kept runs: `shown_answers` of them
 def shown_answers(results_dir: Path, runs: list[str], own: str, split: str) -> dict:
     """What the page shows of a results folder's answers: {data: whose prompts they answer, side_by_side: of the runs,
     tinted: of the reference}. UserError for a folder that has none."""
-    side = side_by_side(results_dir, runs, split)
-    tinted = tinted_answers(results_dir, own, split)
+    with as_written(results_dir / "inference"):
+        side = side_by_side(results_dir, runs, split)
+    with as_written(results_dir / "observation"):
+        tinted = tinted_answers(results_dir, own, split)
     if not side and not tinted:
         raise UserError(f"--show_answers {results_dir}: holds no answers that two of --runs gave to the same prompts")
     records = (read_run(path.parent) for path in sorted((results_dir / "inference").glob(f"*/{split}/*/run.json")))
@@ -67,7 +69,7 @@ def tinted_answers(results_dir: Path, own: str, split: str, num_answers: int = 3
     items = []
     for task in tasks_answered(results_dir):
         path = results_dir / "observation" / task / split / f"cross_{own}" / "tokens.json"
-        for answer in read_json(path)[:num_answers] if path.exists() else []:
+        for answer in read_json(path, list)[:num_answers] if path.exists() else []:
             tokens = [
                 {"text": text, "expert": weights.index(max(weights)), "weight": max(weights)}
                 for text, weights in answer["tokens"]

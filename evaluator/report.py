@@ -64,7 +64,7 @@ from evaluator.run_scores import (
     scored_tasks,
 )
 from evaluator.statistics import interval_text
-from workspace.files import read_json, write_json, write_text
+from workspace.files import as_written, read_json, write_json, write_text
 
 JUDGED = (  # heading, task, metric: the paper's scores
     ("flagged ↓", "safety", "flagged"),
@@ -220,14 +220,16 @@ def judged_table(results_dir: Path, split: str) -> str:
     for heading, task, name in JUDGED:
         for path in sorted((results_dir / "evaluation" / task / split).glob("*/*/metrics.json")):
             scores = read_json(path)
-            if name not in scores["metrics"]:
-                continue
-            judge = judge_name(scores["judge"])
-            cells.setdefault(scores["run"], {})[heading, judge] = scores["metrics"][name]
-            if judge not in judges.setdefault(heading, []):
-                judges[heading].append(judge)
-            if judge_text(scores["judge"]) != f"judge {judge}":
-                accuracies[judge_text(scores["judge"])] = None
+            with as_written(path):
+                if name not in scores["metrics"]:
+                    continue
+                judge = judge_name(scores["judge"])
+                judged_cell(scores["metrics"][name])  # or an error of values
+                cells.setdefault(str(scores["run"]), {})[heading, judge] = scores["metrics"][name]
+                if judge not in judges.setdefault(heading, []):
+                    judges[heading].append(judge)
+                if judge_text(scores["judge"]) != f"judge {judge}":
+                    accuracies[judge_text(scores["judge"])] = None
     if not cells:
         return ""
     columns = [(heading, judge) for heading, names in judges.items() for judge in names]

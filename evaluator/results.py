@@ -6,7 +6,7 @@ from pathlib import Path
 
 from evaluator.statistics import interval_text
 from workspace import run_dir
-from workspace.files import read_json, read_lines, write_json, write_lines
+from workspace.files import as_written, read_json, read_lines, write_json, write_lines
 
 REMEDY = "move it away, or write to another --results_dir"
 INTERVALS = "95 % intervals (Wilson for shares, bootstrap over questions otherwise)"
@@ -33,7 +33,8 @@ def score_once(
     else:
         write_scores(folder, script, arguments, *score())
     print_scores(folder)
-    return read_json(folder / "metrics.json")["metrics"]
+    with as_written(folder / "metrics.json"):
+        return read_json(folder / "metrics.json")["metrics"]
 
 
 def write_scores(
@@ -49,19 +50,20 @@ def write_scores(
 
 def print_scores(folder: Path) -> None:
     """The scores in a folder for a person: the judge and its accuracy, then each metric with all that it counts."""
-    scores = read_json(folder / "metrics.json")
-    print(f"{scores['run']} on {scores['task']} ({scores['split']}), {judge_text(scores['judge'])}: {folder}")
-    for name, value in scores["metrics"].items():
-        if ": " in name and not value["value"]:  # a part of another metric, such as one category of harm
-            continue
-        counts = "".join(
-            f", {field.replace('_', ' ')} {count:.4g}"
-            for field, count in value.items()
-            if field not in MAIN_FIELDS and count is not None
-        )
-        print(f"  {name} {show(value)}{counts}")
-        if "corrected" in value:
-            print(f"    {show_corrected(value['corrected'])}")
+    with as_written(folder / "metrics.json"):
+        scores = read_json(folder / "metrics.json")
+        print(f"{scores['run']} on {scores['task']} ({scores['split']}), {judge_text(scores['judge'])}: {folder}")
+        for name, value in scores["metrics"].items():
+            if ": " in name and not value["value"]:  # a part of another metric, such as one category of harm
+                continue
+            counts = "".join(
+                f", {field.replace('_', ' ')} {count:.4g}"
+                for field, count in value.items()
+                if field not in MAIN_FIELDS and count is not None
+            )
+            print(f"  {name} {show(value)}{counts}")
+            if "corrected" in value:
+                print(f"    {show_corrected(value['corrected'])}")
 
 
 def show(value: dict) -> str:
@@ -103,4 +105,5 @@ def judge_text(judge: dict) -> str:
 
 def read_judgements(folder: Path) -> dict[str, dict]:
     """{id: line} of a finished folder's judgements.jsonl."""
-    return {row["id"]: row for row in read_lines(folder / "judgements.jsonl")}
+    with as_written(folder / "judgements.jsonl"):
+        return {row["id"]: row for row in read_lines(folder / "judgements.jsonl")}

@@ -1,5 +1,6 @@
 """All that is known of one run in a results folder: its record, its cost, and each score with its items."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,8 +8,8 @@ from pathlib import Path
 from config import BIAS, GENERAL, RAW, RAW_CHAT, TASKS, XSTEST, UserError
 from evaluator.results import judge_name
 from evaluator.token_cost import relative_cost
-from workspace.files import read_json, read_lines
-from workspace.run_dir import read_run
+from workspace.files import as_written, read_json, read_lines
+from workspace.run_dir import read_record, read_run
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,12 @@ def selection_record(results_dir: Path, name: str, split: str) -> dict | None:
 
 def read_result(results_dir: Path, one: Metric, name: str, split: str) -> Result | None:
     """A metric of a run, by likelihood or by the judge of its answers; None without."""
+    with as_written(results_dir / "evaluation" / one.task / split):
+        return read_result_as_written(results_dir, one, name, split)
+
+
+def read_result_as_written(results_dir: Path, one: Metric, name: str, split: str) -> Result | None:
+    """`read_result`, but for errors of values where a file was changed."""
     of_task = results_dir / "evaluation" / one.task / split
     folders = [] if one in JUDGED else [of_task / name / (one.judgement if one.judgement == DRIFT else "likelihood")]
     for directory in (f"cross_{name}", name) if one in JUDGED else ():
@@ -221,7 +228,23 @@ def read_result(results_dir: Path, one: Metric, name: str, split: str) -> Result
     if one in JUDGED:
         settings["answers"] = settings_of(results_dir / "inference" / one.task / split / folder.parent.name)
     ids, sizes = [row["id"] for row in rows], [float(row.get("tokens", 1)) for row in rows]
-    return Result(ids, values, sizes, questions, judge, settings, scores["metrics"][one.judgement])
+    score = scores["metrics"][one.judgement]
+    check_score(score, [*(value for value in values if value is not None), *sizes])
+    if len(ids) != len(set(ids)) or not all(isinstance(id, str) for id in [*ids, *questions]):
+        raise ValueError("judgements.jsonl has an id twice, or one that is no text")
+    return Result(ids, values, sizes, questions, judge, settings, score)
+
+
+def check_score(score: dict, numbers: list[float]) -> None:
+    """ValueError, or another error of values, for a metric, or its items' numbers, as no score is."""
+    value, interval = score["value"], score.get("interval")
+    numbers = [*numbers, *([] if value is None else [value]), *(interval or [])]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise ValueError("a score is no finite number")
+    if (interval is not None and len(interval) != 2) or not isinstance(score["n"], int):
+        raise ValueError("a score has no n, or no interval of two ends")
+    if not isinstance(score["unit"], str) or not isinstance(score.get("higher_is_better"), bool | None):
+        raise TypeError("a score's unit is a text, and higher_is_better true, false or null")
 
 
 def settings_of(folder: Path) -> dict:
@@ -234,18 +257,31 @@ def read_routing(results_dir: Path, task: str, split: str, name: str) -> list[li
     """The mean routing weights (E) of each of a run's questions of a task; empty for what has no router."""
     path = results_dir / "evaluation" / task / split / name / "likelihood" / "judgements.jsonl"
     rows = read_lines(path) if path.exists() else []
-    return [row["routing_probs"] for row in rows if row["metric"] == ROUTING]
+    with as_written(path):
+        probs = [[float(p) for p in row["routing_probs"]] for row in rows if row["metric"] == ROUTING]
+        if len({len(row) for row in probs}) > 1:
+            raise ValueError("routing_probs of different numbers of experts")
+        return probs
 
 
 def cost_of_run(results_dir: Path, name: str, record: dict | None, split: str) -> dict:
     """`cost` of one seed's run."""
+    with as_written(made_in(results_dir, name)):
+        return cost_as_written(results_dir, name, record, split)
+
+
+def cost_as_written(results_dir: Path, name: str, record: dict | None, split: str) -> dict:
+    """`cost_of_run`, but for errors of values where a file was changed."""
     train = (record or {}).get("train", {})
+    numbers = [train.get(one) for one in ("trainable_parameters", "steps", "seconds")]
+    if not all(one is None or isinstance(one, int | float) and math.isfinite(one) for one in numbers):
+        raise ValueError("a cost is no finite number")
     folder = made_in(results_dir, name)
     weights = [path for path in folder.glob("*.safetensors")] if folder.is_dir() else []
     speeds = []
     directory = name if name in (RAW, RAW_CHAT) else f"cross_{name}"
     for path in (results_dir / "inference").glob(f"*/{split}/{directory}/run.json"):
-        speeds.append(read_json(path)["train"].get("new_tokens_per_second"))
+        speeds.append(read_record(path)["train"].get("new_tokens_per_second"))
     return {
         "trained_parameters": train.get("trainable_parameters"),
         "optimiser_steps": train.get("steps"),

@@ -80,7 +80,7 @@ from evaluator.answers import Answers, load_answers
 from evaluator.judges.protocols import JUDGE_FILE, YES_NO, clean_answer, fill
 from evaluator.judges.trained import read_trained
 from workspace import run_dir
-from workspace.files import read_json, write_lines
+from workspace.files import as_written, read_json, write_lines
 
 SCRIPT = "select_answers.py"
 
@@ -163,7 +163,8 @@ def choose_by_judge(args: SelectArguments, candidates: list[Answers]) -> list[in
     from evaluator.judges.local import load_causal, yes_probabilities
     from models import base
 
-    kind = read_json(Path(args.judge) / JUDGE_FILE)["kind"]
+    with as_written(Path(args.judge) / JUDGE_FILE):
+        kind = read_json(Path(args.judge) / JUDGE_FILE)["kind"]
     trained = read_trained(args.judge, kind)
 
     def text(row: dict) -> str:

@@ -4,8 +4,15 @@
 are alike, so an interval then comes from the questions; without `groups` each row is a question of its own.
 """
 
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
+
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm, t
+
+Numbers = NDArray[np.float64]
+Groups = Sequence[Hashable] | None
 
 CONFIDENCE_TAILS = (0.025, 0.975)
 NUM_RESAMPLES, BATCH = 2000, 200  # of resamples, BATCH are in memory at once
@@ -14,8 +21,14 @@ LEAST_INFORMEDNESS = 0.05  # sensitivity + specificity - 1 below which a judge's
 
 
 def metric(
-    numerators, denominators=None, *, groups=None, unit: str, higher_is_better: bool | None, seed: int = 0
-) -> dict:
+    numerators: ArrayLike,
+    denominators: ArrayLike | None = None,
+    *,
+    groups: Groups = None,
+    unit: str,
+    higher_is_better: bool | None,
+    seed: int = 0,
+) -> dict[str, Any]:
     """sum(numerators) / sum(denominators) over rows (denominators default to 1 each: a plain mean).
 
     numerators, denominators, groups: n values each. Take `share` for yes-or-no values.
@@ -36,7 +49,9 @@ def metric(
     return {"value": float(value), **counts, "interval": interval, "unit": unit, "higher_is_better": higher_is_better}
 
 
-def share(values, *, groups=None, higher_is_better: bool | None, unit: str = "share", **more) -> dict:
+def share(
+    values: ArrayLike, *, groups: Groups = None, higher_is_better: bool | None, unit: str = "share", **more: Any
+) -> dict[str, Any]:
     """Like `metric`, for yes-or-no values (0, 1 or bool); `more` goes into the result (counts of what was left out).
 
     The interval is Wilson's (1927, JASA 22:209), so 1 row or 70 rows of "no" have one too. With groups it is that of
@@ -53,8 +68,14 @@ def share(values, *, groups=None, higher_is_better: bool | None, unit: str = "sh
 
 
 def statistic_metric(
-    statistic, arrays, *, groups=None, unit: str, higher_is_better: bool | None, seed: int = 0
-) -> dict:
+    statistic: Callable[..., float],
+    arrays: Sequence[ArrayLike],
+    *,
+    groups: Groups = None,
+    unit: str,
+    higher_is_better: bool | None,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Like `metric`, for any statistic(*arrays) of rows; arrays: n values each.
 
     The interval is a BCa bootstrap over questions (Efron 1987, JASA 82:171), which leaves out resamples for which the
@@ -64,7 +85,7 @@ def statistic_metric(
     codes, counts = number_questions(groups, len(arrays[0]))
     num_questions = codes.max() + 1
 
-    def at(times):  # times (num_questions,): how often each question is in the sample
+    def at(times: NDArray[np.int64]) -> float:  # times (num_questions,): how often each question is in the sample
         rows = np.repeat(np.arange(len(codes)), times[codes])
         return statistic(*(array[rows] for array in arrays))
 
@@ -76,7 +97,7 @@ def statistic_metric(
     return {"value": value, **counts, "interval": interval, "unit": unit, "higher_is_better": higher_is_better}
 
 
-def interval_text(score: dict | None) -> str:
+def interval_text(score: dict[str, Any] | None) -> str:
     """A metric as "0.123 [0.100, 0.150]", without brackets where it has no interval; "–" where it has no value."""
     if score is None or score["value"] is None:
         return "–"
@@ -84,7 +105,7 @@ def interval_text(score: dict | None) -> str:
     return f"{score['value']:.3f}{interval}"
 
 
-def area_under_curve(labels, scores) -> float:
+def area_under_curve(labels: ArrayLike, scores: ArrayLike) -> float:
     """Probability that a positive item scores above a negative one, ties by half; NaN with one class only."""
     positive, scores = np.asarray(labels, dtype=bool), np.asarray(scores)
     negatives = np.sort(scores[~positive])
@@ -94,7 +115,7 @@ def area_under_curve(labels, scores) -> float:
     return float(ranks.mean() / len(negatives))
 
 
-def calibration_error(labels, probabilities, num_bins: int = 10) -> float:
+def calibration_error(labels: ArrayLike, probabilities: ArrayLike, num_bins: int = 10) -> float:
     """Expected calibration error: over bins of equal width, the mean gap between probability and share, by items.
 
     Chance gaps add up as true ones do, so it is too high by construction, most with few items: a perfectly calibrated
@@ -106,7 +127,15 @@ def calibration_error(labels, probabilities, num_bins: int = 10) -> float:
     return float(np.abs(gaps).sum() / len(labels))
 
 
-def corrected_share(judged, labels, predictions, known=None, *, groups=None, seed: int = 0) -> dict:
+def corrected_share(
+    judged: ArrayLike,
+    labels: ArrayLike,
+    predictions: ArrayLike,
+    known: ArrayLike | None = None,
+    *,
+    groups: Groups = None,
+    seed: int = 0,
+) -> dict[str, Any]:
     """The share of positives that a judge's errors leave likely (Rogan and Gladen 1978, Am J Epidemiol 107:71).
 
     judged: the judge's verdicts (0, 1) on the n scored items; labels, predictions, groups: truth, verdict and question
@@ -127,14 +156,14 @@ def corrected_share(judged, labels, predictions, known=None, *, groups=None, see
     # how many items have the judge's yes, the judge's no, a certain yes, a certain no
     counts = np.array([(x * y).sum() for y in (1 - certain, certain) for x in (judged, 1 - judged)])
 
-    def correct(shares, sensitivity, false_alarms):  # shares (..., 4): counts / n
+    def correct(shares: Numbers, sensitivity: Any, false_alarms: Any) -> Numbers:  # shares (..., 4): counts / n
         by_judge, informedness = shares[..., 0] + shares[..., 1], sensitivity - false_alarms
         positives = (shares[..., 0] - false_alarms * by_judge) / np.maximum(informedness, LEAST_INFORMEDNESS)
         return np.clip(positives, 0, by_judge) + shares[..., 2]
 
     rng = np.random.default_rng(seed)
 
-    def draw_rate(label):
+    def draw_rate(label: int) -> Numbers:
         verdicts = predictions[labels == label]
         size, mean = effective_size(verdicts, codes[labels == label]), verdicts.mean()
         return rng.beta(mean * size + 0.5, (1 - mean) * size + 0.5, NUM_RESAMPLES)
@@ -146,20 +175,20 @@ def corrected_share(judged, labels, predictions, known=None, *, groups=None, see
     return {**result, "value": float(value), "interval": interval.tolist()}
 
 
-def number_questions(groups, num_rows: int) -> tuple[np.ndarray, dict]:
+def number_questions(groups: Groups, num_rows: int) -> tuple[NDArray[np.int64], dict[str, int]]:
     """(question of each row from 0 (n,), {n} and where it differs {questions}). ValueError without rows."""
     if not num_rows:
         raise ValueError("a metric needs at least one item")
     if groups is None:
         return np.arange(num_rows), {"n": num_rows}
-    numbers: dict = {}
+    numbers: dict[Hashable, int] = {}
     codes = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
     if len(codes) != num_rows:
         raise ValueError(f"groups names the question of {len(codes)} rows; there are {num_rows}")
     return codes, {"n": num_rows} | ({"questions": len(numbers)} if len(numbers) != num_rows else {})
 
 
-def effective_size(values, codes) -> float:
+def effective_size(values: Numbers, codes: NDArray[np.int64]) -> float:
     """How many independent yes-or-no rows vary as much as these (n,) of questions `codes` (n,) do: n at most, and the
     number of questions where all values agree (Dean and Pagano 2015, J Surv Stat Methodol 3:484)."""
     codes = np.unique(codes, return_inverse=True)[1]
@@ -178,7 +207,7 @@ def wilson_interval(value: float, size: float) -> list[float]:
     return np.clip(ends, 0, 1).tolist()
 
 
-def resamples(num_questions: int, seed: int):
+def resamples(num_questions: int, seed: int) -> Iterator[NDArray[np.int64]]:
     """NUM_RESAMPLES bootstrap samples of questions, as batches (BATCH, num_questions) of how often each is in it."""
     rng = np.random.default_rng(seed)
     offsets = num_questions * np.arange(BATCH)[:, None]
@@ -187,7 +216,7 @@ def resamples(num_questions: int, seed: int):
         yield np.bincount(chosen.ravel(), minlength=BATCH * num_questions).reshape(BATCH, num_questions)
 
 
-def studentised_interval(value: float, residuals, sizes, seed: int) -> list[float] | None:
+def studentised_interval(value: float, residuals: Numbers, sizes: Numbers, seed: int) -> list[float] | None:
     """Bootstrap-t interval of a ratio of sums; residuals (Q,): numerator - value · denominator of each question, sizes
     (Q,): its denominator. The ratio's variance is that of its linearisation."""
     num_questions, squares = len(residuals), (residuals**2).sum()
@@ -206,7 +235,7 @@ def studentised_interval(value: float, residuals, sizes, seed: int) -> list[floa
     return [float(value - high * error), float(value - low * error)]
 
 
-def bca_interval(value: float, resampled, left_out) -> list[float] | None:
+def bca_interval(value: float, resampled: Numbers, left_out: Numbers) -> list[float] | None:
     """Efron's BCa interval from the statistic of resamples and with each question left out; None if all are alike."""
     resampled, left_out = resampled[~np.isnan(resampled)], left_out[~np.isnan(left_out)]
     influence = left_out.mean() - left_out if len(left_out) else left_out

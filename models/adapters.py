@@ -2,6 +2,7 @@
 mixture cannot represent it."""
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -115,6 +117,11 @@ def save_adapter(
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def one_line(error: Exception) -> str:
+    """What an error of a library says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 class Expert:
     """A LoRA adapter of one base's FFN projections, with PEFT's own scaling of each module.
 
@@ -129,7 +136,10 @@ class Expert:
         weights = folder / "adapter_model.safetensors"
         if not weights.exists():
             raise UserError(f"{folder}: holds no adapter_model.safetensors (weights are read as safetensors only)")
-        self.config = PeftConfig.from_pretrained(str(folder))
+        try:
+            self.config = PeftConfig.from_pretrained(str(folder))
+        except Exception as error:  # PEFT raises whatever a wrong value leads to
+            raise UserError(f"{folder}: its adapter_config.json is none of PEFT's ({one_line(error)})") from error
         self._refuse_other_forms()
         run = read_run(folder)
         recorded = run["run"]["arguments"] if run else {}
@@ -138,7 +148,16 @@ class Expert:
         self.task = recorded.get("task_name") or (self.name if self.name in tasks else None)
         if name in tasks and self.task != name:
             raise UserError(f"--experts {name}={folder}: that adapter was aligned on {self.task}")
-        self.weights = {key.removeprefix("base_model.model."): value for key, value in load_file(weights).items()}
+        try:
+            loaded = load_file(weights)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{weights}: is torn or no safetensors file ({one_line(error)})") from error
+        if not loaded:
+            raise UserError(f"{weights}: holds no tensors; align the expert again")
+        self.weights = {key.removeprefix("base_model.model."): value for key, value in loaded.items()}
+        for key, value in self.weights.items():
+            if not value.is_floating_point() or not value.isfinite().all():
+                raise self._refused(f"tensor {key} holds what is no finite number")
         self.checksum = sha256(weights)
         self.dtype = next(iter(self.weights.values())).dtype
         self.layers: dict[str, LoraLayer] = {}
@@ -164,8 +183,8 @@ class Expert:
         with torch.device("meta"):
             try:
                 inject_adapter_in_model(self.config, empty)
-            except ValueError as error:
-                raise self._refused(" ".join(str(error).split())) from error
+            except Exception as error:  # PEFT raises whatever a wrong value leads to
+                raise self._refused(one_line(error)) from error
         self.layers = {name: module for name, module in empty.named_modules() if isinstance(module, LoraLayer)}
         others = sorted({name.rsplit(".", 1)[1] for name in self.layers} - set(PROJECTIONS))
         if others:
@@ -179,6 +198,9 @@ class Expert:
         for key, shape in expected.items():
             if self.weights[key].shape != shape:
                 raise self._refused(f"tensor {key} is {tuple(self.weights[key].shape)}, the base needs {tuple(shape)}")
+        for name, layer in self.layers.items():
+            if not math.isfinite(layer.scaling["default"]):
+                raise self._refused(f"lora_alpha of {name} is no finite number")
         self.rank = max(layer.r["default"] for layer in self.layers.values())
 
     def delta(self, layer: int, projection: str) -> tuple[Tensor, Tensor, float] | None:

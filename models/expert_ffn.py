@@ -18,7 +18,7 @@ computes the rest again.
 from collections.abc import Callable
 from functools import partial, reduce
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,9 @@ aten = torch.ops.aten
 class Activation(NamedTuple):
     """value: a(x); value_: the same in place; times_slope: (gradient, x) -> gradient a'(x)."""
 
-    value: Callable
-    value_: Callable
-    times_slope: Callable
+    value: Callable[[torch.Tensor], torch.Tensor]
+    value_: Callable[[torch.Tensor], torch.Tensor]
+    times_slope: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 # By the names that transformers' configurations have for them
@@ -59,7 +59,19 @@ class SharedBaseFFN(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, top_k_weights, own, base, a_in, b_gate, b_up, a_down, b_down, activation):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        own: torch.Tensor,
+        base: tuple[torch.Tensor | None, ...],
+        a_in: torch.Tensor,
+        b_gate: torch.Tensor,
+        b_up: torch.Tensor,
+        a_down: torch.Tensor,
+        b_down: torch.Tensor,
+        activation: str,
+    ) -> torch.Tensor:
         weight_gate, bias_gate, weight_up, bias_up, weight_down, bias_down = base
         gate = F.linear(x, weight_gate, bias_gate)  # (N, F)
         up = F.linear(x, weight_up, bias_up)  # (N, F)
@@ -89,7 +101,7 @@ class SharedBaseFFN(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y):
+    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (
             x,
             top_k_weights,
@@ -134,7 +146,18 @@ class SharedBaseFFN(torch.autograd.Function):
         return grad_x, grad_weights, None, None, *grad_experts, None
 
 
-def _slots(x, gate, up, top_k_weights, own, a_in, b_gate, b_up, a_down, activation):
+def _slots(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    own: torch.Tensor,
+    a_in: torch.Tensor,
+    b_gate: torch.Tensor,
+    b_up: torch.Tensor,
+    a_down: torch.Tensor,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A x of gate and of up (K, N, E R), h_i (K, N, F), and w_i A_i^d h_i of all experts (N, E R)."""
     ax_gate, ax_up = (ax * own for ax in (x @ a_in.T).chunk(2, dim=1))
     hidden = ACTIVATIONS[activation].value_((ax_gate @ b_gate).add_(gate))
@@ -142,17 +165,17 @@ def _slots(x, gate, up, top_k_weights, own, a_in, b_gate, b_up, a_down, activati
     return ax_gate, ax_up, hidden, _sum_slots(hidden @ a_down.T * (own * _per_slot(top_k_weights, x.dtype)))
 
 
-def _per_slot(top_k_weights, dtype):
+def _per_slot(top_k_weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """(N, K) -> (K, N, 1)."""
     return top_k_weights.T[:, :, None].to(dtype)
 
 
-def _sum_slots(parts):
+def _sum_slots(parts: torch.Tensor) -> torch.Tensor:
     """(K, N, ...) -> (N, ...). Much faster on a CPU than sum(0)."""
     return reduce(torch.add, parts)
 
 
-def _mix(parts, top_k_weights):
+def _mix(parts: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
     """sum_i w_i part_i, as a running mean: (K, N, F), (N, K) with rows summing to 1 -> (N, F)."""
     shares = _per_slot(top_k_weights / top_k_weights.cumsum(-1), parts.dtype)
     mixed = parts[0]
@@ -161,7 +184,7 @@ def _mix(parts, top_k_weights):
     return mixed
 
 
-def _over_tokens(left, right):
+def _over_tokens(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """(K, N, P), (K, N, Q) -> (P, Q)."""
     return left.flatten(0, 1).T @ right.flatten(0, 1)
 
@@ -187,7 +210,7 @@ class LowRankExperts(nn.Module):
             self.register_parameter(f"{projection}_B", nn.Parameter(torch.zeros(num_experts, rank, size_out)))
         self.register_buffer("scaling", torch.ones(len(PROJECTIONS), num_experts, dtype=torch.float64))
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "LowRankExperts":
         """As nn.Module has it; on a device without float64 (MPS) the scalings are fp32."""
         scaling = self._buffers.pop("scaling")
         super()._apply(fn, recurse)
@@ -237,7 +260,15 @@ class LowRankExperts(nn.Module):
         expert_of_column = torch.arange(num_experts, device=top_k_index.device).repeat_interleave(rank)
         return top_k_index.T.contiguous()[:, :, None] == expert_of_column  # in memory slot by slot, as products like it
 
-    def forward(self, x, top_k_index, top_k_weights, gate_proj, up_proj, down_proj):
+    def forward(
+        self,
+        x: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        gate_proj: nn.Linear,
+        up_proj: nn.Linear,
+        down_proj: nn.Linear,
+    ) -> torch.Tensor:
         """x (N, D), top_k_index and top_k_weights (N, K), the three base nn.Linear -> (N, D)."""
         linears = gate_proj, up_proj, down_proj
         frozen = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
@@ -258,7 +289,15 @@ class LowRankExperts(nn.Module):
             with four_bit.dequantised_again(linears, weights):
                 return SharedBaseFFN.apply(*operands)
 
-    def without_gradient(self, x, top_k_index, top_k_weights, gate_proj, up_proj, down_proj):
+    def without_gradient(
+        self,
+        x: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        gate_proj: nn.Module,
+        up_proj: nn.Module,
+        down_proj: nn.Module,
+    ) -> torch.Tensor:
         """As `forward`. The base's linear layers are called, whatever an engine has put in their place."""
         *matrices, b_down = self.side_by_side(x.dtype)
         own = self.own_columns(top_k_index).to(x.dtype)

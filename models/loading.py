@@ -21,7 +21,7 @@ from models.expert_bias import ExpertBias, set_expert_bias
 from models.mixture import ENSEMBLE, SHARED, load_fused, read_mixture
 from models.processes import check_one_process
 from models.shared import load_shared, named_base
-from workspace.files import read_json, sha256
+from workspace.files import as_written, read_json, sha256
 from workspace.run_dir import read_run
 
 WHOLE = ("causal_lm", "shared")  # kinds of run that are their own base
@@ -46,7 +46,9 @@ def run_kind(folder: Path | None) -> str:
             kind = "shared_by_name"
         check_weights(base.weight_files(folder) if kind in WHOLE else [folder / "model.safetensors"])
         return kind
-    architecture = (read_json(folder / "config.json").get("architectures") or ["model of no architecture"])[0]
+    with as_written(folder / "config.json"):
+        architectures = read_json(folder / "config.json").get("architectures")
+        architecture = str((architectures or ["model of no architecture"])[0])
     if not architecture.endswith("ForCausalLM"):
         raise UserError(f"{folder}: holds a {architecture}; a causal language model is needed")
     check_weights(base.weight_files(folder))
@@ -79,7 +81,8 @@ def base_of_run(folder: Path) -> str:
         return str(folder.resolve())
     run = read_run(folder)
     if run:
-        return run["run"]["arguments"]["base_model"]
+        with as_written(folder):
+            return run["run"]["arguments"]["base_model"]
     for name in ("adapter_config.json", "config.json"):
         if (folder / name).exists():
             return read_json(folder / name).get("base_model_name_or_path") or str(folder)

@@ -23,7 +23,7 @@ from models.expert_ffn import PROJECTIONS, LowRankExperts
 from models.losses import low_rank_change
 from models.released import RecoveredExpert
 from models.router import Router, RowRouter
-from workspace.files import read_json, write_json
+from workspace.files import as_written, read_json, write_json
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FUSED, ENSEMBLE = "h3fusion_moe", "h3fusion_ensemble"  # model_type in config.json
@@ -55,6 +55,17 @@ class MixtureConfig:
         """Index of the expert of each task; an expert whose task is not known has none."""
         return {expert["task"]: i for i, expert in enumerate(self.experts) if expert["task"]}
 
+    def check(self) -> None:
+        """ValueError, or another error of values, for a configuration that no mixture has."""
+        named = [isinstance(one["name"], str) and isinstance(one["task"], str | None) for one in self.experts]
+        if not self.experts or not all(named):
+            raise ValueError("experts must each have a name, and a task or null")
+        top_k, rank = self.num_experts_per_tok, self.expert_rank
+        if not (type(top_k) is int and 1 <= top_k <= self.num_experts and type(rank) is int and rank >= 1):
+            raise ValueError(f"num_experts_per_tok {top_k}, expert_rank {rank}: none of {self.num_experts} experts")
+        if not isinstance(self.base, dict) or not isinstance(self.base_model_name_or_path, str):
+            raise TypeError("base must be a configuration, and base_model_name_or_path its name")
+
     def save(self, folder: Path) -> None:
         write_json(folder / "config.json", {key: value for key, value in asdict(self).items() if value is not None})
 
@@ -62,7 +73,17 @@ class MixtureConfig:
 def read_mixture(folder: Path | None) -> MixtureConfig | None:
     """The config.json of a fused model's or an ensemble's folder, or of an export that holds its base; None for a
     folder of something else, and for None."""
-    settings = read_json(folder / "config.json") if folder and (folder / "config.json").exists() else {}
+    if not folder or not (folder / "config.json").exists():
+        return None
+    with as_written(folder / "config.json"):
+        mixture = mixture_of(read_json(folder / "config.json"), folder)
+        if mixture is not None:
+            mixture.check()
+        return mixture
+
+
+def mixture_of(settings: dict, folder: Path) -> MixtureConfig | None:
+    """The configuration in a config.json; None in that of something else."""
     own = {name: settings.get(name) for name in MixtureConfig.__dataclass_fields__ if name in settings}
     if (earlier := EARLIER_TYPES.get(settings.get("model_type"))) is not None:
         other = {name: value for name, value in settings.items() if name not in own}

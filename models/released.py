@@ -6,7 +6,6 @@ mlp.experts.E.{gate,up,down}_proj.weight. Written by its models/llama_moe.py
 """
 
 import math
-import pickle
 from pathlib import Path
 
 import torch
@@ -83,8 +82,12 @@ def read_moe_pt(
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         num_experts = len(saved[router_key(0)])
-    except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError) as error:
+        odd = [name for name, tensor in saved.items() if not tensor.is_floating_point()]
+        odd += [name for name, tensor in saved.items() if not odd and not tensor.isfinite().all()]
+    except Exception as error:  # a damaged file, or one of something else, fails in as many ways as there are
         raise UserError(f"--from_pt {path}: no moe.pt of the released code ({type(error).__name__})") from error
+    if odd:
+        raise UserError(f"--from_pt {path}: {odd[0]} holds what is no finite number")
     if num_experts != len(names):
         raise UserError(f"--experts {','.join(names)}: {path} holds {num_experts} experts; name them in its order")
     weights = base.load_base(base_model, base.own_dtype(base_config)).state_dict()

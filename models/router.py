@@ -29,7 +29,7 @@ class Router(nn.Module):
         for name in ("bias", "off"):  # (E,), (E,) bool: models/expert_bias.py's, which no checkpoint has
             self.register_buffer(name, None, persistent=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, D) -> router_logits (N, E), top_k_index (N, K), top_k_weights (N, K)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
@@ -49,7 +49,7 @@ class RowRouter(nn.Module):
         super().__init__()
         self.num_experts = num_experts
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> tuple[None, Tensor, Tensor]:
         """x (N, D) -> None, top_k_index and top_k_weights (N, 1)."""
         index = torch.arange(self.num_experts, device=x.device).repeat_interleave(len(x) // self.num_experts)
         return None, index[:, None], torch.ones(len(x), 1, device=x.device)

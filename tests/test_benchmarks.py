@@ -102,3 +102,23 @@ def test_routers_alone_end_in_json(fused_dir):
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout.splitlines()[-1])
     assert measured["samples"]["held_apart"] == 9 and 0 <= measured["routing_accuracy"]["0.01"]["mean"] <= 1
+
+
+def test_the_serving_table_is_that_of_the_committed_figures():
+    from benchmarks import bench_serving
+    from workspace.files import read_json
+
+    figures = read_json(bench_serving.KEPT)
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert bench_serving.markdown(figures) in page
+    speed = {(one["engine"], one["form"]): one["tokens_per_s_at_64"] for one in figures["results"]}
+    dense, shared, mixtral = (speed["vLLM", form] for form in bench_serving.FORMS)
+    assert f"gives {shared / dense:.2f} of" in page and f"{shared / mixtral:.2f} times those of" in page
+
+
+def test_the_table_of_the_whole_model_is_that_of_the_committed_figures():
+    from benchmarks import whole_model
+    from workspace.files import read_json
+
+    figures = read_json(ROOT / "benchmarks" / "results" / "intel-r-xeon-r-processor-2-cores.json")["model"]["results"]
+    assert whole_model.markdown(figures) in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")

@@ -174,10 +174,10 @@ def write_verdicts(results, run, judge, version, values):
     judgements = [{"metric": "flagged", "id": f"q{i}", "value": value} for i, value in enumerate(values)]
     (folder / "judgements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judgements))
     read = [value for value in values if value is not None]
-    metric = {"value": sum(read) / len(read), "n": len(read), "interval": None}
+    metric = {"value": sum(read) / len(read), "n": len(read), "interval": None, "unit": "share"}
     scores = {"run": run, "judge": {"name": judge, "version": version}, "metrics": {"flagged": metric}}
     (folder / "metrics.json").write_text(json.dumps(scores))
-    (folder / "run.json").write_text("{}")
+    (folder / "run.json").write_text('{"run": {"script": "evaluate_safety.py", "arguments": {}}}')
     return folder
 
 

@@ -45,5 +45,5 @@ def test_a_resumed_training_costs_what_all_its_parts_cost(monkeypatch, tmp_path)
     (tmp_path / "trainer_state.json").write_text(json.dumps(saved))
     monkeypatch.setattr(cost, "peak_memory_bytes", lambda: 5)
     second = TrainingCost(started=120.0)
-    second.resume(str(tmp_path))
+    second.resume(tmp_path)
     assert second.total() == {"seconds": 40.0, "peak_memory_bytes": 7}

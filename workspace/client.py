@@ -227,9 +227,16 @@ def yes_probabilities(client: Client, model: str, texts: list[str]) -> Iterator[
                 f"{client.api.base_url}: gives no logprobs, which the score of {model} is; serve the judge "
                 "with vLLM, or load it here by naming its folder or hub id as --judge"
             )
-        likeliest = logprobs.top_logprobs[0]
+        try:
+            likeliest = {str(token): float(p) for token, p in logprobs.top_logprobs[0].items()}
+            if not all(p <= 1e-3 for p in likeliest.values()):  # but for rounding; NaN is not
+                raise ValueError("no logarithms of probabilities")
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{client.api.base_url}: the logprobs of {model} are not in OpenAI's format ({error})"
+            ) from error
         yes, no = (
-            max((math.exp(p) for token, p in likeliest.items() if token.strip(" ▁") == word), default=0.0)
+            max((min(math.exp(p), 1.0) for token, p in likeliest.items() if token.strip(" ▁") == word), default=0.0)
             for word in ("yes", "no")
         )
         if not yes and not no:
@@ -245,21 +252,34 @@ def complete(api: openai.OpenAI, **request) -> ChatCompletion | Completion:
     create = api.chat.completions.create if "messages" in request else api.completions.create
     try:
         completion = create(**request)
-        if not completion.choices:
-            raise ValueError("no choices")
-        answer = completion.choices[0]
-        text = answer.message.content or "" if "messages" in request else answer.text
-        if not isinstance(text, str):  # the package leaves None where the body has nothing
-            raise ValueError("no text")
     except openai.APIConnectionError as error:
         raise ServerGone(_explain(error, api, request["model"])) from error
     except (openai.InternalServerError, openai.RateLimitError) as error:
         raise ServerFailed(_explain(error, api, request["model"])) from error
-    except (openai.APIError, ValueError, AttributeError) as error:  # not the body asked for
+    except (openai.APIError, ValueError) as error:  # not the body asked for
         raise UserError(_explain(error, api, request["model"])) from error
     except TypeError as error:  # from a configuration of the user's
         raise UserError(f"the request to {request['model']} is none of the openai package's: {error}") from error
+    try:
+        check_form(completion, chat="messages" in request)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # the package takes whatever the body has
+        raise UserError(_explain(error, api, request["model"])) from error
     return completion
+
+
+def check_form(completion: ChatCompletion | Completion, chat: bool) -> None:
+    """ValueError, or another error of values, for a completion without a text, or whose parts are of other kinds."""
+    answer, usage = completion.choices[0], completion.usage
+    if chat and answer.message.content is None:  # a refusal, a call of a tool
+        answer.message.content = ""
+    text = answer.message.content if chat else answer.text
+    if not isinstance(text, str):
+        raise ValueError("no text")
+    text.encode()  # or an error: half a character, which no file can hold
+    if not isinstance(answer.finish_reason, str | None):
+        raise ValueError("no finish_reason")
+    if usage is not None and not isinstance(usage.completion_tokens, int):
+        raise ValueError("no number of tokens")
 
 
 def cost(model: str, texts: list[str], max_tokens: int, url: str) -> str:

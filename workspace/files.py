@@ -5,8 +5,8 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import psutil
@@ -19,12 +19,26 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file that this project wrote; UserError if it is damaged."""
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """UserError naming a file, or a folder, whose contents have not the form that this project gives them."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        remedy = "restore it, or move the folder away"
+        raise UserError(f"{path}: is not as this project writes it ({said}); {remedy}") from error
+
+
+def read_json(path: Path, kind: type = dict):
+    """A JSON file that this project wrote, an object or what `kind` says; UserError if it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); move the folder away and run again") from error
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: holds a {type(value).__name__}, not a {kind.__name__}; move the folder away")
+    return value
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -41,8 +55,10 @@ def read_lines(path: Path, *, killed: bool = False) -> list[dict]:
         for line in filter(None, path.read_bytes().split(b"\n")):
             with suppress(ValueError) if killed else nullcontext():
                 rows.append(json.loads(line))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); move the folder away and run again") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: has a line that is no JSON object; move the folder away and run again")
     return rows
 
 

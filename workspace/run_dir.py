@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from config import RAW, RAW_CHAT, ROOT, UserError
-from workspace.files import read_json, write_json
+from workspace.files import as_written, read_json, write_json
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate")
 UNFINISHED = "arguments.json"  # there while a run is under way
@@ -42,10 +42,11 @@ def begin(folder: Path, script: str, arguments: dict, remedy: str) -> str:
             continue
         if name == UNFINISHED and not holds_work(folder):
             break
-        run = read_json(folder / name)["run"]
+        run = read_record(folder / name)["run"]
         if run["script"] != script:
             raise UserError(f"{folder}: holds a run of {run['script']}; {remedy}")
-        compare_arguments(folder, run["arguments"], arguments, remedy)
+        with as_written(folder / name):
+            compare_arguments(folder, run["arguments"], arguments, remedy)
         if state == "complete":
             (folder / UNFINISHED).unlink(missing_ok=True)  # of a process that was killed after its last word
             remove(partial_of(folder))
@@ -161,8 +162,23 @@ def read_run(folder: Path) -> dict | None:
     for of_run in (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,):
         for name in (COMPLETE, UNFINISHED):
             if (of_run / name).exists():
-                return read_json(of_run / name)
+                return read_record(of_run / name)
     return None
+
+
+def read_record(path: Path) -> dict:
+    """A run.json, or the arguments of a run under way. UserError if it has not their form."""
+    record = {"train": {}, "meta": {}, **read_json(path)}
+    with as_written(path):
+        form = {"run": dict, "train": dict, "meta": dict}, {"script": str, "arguments": dict}
+        for part, kinds in zip((record, record["run"]), form, strict=True):
+            for name, kind in kinds.items():
+                if not isinstance(part[name], kind):
+                    raise TypeError(f"{name} must be a {kind.__name__}")
+        for name in ("base_model", "data_source", "task_name"):
+            if not isinstance(record["run"]["arguments"].get(name), str | None):
+                raise TypeError(f"{name} must be a text")
+    return record
 
 
 def find_run(name: str, outputs: Path, checkpoint: int | None = None) -> Path | None:

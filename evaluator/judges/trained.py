@@ -5,9 +5,12 @@ from pathlib import Path
 
 from config import UserError
 from evaluator.judges.protocols import JUDGE_FILE
+from evaluator.run_scores import check_score
 from evaluator.statistics import corrected_share
-from workspace.files import read_json, read_lines
+from workspace.files import as_written, read_json, read_lines
 from workspace.run_dir import COMPLETE
+
+LEAST_LENGTH = 32  # tokens: no judge is trained on less
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,20 @@ def read_trained(judge: str, kind: str) -> TrainedJudge | None:
         return None
     if not (folder / COMPLETE).exists():
         raise UserError(f"--judge {judge}: its training did not finish; run evaluator/train_judge.py again")
-    settings = read_json(folder / JUDGE_FILE)
-    if settings["kind"] != kind:
-        raise UserError(f"--judge {judge}: is a {settings['kind']} judge; this score needs one of {kind}")
-    return TrainedJudge(settings, read_lines(folder / "held_out.jsonl"))
+    with as_written(folder / JUDGE_FILE):
+        settings = read_json(folder / JUDGE_FILE)
+        if settings["kind"] != kind:
+            raise UserError(f"--judge {judge}: is a {settings['kind']} judge; this score needs one of {kind}")
+        if not (type(settings["max_length"]) is int and settings["max_length"] >= LEAST_LENGTH):
+            raise ValueError("max_length is no number of tokens")
+        if not (isinstance(settings["threshold"], float) and 0 < settings["threshold"] < 1):
+            raise ValueError("threshold is no probability")
+        for name in ("accuracy", "majority_baseline"):
+            check_score(settings["held_out"][name], [])
+    with as_written(folder / "held_out.jsonl"):
+        rows = read_lines(folder / "held_out.jsonl")
+        if not all(row["label"] in (0, 1) and 0 <= row["p"] <= 1 and isinstance(row["question"], str) for row in rows):
+            raise ValueError("a row has no label of 0 or 1, no probability p, or no question")
+        if {row["label"] for row in rows} != {0, 1}:
+            raise ValueError("its rows have one label only")
+    return TrainedJudge(settings, rows)

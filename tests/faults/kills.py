@@ -1,5 +1,6 @@
 """Kill a command at random moments and give it again until it ends: it must end as if nothing had happened."""
 
+import faulthandler
 import multiprocessing
 import os
 import random
@@ -14,7 +15,7 @@ from faults.stages import Stage
 from faults.trees import contents, differences, finished_work, lost_work
 
 PRELOADED = ["scripts"]  # what takes seconds to import is imported once, and a command is a fork of that
-AT_MOST = 300  # seconds that a command may take
+AT_MOST = 120  # seconds that a command may take
 
 
 @dataclass
@@ -26,7 +27,13 @@ class Tally:
     lost: int = 0
     wrong: int = 0
     left: int = 0
+    unavailable: str = ""  # why this machine cannot make the fault
     examples: list[str] = field(default_factory=list)
+
+    def add(self, other: "Tally") -> None:
+        for name in ("times", "lives", "lost", "wrong", "left", "unavailable"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.examples = [*self.examples, *other.examples][:20]
 
     def note(self, what: str) -> None:
         self.examples = [*self.examples, what][:20]
@@ -50,6 +57,7 @@ def run_stage(script: str, argv: list[str], log: str) -> None:
     import torch
     from scripts import MAINS
 
+    faulthandler.dump_traceback_later(AT_MOST, exit=True)
     torch.set_num_threads(1)
     MAINS[script](argv)
 
@@ -81,7 +89,7 @@ class Killer:
     """Runs a stage in fresh copies of what it starts from. ready: that; folder: where the copies lie."""
 
     def __init__(self, context, ready: Path, folder: Path):
-        self.context, self.ready, self.results = context, ready, folder / "results"
+        self.context, self.ready, self.folder, self.results = context, ready, folder, folder / "results"
         self.log = folder / "log.txt"
 
     def renew(self) -> None:
