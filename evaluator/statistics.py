@@ -44,8 +44,8 @@ def metric(
     if len(denominators) != len(numerators) or not denominators.sum():
         raise ValueError("a metric needs as many denominators as numerators, and not all of them 0")
     value = numerators.sum() / denominators.sum()
-    residuals = np.bincount(codes, numerators - value * denominators)
-    interval = studentised_interval(value, residuals, np.bincount(codes, denominators), seed)
+    residuals = np.bincount(codes, numerators - value * denominators).astype(float)
+    interval = studentised_interval(value, residuals, np.bincount(codes, denominators).astype(float), seed)
     return {"value": float(value), **counts, "interval": interval, "unit": unit, "higher_is_better": higher_is_better}
 
 
@@ -81,15 +81,15 @@ def statistic_metric(
     The interval is a BCa bootstrap over questions (Efron 1987, JASA 82:171), which leaves out resamples for which the
     statistic is not defined (NaN).
     """
-    arrays = [np.asarray(array, dtype=float) for array in arrays]
-    codes, counts = number_questions(groups, len(arrays[0]))
+    columns = [np.asarray(array, dtype=float) for array in arrays]
+    codes, counts = number_questions(groups, len(columns[0]))
     num_questions = codes.max() + 1
 
     def at(times: NDArray[np.int64]) -> float:  # times (num_questions,): how often each question is in the sample
         rows = np.repeat(np.arange(len(codes)), times[codes])
-        return statistic(*(array[rows] for array in arrays))
+        return statistic(*(column[rows] for column in columns))
 
-    value, interval = float(statistic(*arrays)), None
+    value, interval = float(statistic(*columns)), None
     if num_questions > 1:
         resampled = np.array([at(times) for batch in resamples(num_questions, seed) for times in batch])
         left_out = np.array([at(times) for times in 1 - np.eye(num_questions, dtype=int)])

@@ -39,6 +39,9 @@ class Activation(NamedTuple):
     times_slope: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+Bias = torch.Tensor | None
+BaseWeights = tuple[torch.Tensor, Bias, torch.Tensor, Bias, torch.Tensor, Bias]  # of gate, up and down
+
 # By the names that transformers' configurations have for them
 ACTIVATIONS = {
     "silu": Activation(F.silu, aten.silu_, aten.silu_backward),
@@ -64,7 +67,7 @@ class SharedBaseFFN(torch.autograd.Function):
         x: torch.Tensor,
         top_k_weights: torch.Tensor,
         own: torch.Tensor,
-        base: tuple[torch.Tensor | None, ...],
+        base: BaseWeights,
         a_in: torch.Tensor,
         b_gate: torch.Tensor,
         b_up: torch.Tensor,
@@ -199,6 +202,14 @@ class LowRankExperts(nn.Module):
     multiplies the other's) and so stay zero.
     """
 
+    gate_proj_A: torch.Tensor
+    up_proj_A: torch.Tensor
+    down_proj_A: torch.Tensor
+    gate_proj_B: torch.Tensor
+    up_proj_B: torch.Tensor
+    down_proj_B: torch.Tensor
+    scaling: torch.Tensor
+
     def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, rank: int, activation: str = "silu"):
         super().__init__()
         self.activation = activation  # of the base: a key of ACTIVATIONS
@@ -214,10 +225,12 @@ class LowRankExperts(nn.Module):
         """As nn.Module has it; on a device without float64 (MPS) the scalings are fp32."""
         scaling = self._buffers.pop("scaling")
         super()._apply(fn, recurse)
-        try:
-            self._buffers["scaling"] = None if scaling is None else fn(scaling)
-        except TypeError:
-            self._buffers["scaling"] = fn(scaling.float())
+        if scaling is not None:
+            try:
+                scaling = fn(scaling)
+            except TypeError:
+                scaling = fn(scaling.float())
+        self._buffers["scaling"] = scaling
         return self
 
     def masters(self) -> "LowRankExperts":
@@ -247,7 +260,7 @@ class LowRankExperts(nn.Module):
     def side_by_side(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """The low-rank operands of SharedBaseFFN: each matrix of all experts as one, the scalings in those that meet
         x and y, which are the smaller ones."""
-        scales = 1, 1, 1
+        scales: Any = (1, 1, 1)
         if self.scaling is not None:
             scales = self.scaling.to(self.gate_proj_A.dtype)[:, :, None, None]
         a_in = torch.stack((self.gate_proj_A * scales[0], self.up_proj_A * scales[1])).flatten(0, 1)
@@ -299,7 +312,8 @@ class LowRankExperts(nn.Module):
         down_proj: nn.Module,
     ) -> torch.Tensor:
         """As `forward`. The base's linear layers are called, whatever an engine has put in their place."""
-        *matrices, b_down = self.side_by_side(x.dtype)
+        a_in, b_gate, b_up, a_down, b_down = self.side_by_side(x.dtype)
         own = self.own_columns(top_k_index).to(x.dtype)
+        matrices = a_in, b_gate, b_up, a_down
         *_, hidden, ah = _slots(x, gate_proj(x), up_proj(x), top_k_weights, own, *matrices, self.activation)
         return down_proj(_mix(hidden, top_k_weights)).addmm_(ah, b_down)

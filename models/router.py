@@ -21,6 +21,9 @@ class Router(nn.Module):
     experts below them, as the paper's sum of losses does; with "router" the routers' own weights and nothing else.
     """
 
+    bias: Tensor | None
+    off: Tensor | None
+
     def __init__(self, hidden_size: int, num_experts: int, top_k: int):
         super().__init__()
         self.top_k = top_k
@@ -34,7 +37,7 @@ class Router(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             router_logits = F.linear(x.to(dtype), self.weight.to(dtype))  # (N, E)
-            if self.bias is not None:
+            if self.bias is not None and self.off is not None:
                 router_logits = (router_logits + self.bias).masked_fill(self.off, torch.finfo(dtype).min)
             top_k_index, top_k_weights = route(router_logits, self.top_k)
             if self.gate_gradient == "router" and x.requires_grad:
