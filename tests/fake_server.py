@@ -11,14 +11,15 @@ class FakeServer(ThreadingHTTPServer):
     """answer(request) gives the choice's fields, or a fault.
 
     faults: what befalls the next requests, in order; None: nothing; bytes: that body.
-    requests: all that came in, with those that got a fault. keys: the Authorization headers.
+    requests: all that came in, with those that got a fault. answered: those that got a whole answer. keys: the
+    Authorization headers.
     """
 
     daemon_threads = True
 
     def __init__(self, answer):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.faults, self.requests, self.keys = answer, [], [], set()
+        self.answer, self.faults, self.requests, self.answered, self.keys = answer, [], [], [], set()
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -64,6 +65,7 @@ class Handler(BaseHTTPRequestHandler):
         }
         whole = json.dumps(body).encode()
         if fault is None:
+            self.server.answered.append(request)
             self.reply(200, whole)
         elif fault == "half":
             self.reply(200, whole[: len(whole) // 2], length=len(whole))
