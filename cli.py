@@ -158,6 +158,11 @@ def check_at_least(minimum: int, **values: int | None) -> None:
         check(name, value, value is None or value >= minimum, f"{minimum} or more")
 
 
+def check_seed(seed: int | None) -> None:
+    """`check` of a seed, which all generators of random numbers take; None passes."""
+    check("seed", seed, seed is None or 0 <= seed < 2**32, "from 0 to 4294967295")
+
+
 def check_num_samples(**values: int) -> None:
     """`check` of numbers of rows: -1 stands for all."""
     for name, value in values.items():

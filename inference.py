@@ -15,6 +15,7 @@ from cli import (
     check_default,
     check_not_given,
     check_num_samples,
+    check_seed,
     flag,
     read_tasks,
 )
@@ -103,6 +104,7 @@ class InferArguments(AnsweringArguments):
         check_at_least(1, batch_size=self.batch_size)
         check("temperature", self.temperature, math.isfinite(self.temperature) and self.temperature >= 0, "0 or more")
         check_at_least(1, max_new_tokens=self.max_new_tokens)
+        check_seed(self.seed)
 
     @property
     def compared(self) -> list[str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import config
 from config import GENERAL, TASKS, XSTEST, UserError
 from data import hub
+from data.text import holds_half_characters
 
 SAMPLE_DIR = Path(__file__).resolve().parent / "sample"
 NUM_ALPACA = 20_000  # the paper's sample of Alpaca's 52k
@@ -170,15 +171,6 @@ def read_jsonl(
     if not rows:
         raise UserError(f"{path}: has no rows")
     return rows
-
-
-def holds_half_characters(row) -> bool:
-    """Whether a text in a JSON document has a surrogate without its other half, which no file can hold."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 def _check_field(where: str, row: dict, column: str, kind: type, may_be_empty: bool) -> None:

@@ -24,6 +24,7 @@ from cli import (
     check_at_least,
     check_default,
     check_num_samples,
+    check_seed,
     effective_flags,
     flag,
     flag_with,
@@ -67,6 +68,7 @@ class LikelihoodArguments(AnsweringArguments):
 
     def __post_init__(self):
         check_num_samples(num_samples=self.num_samples)
+        check_seed(self.seed)
         resolve_conditional_flags(self)
         if self.dataset_type == HELD_APART:
             check_at_least(1, num_trained=self.num_trained)

@@ -141,6 +141,8 @@ class Expert:
         except Exception as error:  # PEFT raises whatever a wrong value leads to
             raise UserError(f"{folder}: its adapter_config.json is none of PEFT's ({one_line(error)})") from error
         self._refuse_other_forms()
+        if not isinstance(self.config.base_model_name_or_path, str | None):
+            raise self._refused(f"base_model_name_or_path={self.config.base_model_name_or_path}")
         run = read_run(folder)
         recorded = run["run"]["arguments"] if run else {}
         self.base_model = recorded.get("base_model") or self.config.base_model_name_or_path

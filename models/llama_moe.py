@@ -23,6 +23,7 @@ from cli import (
     check_at_least,
     check_default,
     check_not_given,
+    check_seed,
     effective_flags,
     flag,
     flag_with,
@@ -81,6 +82,7 @@ class FuseArguments(BaseArguments):
             self.router_init = "prototype"
         elif self.expert_topk is None:
             self.expert_topk = 2
+        check_seed(self.seed)
         check_at_least(1, max_rank=self.max_rank, fresh_rank=self.fresh_rank, num_prompts=self.num_prompts)
         resolve_conditional_flags(self)
         if self.experts is None:

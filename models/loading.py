@@ -85,7 +85,10 @@ def base_of_run(folder: Path) -> str:
             return run["run"]["arguments"]["base_model"]
     for name in ("adapter_config.json", "config.json"):
         if (folder / name).exists():
-            return read_json(folder / name).get("base_model_name_or_path") or str(folder)
+            named = read_json(folder / name).get("base_model_name_or_path") or str(folder)
+            if not isinstance(named, str):
+                raise UserError(f"{folder / name}: base_model_name_or_path {named} is no name of a model")
+            return named
 
 
 def resolve_base(folder: Path, given: str | None) -> str:

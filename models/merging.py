@@ -25,6 +25,7 @@ from cli import (
     check,
     check_at_least,
     check_not_given,
+    check_seed,
     flag,
     is_positive,
     read_number,
@@ -118,6 +119,7 @@ class MergeArguments(BaseArguments):
             self.seed = 42 if self.seed is None else self.seed
         else:
             check_not_given(f"--method {self.method} drops nothing at random", seed=self.seed)
+        check_seed(self.seed)
         check_at_least(1, batch_size=self.batch_size)
         if self.num_held_apart is None:
             reason = "is for choosing coefficients, with --num_held_apart"

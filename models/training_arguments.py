@@ -45,6 +45,7 @@ class TrainArguments(TrainingArguments):
             check(
                 name, getattr(self, name), math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "0 or more"
             )
+        cli.check_seed(self.seed)
         if self.use_cpu and self.fsdp:
             raise UserError("--fsdp shards over GPUs, and this run is on the CPU: leave it out")
         strategy = self.train_sampling_strategy

@@ -222,7 +222,7 @@ def yes_probabilities(client: Client, model: str, texts: list[str]) -> Iterator[
     """
     for text, completion in complete_all(client, model, texts, max_tokens=1, temperature=0, logprobs=5):
         logprobs = completion.choices[0].logprobs
-        if logprobs is None or not logprobs.top_logprobs:
+        if not getattr(logprobs, "top_logprobs", None):
             raise UserError(
                 f"{client.api.base_url}: gives no logprobs, which the score of {model} is; serve the judge "
                 "with vLLM, or load it here by naming its folder or hub id as --judge"

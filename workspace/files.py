@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from config import UserError
+from data.text import holds_half_characters
 
 
 def sha256(path: Path) -> str:
@@ -34,6 +35,8 @@ def read_json(path: Path, kind: type = dict):
     """A JSON file that this project wrote, an object or what `kind` says; UserError if it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+        if holds_half_characters(value):
+            raise ValueError("half a character")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); move the folder away and run again") from error
     if not isinstance(value, kind):
@@ -57,6 +60,8 @@ def read_lines(path: Path, *, killed: bool = False) -> list[dict]:
                 rows.append(json.loads(line))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); move the folder away and run again") from error
+    if holds_half_characters(rows):
+        raise UserError(f"{path}: holds half a character; move the folder away and run again")
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: has a line that is no JSON object; move the folder away and run again")
     return rows

@@ -67,7 +67,7 @@ def test_rows(task, data, base_dir, tmp_path_factory):
         numbers_are_finite(folder / "results")
     for path in folder.glob("results/inference/*/*/*/outputs.jsonl"):
         prompts = {json.dumps([row.get(name) for name in ("instruction", "prompt", "question")]) for row in rows}
-        assert len(path.read_text().splitlines()) == (len(prompts) if task == "safety" else len(rows))
+        assert path.read_bytes().count(b"\n") == (len(prompts) if task == "safety" else len(rows))
 
 
 @FUZZ
