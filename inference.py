@@ -207,6 +207,8 @@ def answer_task(
     observation = Path(args.results_dir) / "observation" / args.task_name / args.dataset_type / name
     observe = is_fused(path) and not args.server_url
     if state == "complete":
+        if not outputs.exists():
+            raise UserError(f"{outputs}: is gone, and run.json says that it was complete; move the folder away")
         print(f"{folder} is complete: nothing to do")
         # stopped, or failed, after the answers
         if observe and is_first() and not (observation / "routing.json").exists():

@@ -230,6 +230,8 @@ def read_result_as_written(results_dir: Path, one: Metric, name: str, split: str
     ids, sizes = [row["id"] for row in rows], [float(row.get("tokens", 1)) for row in rows]
     score = scores["metrics"][one.judgement]
     check_score(score, [*(value for value in values if value is not None), *sizes])
+    if sum(value is not None for value in values) != score["n"]:
+        raise ValueError(f"judgements.jsonl of {folder.name} has not the {score['n']} items of its score")
     if len(ids) != len(set(ids)) or not all(isinstance(id, str) for id in [*ids, *questions]):
         raise ValueError("judgements.jsonl has an id twice, or one that is no text")
     return Result(ids, values, sizes, questions, judge, settings, score)

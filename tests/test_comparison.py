@@ -162,7 +162,8 @@ def test_runs_that_were_scored_on_other_items_are_not_compared(results, capsys, 
     (changed / "outputs" / FUSED).mkdir(parents=True)
     (changed / "outputs" / FUSED / "run.json").write_text((results / "outputs" / FUSED / "run.json").read_text())
     path = changed / "evaluation" / "safety" / "test" / "raw" / "likelihood" / "judgements.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    first, rest = path.read_text().split("\n", 1)
+    path.write_text(json.dumps({**json.loads(first), "id": "another"}) + "\n" + rest)
     with pytest.raises(SystemExit):
         call(report, "--runs", f"raw,{FUSED}", "--results_dir", changed)
     assert "were scored on different items (safety_nll_per_token)" in capsys.readouterr().err

@@ -321,7 +321,7 @@ def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(results, base_
     command = [sys.executable, *map(str, common), "--results_dir", str(tmp_path / "killed")]
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     folder = tmp_path / "killed" / "outputs" / name
-    wait_for(folder / "checkpoint-6" / "trainer_state.json", process)
+    wait_for(folder / "checkpoint-6" / "files.json", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
     if (folder / "run.json").exists():

@@ -1,6 +1,7 @@
 """Faults other than kills: each strikes a command, which must lose nothing, and end as an undisturbed one when it is
 given again."""
 
+import contextlib
 import os
 import random
 import shutil
@@ -35,6 +36,7 @@ class Faults:
         self.pipeline, self.killer, self.rng = pipeline, killer, random.Random()
         self.stage = {stage.name: stage for stage in pipeline.stages()}
         self.expected: dict[str, tuple[dict, float, int]] = {}
+        self.written: dict[str, int] = {}  # bytes that a stage takes of a disk
 
     def all(self) -> dict[str, Callable[[int], Tally]]:
         """Each as a function that says so in its Tally where this machine cannot make the fault."""
@@ -83,6 +85,7 @@ class Faults:
     def undisturbed(self, stage: Stage) -> dict:
         if stage.name not in self.expected:
             self.expected[stage.name] = self.killer.undisturbed(stage)
+            self.written[stage.name] = size_on_disk(self.killer.results) - size_on_disk(self.killer.ready)
         return self.expected[stage.name][0]
 
     def run(self, stage: Stage) -> tuple[int, str]:
@@ -228,14 +231,14 @@ class Faults:
     # ---- disks and folders
 
     @contextmanager
-    def on_disk(self, megabytes: float) -> Iterator[None]:
-        """The results folder as a disk of its own, of that size above what it holds. Unavailable without the right."""
+    def on_disk(self, free: float) -> Iterator[None]:
+        """The results folder as a disk of its own, with so many bytes free. Unavailable without the right."""
         self.killer.renew()
         results, kept = self.killer.results, self.killer.folder / "kept"
         shutil.rmtree(kept, ignore_errors=True)
         results.rename(kept)
         results.mkdir()
-        size = sum(path.stat().st_size // 4096 * 4096 + 4096 for path in kept.rglob("*")) + int(megabytes * 2**20)
+        size = size_on_disk(kept) + int(free)
         if subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(results)], check=False
         ).returncode:
@@ -252,63 +255,67 @@ class Faults:
     def full_disk(self, stages: list[Stage], times: int) -> Tally:
         tally, rng = Tally(), self.rng
         while tally.times < times:
-            for stage in stages:
-                self.undisturbed(stage)
-                with self.on_disk(rng.uniform(0, 0.3)):
-                    code, said = self.run(stage)
-                    before = finished_work(self.killer.results)
-                if code:
-                    tally.times += 1
-                    self.must_refuse(tally, f"{stage.name} on a full disk", code, said)
-                self.must_end_well(tally, stage, "full disk", before)
+            stage = self.rng.choice(stages)
+            self.undisturbed(stage)
+            with self.on_disk(rng.uniform(0, 0.8 * self.written[stage.name])):
+                code, said = self.run(stage)
+                before = finished_work(self.killer.results)
+            if code:
+                tally.times += 1
+                self.must_refuse(tally, f"{stage.name} on a full disk", code, said)
+            self.must_end_well(tally, stage, "full disk", before)
         return tally
 
     def read_only(self, stages: list[Stage], times: int) -> Tally:
         tally = Tally()
         while tally.times < times:
-            for stage in stages:
-                self.undisturbed(stage)
-                with self.on_disk(10):
-                    subprocess.run(["mount", "-o", "remount,ro", str(self.killer.results)], check=True)
-                    code, said = self.run(stage)
-                tally.times += 1
-                self.must_refuse(tally, f"{stage.name} in a read-only folder", code, said)
-                self.must_end_well(tally, stage, "read-only")
+            stage = self.rng.choice(stages)
+            self.undisturbed(stage)
+            with self.on_disk(10 * 2**20):
+                subprocess.run(["mount", "-o", "remount,ro", str(self.killer.results)], check=True)
+                code, said = self.run(stage)
+            tally.times += 1
+            self.must_refuse(tally, f"{stage.name} in a read-only folder", code, said)
+            self.must_end_well(tally, stage, "read-only")
         return tally
 
     def vanishing(self, stages: list[Stage], times: int) -> Tally:
         """What a command writes into is removed under its hands: it ends in one line, or never noticed."""
         tally, rng = Tally(), self.rng
         while tally.times < times:
-            for stage in stages:
-                self.undisturbed(stage)
-                changes = self.expected[stage.name][2]
-                self.killer.renew()
-                before = {path for path in self.killer.results.rglob("*") if path.is_dir()}
-                process = self.killer.start(stage)
-                wait(process, self.killer.results, AT_MOST, rng.randint(1, max(changes - 1, 1)))
-                new = [path for path in self.killer.results.rglob("*") if path.is_dir() and path not in before]
-                for path in new:
-                    shutil.rmtree(path, ignore_errors=True)
-                process.join(2 * AT_MOST)
-                tally.times += 1
-                if process.exitcode:
-                    said = self.killer.log.read_text(errors="replace")
-                    self.must_refuse(tally, f"{stage.name}, its folder gone", process.exitcode, said)
-                self.must_end_well(tally, stage, "vanished", removed="/checkpoint-")
+            stage = self.rng.choice(stages)
+            self.undisturbed(stage)
+            changes = self.expected[stage.name][2]
+            self.killer.renew()
+            before = {path for path in self.killer.results.rglob("*") if path.is_dir()}
+            process = self.killer.start(stage)
+            wait(process, self.killer.results, AT_MOST, rng.randint(1, max(changes - 1, 1)))
+            new = [path for path in self.killer.results.rglob("*") if path.is_dir() and path not in before]
+            gone = self.killer.folder / "gone"
+            for number, path in enumerate(new):  # each at once, with all that is in it
+                with contextlib.suppress(FileNotFoundError):
+                    path.rename(gone.with_name(f"gone{number}"))
+            for number in range(len(new)):
+                shutil.rmtree(gone.with_name(f"gone{number}"), ignore_errors=True)
+            process.join(2 * AT_MOST)
+            tally.times += 1
+            if process.exitcode:
+                said = self.killer.log.read_text(errors="replace")
+                self.must_refuse(tally, f"{stage.name}, its folder gone", process.exitcode, said)
+            self.must_end_well(tally, stage, "vanished", removed="/checkpoint-")
         return tally
 
     def clock(self, stages: list[Stage], times: int) -> Tally:
         """What a run had written is from the future when it goes on."""
         tally, rng = Tally(), self.rng
         while tally.times < times:
-            for stage in stages:
-                if not self.half_done(stage, rng):
-                    continue
-                for path in self.killer.results.rglob("*"):
-                    os.utime(path, (time.time() + 10 * 365 * 86400,) * 2)
-                tally.times += 1
-                self.must_end_well(tally, stage, "clock", finished_work(self.killer.results))
+            stage = self.rng.choice(stages)
+            if not self.half_done(stage, rng):
+                continue
+            for path in self.killer.results.rglob("*"):
+                os.utime(path, (time.time() + 10 * 365 * 86400,) * 2)
+            tally.times += 1
+            self.must_end_well(tally, stage, "clock", finished_work(self.killer.results))
         return tally
 
     # ---- memory, numbers, processes
@@ -358,24 +365,24 @@ class Faults:
         """Several processes with one command: one works, the others say who does, or that it is done."""
         tally = Tally()
         while tally.times < times:
-            for stage in stages:
-                expected = self.undisturbed(stage)
-                self.killer.renew()
-                processes = [self.killer.start(stage) for _ in range(number)]
-                for process in processes:
-                    process.join(AT_MOST)
-                said = self.killer.log.read_text(errors="replace")
-                tally.times += 1
-                if {process.exitcode for process in processes} - {0, 2} or "Traceback" in said:
-                    tally.wrong += 1
-                    tally.note(f"{number} at once, {stage.name}: {[p.exitcode for p in processes]}: {said[-400:]}")
-                if not any(process.exitcode == 0 for process in processes):
-                    tally.wrong += 1
-                    tally.note(f"{number} at once, {stage.name}: none came to its end: {said[-400:]}")
-                wrong, left = differences(expected, contents(self.killer.results))
-                tally.wrong, tally.left = tally.wrong + len(wrong), tally.left + len(left)
-                for path in (*wrong, *left):
-                    tally.note(f"{number} at once, {stage.name}: {path}")
+            stage = self.rng.choice(stages)
+            expected = self.undisturbed(stage)
+            self.killer.renew()
+            processes = [self.killer.start(stage) for _ in range(number)]
+            for process in processes:
+                process.join(AT_MOST)
+            said = self.killer.log.read_text(errors="replace")
+            tally.times += 1
+            if {process.exitcode for process in processes} - {0, 2} or "Traceback" in said:
+                tally.wrong += 1
+                tally.note(f"{number} at once, {stage.name}: {[p.exitcode for p in processes]}: {said[-400:]}")
+            if not any(process.exitcode == 0 for process in processes):
+                tally.wrong += 1
+                tally.note(f"{number} at once, {stage.name}: none came to its end: {said[-400:]}")
+            wrong, left = differences(expected, contents(self.killer.results))
+            tally.wrong, tally.left = tally.wrong + len(wrong), tally.left + len(left)
+            for path in (*wrong, *left):
+                tally.note(f"{number} at once, {stage.name}: {path}")
         return tally
 
     # ---- servers
@@ -408,6 +415,11 @@ class Faults:
                 tally.note(f"asked again though answered: {twice[:2]}")
             self.must_end_well(tally, self.stage[name], "server", before)
         return tally
+
+
+def size_on_disk(folder: Path) -> int:
+    """The bytes that the files of a folder take in blocks of 4 kB."""
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in folder.rglob("*") if path.is_file())
 
 
 def cut_lengths(path: Path, whole: bytes) -> list[int]:
