@@ -67,6 +67,16 @@ def test_the_tables_are_the_committed_measurements():
         assert not re.search(r"@[A-Z]+@", path.read_text()), f"{path}: a figure is still to be filled in"
 
 
+def test_the_table_of_faults_is_the_committed_campaign():
+    from faults.campaign import table
+    from faults.kills import Tally
+
+    kept = json.loads((ROOT / "docs" / "measurements" / "faults.json").read_text())
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert table({name: Tally(**one) for name, one in kept.items()}) in page
+    assert not any(one["lost"] or one["wrong"] or one["left"] for one in kept.values())
+
+
 @pytest.fixture(scope="module")
 def committed():
     """docs/comparison.py."""
