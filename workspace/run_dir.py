@@ -42,6 +42,8 @@ def begin(folder: Path, script: str, arguments: dict, remedy: str) -> str:
             continue
         if name == UNFINISHED and not holds_work(folder):
             break
+        if state == "resume":
+            remove_torn(folder)
         run = read_record(folder / name)["run"]
         if run["script"] != script:
             raise UserError(f"{folder}: holds a run of {run['script']}; {remedy}")
@@ -55,8 +57,15 @@ def begin(folder: Path, script: str, arguments: dict, remedy: str) -> str:
     if folder.exists() and not (folder / UNFINISHED).exists() and holds_others(folder):
         raise UserError(f"{folder}: is no run of this project; {remedy}")
     folder.mkdir(parents=True, exist_ok=True)
+    remove_torn(folder)
     write_json(folder / UNFINISHED, {"run": {"script": script, "arguments": arguments}})
     return "new"
+
+
+def remove_torn(folder: Path) -> None:
+    """Remove what safetensors leaves of a file when its process is killed as it writes."""
+    for torn in folder.glob(".tmp*"):
+        torn.unlink()
 
 
 def holds_others(folder: Path) -> bool:
