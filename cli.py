@@ -19,7 +19,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 NF4 = "nf4"  # QLoRA's 4-bit data type (https://arxiv.org/abs/2305.14314)
 HELP_ALL = "--help_all"
 # How safetensors and PyTorch say that the system would not write: in errors that are no OSError
-WRITE_FAILED = ("os error", "PytorchStreamWriter", "iostream error", "inline_container.cc")
+WRITE_FAILED = ("(os error ", "PytorchStreamWriter", "iostream error", "inline_container.cc")
 NO_TASKS = (
     "raw",
     "raw_chat",

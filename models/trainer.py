@@ -255,12 +255,9 @@ class MixtureTrainer(AlignmentTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def sums_of_log(self) -> dict[str, float]:
-        meters = {name: self.accelerator.gather(value.reshape(1)).mean().item() for name, value in self.meters.items()}
-        return {
-            **super().sums_of_log(),
-            "steps": self.metered_steps,
-            **{f"sum_{name}": x for name, x in meters.items()},
-        }
+        gather = self.accelerator.gather
+        meters = {f"sum_{name}": gather(value.reshape(1)).mean().item() for name, value in self.meters.items()}
+        return {**super().sums_of_log(), "steps": self.metered_steps, **meters}
 
     def resume_log(self, sums: dict[str, float]) -> None:
         super().resume_log(sums)

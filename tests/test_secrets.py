@@ -1,6 +1,5 @@
 """Keys of the environment go where they belong, and into nothing that a run leaves or says."""
 
-import json
 import os
 import shutil
 
@@ -66,7 +65,7 @@ LOGPROBS = {
 }
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "a/b", "..", "."])
+@pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere", "a/b", "..", "."])
 def test_a_runs_name_does_not_lead_out_of_the_results(name, base_dir, tmp_path, capsys):
     import align_basemodel
 
@@ -84,12 +83,3 @@ def test_what_a_model_wrote_cannot_steer_a_terminal():
 
     assert "\x1b" not in printable("a\x1b[2Jb\x07\x9b") and "\x9b" not in printable("\x9b")
     assert printable("a\nb\tc") == "a\nb\tc"
-
-
-def test_a_record_holds_no_key(tmp_path):
-    """Written by the same process that has the keys."""
-    from workspace import run_dir
-
-    run_dir.finish(tmp_path, "a.py", {}, {}, {})
-    record = json.loads((tmp_path / "run.json").read_text())
-    assert not {"HF_TOKEN", "environment"} & set(record["meta"])

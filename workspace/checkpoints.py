@@ -11,10 +11,8 @@ SEAL = "files.json"  # {file: sha256} of a checkpoint, written last
 
 def seal(checkpoint: Path) -> None:
     """Record the checksums of all files of a checkpoint, which is whole by now."""
-    write_json(
-        checkpoint / SEAL,
-        {"sha256": {str(path.relative_to(checkpoint)): sha256(path) for path in files_of(checkpoint)}},
-    )
+    checksums = {str(path.relative_to(checkpoint)): sha256(path) for path in files_of(checkpoint)}
+    write_json(checkpoint / SEAL, {"sha256": checksums})
 
 
 def files_of(checkpoint: Path) -> list[Path]:

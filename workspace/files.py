@@ -34,8 +34,9 @@ def as_written(path: Path) -> Iterator[None]:
 def read_json(path: Path, kind: type = dict):
     """A JSON file that this project wrote, an object or what `kind` says; UserError if it is damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if holds_half_characters(value):
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        if "\\ud" in text.lower() and holds_half_characters(value):
             raise ValueError("half a character")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); move the folder away and run again") from error
@@ -55,12 +56,13 @@ def read_lines(path: Path, *, killed: bool = False) -> list[dict]:
     """
     rows = []
     try:
-        for line in filter(None, path.read_bytes().split(b"\n")):
+        content = path.read_bytes()
+        for line in filter(None, content.split(b"\n")):
             with suppress(ValueError) if killed else nullcontext():
                 rows.append(json.loads(line))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); move the folder away and run again") from error
-    if holds_half_characters(rows):
+    if b"\\ud" in content.lower() and holds_half_characters(rows):
         raise UserError(f"{path}: holds half a character; move the folder away and run again")
     if not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: has a line that is no JSON object; move the folder away and run again")
@@ -80,7 +82,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all. What a process of this machine that was killed left of it is removed."""
     host = platform.node().replace(".", "_")
     for partial in path.parent.glob(f".{glob.escape(path.name)}.{host}.*"):
-        if not psutil.pid_exists(int(partial.suffix[1:])):
+        pid = partial.suffix[1:]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
             partial.unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.{host}.{os.getpid()}")
     try:

@@ -64,7 +64,7 @@ def begin(folder: Path, script: str, arguments: dict, remedy: str) -> str:
 
 def remove_torn(folder: Path) -> None:
     """Remove what safetensors leaves of a file when its process is killed as it writes."""
-    for torn in folder.glob(".tmp*"):
+    for torn in folder.glob(".tmp??????"):
         torn.unlink()
 
 

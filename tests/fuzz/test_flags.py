@@ -1,6 +1,8 @@
 """Flags of every script, alone and together, with values of any kind."""
 
 import dataclasses
+import os
+import shutil
 import typing
 
 import pytest
@@ -32,8 +34,6 @@ SCRIPTS = [name for name in FLAGS if name in MAINS]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, adapter_dirs):
     """Three adapters, where the scripts look for experts, and their fusion."""
-    import shutil
-
     from models import llama_moe
 
     folder = tmp_path_factory.mktemp("flags")
@@ -83,7 +83,7 @@ def all_flags(script: str) -> dict[str, st.SearchStrategy]:
 @pytest.mark.parametrize("script", SCRIPTS)
 @FUZZ
 @given(data=st.data())
-def test_flags(script, data, results, base_dir, tmp_path_factory, monkeypatch_module):
+def test_flags(script, data, results, base_dir, tmp_path_factory, working_folder):
     flags = all_flags(script)
     names = data.draw(st.lists(st.sampled_from(sorted(flags)), min_size=1, max_size=3, unique=True))
     argv = [*valid(script, results, base_dir)]
@@ -97,10 +97,8 @@ def test_flags(script, data, results, base_dir, tmp_path_factory, monkeypatch_mo
 
 
 @pytest.fixture(scope="module")
-def monkeypatch_module(tmp_path_factory):
+def working_folder(tmp_path_factory):
     """A folder of its own to work in: what is written by a relative path is seen there."""
-    import os
-
     before, folder = os.getcwd(), tmp_path_factory.mktemp("cwd")
     os.chdir(folder)
     yield folder
@@ -110,8 +108,6 @@ def monkeypatch_module(tmp_path_factory):
 
 def clear(results) -> None:
     """Take away what a case made."""
-    import shutil
-
     for path in results.iterdir():
         if path.name != "outputs":
             shutil.rmtree(path) if path.is_dir() else path.unlink()
