@@ -10,7 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 class FakeServer(ThreadingHTTPServer):
     """answer(request) gives the choice's fields, or a fault.
 
-    faults: what befalls the next requests, in order; None: nothing; bytes: that body.
+    faults: what befalls the next requests, in order. None: nothing; bytes: that body; else a status code, "half",
+    "not json", "redirect URL", "stall" (no answer), "gone" (it hangs up), "late SECONDS", "twice" (then with other
+    words), or "model NAME" (that one answers).
     requests: all that came in, with those that got a fault. answered: those that got a whole answer. keys: the
     Authorization headers.
     """
@@ -63,10 +65,22 @@ class Handler(BaseHTTPRequestHandler):
             "choices": [choice],
             "usage": {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5},
         }
+        kind, _, value = (fault or "").partition(" ")
+        if kind == "model":
+            body["model"] = value
         whole = json.dumps(body).encode()
-        if fault is None:
+        if kind == "late":
+            time.sleep(float(value))
+        if kind in ("", "late"):
             self.server.answered.append(request)
             self.reply(200, whole)
+        elif kind == "model":
+            self.reply(200, whole)
+        elif kind == "twice":
+            self.server.answered.append(request)
+            head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+            other = json.dumps({**body, "choices": [{**choice, "text": "words of another answer"}]}).encode()
+            self.wfile.write(head % len(whole) + whole + head % len(other) + other)
         elif fault == "half":
             self.reply(200, whole[: len(whole) // 2], length=len(whole))
             self.close_connection = True
@@ -76,6 +90,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(307, b"", location=fault.removeprefix("redirect "))
         elif fault == "stall":
             time.sleep(1.5)
+        elif fault == "gone":
+            self.close_connection = True
         else:  # a status code; the key is echoed, as no server should
             message = {"error": {"message": f"no, {self.headers['Authorization']}\nsecond line"}}
             self.reply(int(fault), json.dumps(message).encode(), wait="1" if fault == "429" else None)

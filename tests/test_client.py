@@ -63,6 +63,44 @@ def test_what_passes_is_retried(server, fault):
     assert len(server.requests) == 7
 
 
+def test_an_answer_that_comes_too_late_is_no_other_texts_answer(server):
+    """It was given up and asked for again, when it comes."""
+    server.faults = ["late 0.8", None, "late 0.8"]
+    assert dict(ask_all(client_of(server), "m", TEXTS)) == {text: text.upper() for text in TEXTS}
+    assert len(server.requests) == 8
+
+
+def test_what_a_server_says_twice_is_no_other_texts_answer(server):
+    """The second reply waits in the connection, where the next request would find it first."""
+    server.faults = ["twice"] * 6
+    assert dict(ask_all(client_of(server, 1), "m", TEXTS)) == {text: text.upper() for text in TEXTS}
+
+
+@pytest.mark.parametrize("name", ["judge-2", "judge-1-mini", "judge-10", "org/other", "x\ny"])
+def test_an_answer_of_another_model_is_refused(server, name):
+    server.faults = [None, f"model {name}"]
+    answers = []
+    with pytest.raises(UserError, match="another model.*what was answered is kept") as error:
+        for text, _ in ask_all(client_of(server, 1), "judge-1", TEXTS):
+            answers.append(text)
+    assert f"answers as {name!r}" in str(error.value) and len(answers) == 1 and len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "asked, answered",
+    [
+        ("gpt-4o", "gpt-4o-2024-08-06"),
+        ("gpt-4", "gpt-4-0613"),
+        ("openai/gpt-4o", "gpt-4o-2024-08-06"),
+        ("org/Some-instruct", "org/Some-instruct@main"),
+        ("some-instruct", "org/Some-instruct"),
+    ],
+)
+def test_a_model_by_its_longer_name_is_itself(server, asked, answered):
+    server.faults = [f"model {answered}"]
+    assert list(ask_all(client_of(server), asked, ["a"])) == [("a", "A")]
+
+
 def test_a_retry_waits_as_long_as_the_server_asks(server):
     server.faults = ["429"]
     start = time.monotonic()
@@ -154,8 +192,9 @@ def test_a_caller_that_stops_listening_asks_no_more(server):
 
 
 @pytest.fixture
-def two_servers():
+def two_servers(monkeypatch):
     """Servers that say what they were asked; of each the prompts that it answered."""
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.05)
     answered = ([], [])
 
     def answer(number):
@@ -183,7 +222,7 @@ def test_what_a_server_that_is_killed_has_not_answered_goes_to_the_other(two_ser
     """Nothing is lost, and nothing that was answered is asked again."""
     servers, answered = two_servers
     clients = make_clients(",".join(server.url for server in servers), 2, flag="server_url", max_retries=1)
-    prompts, answers = [f"prompt {i}" for i in range(60)], []
+    prompts, answers = [f"prompt {i}" for i in range(100)], []
     for prompt, completion in complete_by_any(clients, "m", prompts):
         answers.append((prompt, completion.choices[0].text))
         if len(answers) == 10:
@@ -232,7 +271,7 @@ def test_one_failure_gives_up_no_server(two_servers, capsys):
     servers, answered = two_servers
     servers[0].faults += ["500"] * 2  # one request and its retry
     clients = make_clients(",".join(server.url for server in servers), 1, flag="server_url", max_retries=1)
-    prompts = [f"prompt {i}" for i in range(40)]
+    prompts = [f"prompt {i}" for i in range(100)]
     assert sorted(prompt for prompt, _ in complete_by_any(clients, "m", prompts)) == sorted(prompts)
     assert capsys.readouterr().err == "" and min(len(set(done)) for done in answered) >= 5
 

@@ -29,6 +29,7 @@ NO_KEY = "no key"  # the openai package wants one; it is not sent
 FAILURES_IN_A_ROW = 3  # after which a server among several is given up
 MAX_RETRIES = 8  # waits double from 0.5 s to at most 8 s (or as the server's Retry-After says): 40 s in all
 TIMEOUT_S = 120.0  # without a whole answer
+SNAPSHOT = re.compile(r"-(\d{4}-\d\d-\d\d|\d{8}|\d{4})$")  # the date of a model, at the end of its name
 
 # USD per million tokens (input, output) of the models that the judges name, as public price lists of that month give
 # them; the vendor's own list is at https://openai.com/api/pricing
@@ -87,6 +88,8 @@ def make_client(
         api_key=key or NO_KEY,
         timeout=timeout_s,
         max_retries=max_retries,
+        # a connection for each answer: what a server sends behind an answer would be taken for the next one
+        default_headers={"Connection": "close"},
         http_client=openai.DefaultHttpxClient(
             follow_redirects=False,  # texts and key go where the user said
             event_hooks={"request": [] if key else [remove_key]},
@@ -264,7 +267,22 @@ def complete(api: openai.OpenAI, **request) -> ChatCompletion | Completion:
         check_form(completion, chat="messages" in request)
     except (LookupError, TypeError, ValueError, AttributeError) as error:  # the package takes whatever the body has
         raise UserError(_explain(error, api, request["model"])) from error
+    if completion.model and not is_model(request["model"], completion.model):
+        raise UserError(
+            f"the server {api.base_url} asked for {request['model']}: answers as {completion.model!r}, another model; "
+            "name that one if it is the one you want (what was answered is kept)"
+        )
     return completion
+
+
+def is_model(asked: str, answered: str) -> bool:
+    """Whether a server's name of the model that answered is that of the one asked for: it may leave out or add the
+    owner, and add a revision or the date of a snapshot."""
+
+    def short(name: str) -> str:
+        return name.rpartition("/")[2].partition("@")[0].casefold()
+
+    return short(answered) == short(asked) or SNAPSHOT.sub("", short(answered)) == short(asked)
 
 
 def check_form(completion: ChatCompletion | Completion, chat: bool) -> None:
@@ -291,7 +309,7 @@ def cost(model: str, texts: list[str], max_tokens: int, url: str) -> str:
     )
     if not is_openai(url):
         return f"{line}; the price is that server's own"
-    price = PRICES.get(model) or PRICES.get(re.sub(r"-(\d{4}-\d\d-\d\d|\d{4})$", "", model))  # less a snapshot's date
+    price = PRICES.get(model) or PRICES.get(SNAPSHOT.sub("", model))
     if price is None:
         return f"{line}; the price of {model} is not known here (those of {', '.join(PRICES)} are)"
     dollars = (tokens_in * price[0] + tokens_out * price[1]) / 1e6

@@ -71,7 +71,7 @@ class KeptClient:
 
 @functools.cache
 def shared_api(base_url: str, timeout_s: float, max_retries: int):
-    """One connection pool for all requests; the library makes a client for each."""
+    """One client of a server for all requests; the library makes one for each."""
     return make_client(base_url, 1, timeout_s=timeout_s, max_retries=max_retries).api
 
 

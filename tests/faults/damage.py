@@ -388,14 +388,16 @@ class Faults:
     # ---- servers
 
     def bad_server(self, name: str, times: int) -> Tally:
-        """A server that goes away, comes back, hangs up, gives errors, or words that are none of its protocol."""
+        """A server that goes away, comes back, hangs up, gives errors, is late, says things twice, or answers with
+        another model's words or with words that are none of its protocol."""
         tally, rng = Tally(), self.rng
         self.undisturbed(self.stage[name])
         server: FakeServer = self.pipeline.server
         while tally.times < times:
             self.killer.renew()
             server.answered.clear()
-            kinds = ["500", "429", "half", "not json", b"{}", b'{"choices": []}', "gone", None, None, None]
+            kinds = ["500", "429", "half", "not json", b"{}", b'{"choices": []}', "gone", "late 0.3", "twice"]
+            kinds += ["model of-others", None, None, None, None]
             server.faults[:] = [rng.choice(kinds) for _ in range(40)]
             before: set[tuple] = set()
             for _ in range(30):
