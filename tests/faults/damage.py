@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -210,19 +211,12 @@ class Faults:
     def hot_journal(self, stage: Stage, times: int) -> Tally:
         """A process killed within a transaction leaves its database half written, and a journal to undo that."""
         tally, rng = Tally(), self.rng
-        writing = (
-            "import sqlite3, sys, os, signal\n"
-            "c = sqlite3.connect(sys.argv[1]); c.execute('PRAGMA cache_size = 1')\n"
-            "c.execute('UPDATE judgement SET value = ?', ('0' * 9000,))\n"
-            "os.kill(os.getpid(), signal.SIGKILL)\n"
-        )
         while tally.times < times:
             if not self.half_done(stage, rng):
                 continue
             database = self.killer.results / "evaluation" / "judgements.sqlite"
             before = finished_work(self.killer.results)
-            subprocess.run(["python", "-c", writing, str(database)], check=False)
-            if not database.with_name("judgements.sqlite-journal").exists():
+            if not leave_journal(database):
                 continue
             tally.times += 1
             self.must_end_well(tally, stage, "hot journal", before)
@@ -417,6 +411,18 @@ class Faults:
                 tally.note(f"asked again though answered: {twice[:2]}")
             self.must_end_well(tally, self.stage[name], "server", before)
         return tally
+
+
+def leave_journal(database: Path) -> bool:
+    """Kill a process within a transaction; whether it left its journal."""
+    writing = (
+        "import sqlite3, sys, os, signal\n"
+        "c = sqlite3.connect(sys.argv[1]); c.execute('PRAGMA cache_size = 1')\n"
+        "c.execute('UPDATE judgement SET value = ?', ('0' * 9000,))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", writing, str(database)], check=False)
+    return database.with_name(f"{database.name}-journal").exists()
 
 
 def size_on_disk(folder: Path) -> int:

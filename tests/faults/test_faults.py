@@ -7,11 +7,12 @@ from fake_server import FakeServer
 from scripts import MAINS
 
 from config import ROOT
+from evaluator.judges.cache import JudgementCache, cache_path
 from faults import stages
 from faults.campaign import Campaign, table
-from faults.damage import Faults
+from faults.damage import Faults, leave_journal
 from faults.kills import Killer, Tally, fork_server
-from faults.trees import content, lost_work
+from faults.trees import content, lost_work, rows_of
 
 pytestmark = pytest.mark.slow
 STAGES = (
@@ -78,3 +79,14 @@ def test_what_is_lost_or_differs_is_seen(tmp_path):
     assert lost_work(rows, rows) == 0 and lost_work(rows, set()) == 5 and lost_work(rows, set(), 3) == 1
     early, late = ("checkpoint", "run", 2), ("checkpoint", "run", 4)
     assert lost_work({early}, {late}) == 0 and lost_work({late}, {early}) == 1
+
+
+def test_judgements_under_a_journal_are_seen_and_left_alone(tmp_path):
+    cache = JudgementCache(tmp_path)
+    for number in range(200):
+        cache.put("judge", "1", f"text {number}", "x" * 100)
+    cache.connection.close()
+    database = cache_path(tmp_path)
+    before = rows_of(database)
+    assert len(before) == 200 and leave_journal(database) and rows_of(database) == before
+    assert database.with_name("judgements.sqlite-journal").exists()

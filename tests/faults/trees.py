@@ -3,13 +3,15 @@
 import hashlib
 import json
 import re
+import shutil
 import sqlite3
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-# Fields that tell how long something took, how much memory, or by which process: two runs differ in them.
+# Fields that tell how long something took, how much memory, by which process, of which commit: two runs differ in them.
 MEASURED = (
     "seconds",
     "train_seconds",
@@ -20,6 +22,7 @@ MEASURED = (
     "train_steps_per_second",
     "tokens_per_second",
     "made_by",
+    "commit",
 )
 # A seal holds the checksums of files with clocks in them; random states hold the place of Python's own generator
 UNCOMPARED = re.compile(r"(rng_state.*\.pth|files\.json|.*\.png|.*\.html|.*\.lock)$")
@@ -63,12 +66,19 @@ def without_clocks(value):
 
 
 def rows_of(database: Path) -> list[tuple]:
-    """All rows of a file of judgements."""
-    try:
-        connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True)
-        return sorted(connection.execute("SELECT * FROM judgement"))
-    except sqlite3.OperationalError:  # killed before its table was there
-        return []
+    """All rows of a file of judgements, read from a copy: who reads what a killed process left behind mends it."""
+    with tempfile.TemporaryDirectory() as folder:
+        for path in database.parent.glob(f"{database.name}*"):  # with its journal
+            shutil.copy(path, folder)
+        connection = sqlite3.connect(Path(folder) / database.name)
+        try:
+            return sorted(connection.execute("SELECT * FROM judgement"))
+        except sqlite3.OperationalError as error:
+            if "no such table" not in str(error):  # killed before it was there
+                raise
+            return []
+        finally:
+            connection.close()
 
 
 def differences(expected: dict, actual: dict) -> tuple[list[str], list[str]]:
