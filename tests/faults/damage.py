@@ -17,7 +17,7 @@ from pathlib import Path
 from fake_server import FakeServer
 
 from config import UserError
-from faults.kills import AT_MOST, Killer, Tally, wait
+from faults.kills import Killer, Tally, wait
 from faults.stages import Pipeline, Stage
 from faults.trees import contents, differences, finished_work, lost_work
 from workspace import checkpoints
@@ -92,7 +92,7 @@ class Faults:
     def run(self, stage: Stage) -> tuple[int, str]:
         """(exit code, what it said) of a stage run to its end."""
         process = self.killer.start(stage)
-        process.join(2 * AT_MOST)  # which ends itself, with a traceback, after AT_MOST
+        process.join(2 * stage.at_most)  # which ends itself, with a traceback, after that
         return process.exitcode, self.killer.log.read_text(errors="replace")
 
     def must_refuse(self, tally: Tally, what: str, code: int, said: str) -> None:
@@ -131,7 +131,7 @@ class Faults:
         self.killer.renew()
         begun = finished_work(self.killer.results)
         process = self.killer.start(stage)
-        wait(process, self.killer.results, AT_MOST, rng.randint(max(changes // 2, 1), max(changes - 1, 1)))
+        wait(process, self.killer.results, stage.at_most, rng.randint(max(changes // 2, 1), max(changes - 1, 1)))
         alive = process.is_alive()
         if alive:
             os.kill(process.pid, signal.SIGKILL)
@@ -283,7 +283,7 @@ class Faults:
             self.killer.renew()
             before = {path for path in self.killer.results.rglob("*") if path.is_dir()}
             process = self.killer.start(stage)
-            wait(process, self.killer.results, AT_MOST, rng.randint(1, max(changes - 1, 1)))
+            wait(process, self.killer.results, stage.at_most, rng.randint(1, max(changes - 1, 1)))
             new = [path for path in self.killer.results.rglob("*") if path.is_dir() and path not in before]
             gone = self.killer.folder / "gone"
             for number, path in enumerate(new):  # each at once, with all that is in it
@@ -291,7 +291,7 @@ class Faults:
                     path.rename(gone.with_name(f"gone{number}"))
             for number in range(len(new)):
                 shutil.rmtree(gone.with_name(f"gone{number}"), ignore_errors=True)
-            process.join(2 * AT_MOST)
+            process.join(2 * stage.at_most)
             tally.times += 1
             if process.exitcode:
                 said = self.killer.log.read_text(errors="replace")
@@ -332,7 +332,7 @@ class Faults:
                     process = self.killer.start(stage)
                     (group / "memory.limit_in_bytes").write_text(str(rng.randint(8, 60) * 2**20))
                     (group / "cgroup.procs").write_text(str(process.pid))
-                    process.join(2 * AT_MOST)
+                    process.join(2 * stage.at_most)
                     if process.exitcode == -signal.SIGKILL:
                         tally.times += 1
                         self.must_end_well(tally, stage, "memory", finished_work(self.killer.results))
@@ -364,7 +364,7 @@ class Faults:
             self.killer.renew()
             processes = [self.killer.start(stage) for _ in range(number)]
             for process in processes:
-                process.join(AT_MOST)
+                process.join(stage.at_most)
             said = self.killer.log.read_text(errors="replace")
             tally.times += 1
             if {process.exitcode for process in processes} - {0, 2} or "Traceback" in said:

@@ -11,11 +11,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from config import ROOT
+from faults.python_shim import serve, write_client
 from faults.stages import Stage
 from faults.trees import contents, differences, finished_work, lost_work
 
 PRELOADED = ["scripts"]  # what takes seconds to import is imported once, and a command is a fork of that
-AT_MOST = 120  # seconds that a command may take
 
 
 @dataclass
@@ -48,18 +49,21 @@ def fork_server():
     return context
 
 
-def run_stage(script: str, argv: list[str], log: str) -> None:
-    """A command in a process of its own, and of a group of its own."""
+def run_stage(stage: Stage, argv: list[str], log: str, shim: Path) -> None:
+    """A command in a process of its own, and of a group of its own. shim: the folder of a shell file's `python`."""
     os.setpgid(0, 0)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    if stage.script.endswith(".sh"):
+        os.environ["PATH"] = f"{shim}{os.pathsep}{os.environ['PATH']}"
+        os.execvp("bash", ["bash", str(ROOT / stage.script), *argv])
     import torch
     from scripts import MAINS
 
-    faulthandler.dump_traceback_later(AT_MOST, exit=True)
+    faulthandler.dump_traceback_later(stage.at_most, exit=True)
     torch.set_num_threads(1)
-    MAINS[script](argv)
+    MAINS[stage.script](argv)
 
 
 def signature(folder: Path) -> set[tuple]:
@@ -90,7 +94,8 @@ class Killer:
 
     def __init__(self, context, ready: Path, folder: Path):
         self.context, self.ready, self.folder, self.results = context, ready, folder, folder / "results"
-        self.log = folder / "log.txt"
+        self.log, self.shim = folder / "log.txt", folder / "bin"
+        self.shells: multiprocessing.Process | None = None
 
     def renew(self) -> None:
         shutil.rmtree(self.results, ignore_errors=True)
@@ -98,7 +103,11 @@ class Killer:
 
     def start(self, stage: Stage):
         self.log.write_text("")
-        process = self.context.Process(target=run_stage, args=(stage.script, stage.argv(self.results), str(self.log)))
+        if stage.script.endswith(".sh") and self.shells is None:
+            self.shells = self.context.Process(target=serve, args=(write_client(self.shim),), daemon=True)
+            self.shells.start()
+        argv = stage.argv(self.results)
+        process = self.context.Process(target=run_stage, args=(stage, argv, str(self.log), self.shim))
         process.start()
         return process
 
@@ -106,7 +115,7 @@ class Killer:
         """(what it leaves, its seconds, how often files change as it runs). AssertionError if it fails."""
         self.renew()
         begun, process = time.monotonic(), self.start(stage)
-        changes = wait(process, self.results, AT_MOST)
+        changes = wait(process, self.results, stage.at_most)
         process.join(1)
         assert process.exitcode == 0, f"{stage.name} fails undisturbed: {self.log.read_text()[-3000:]}"
         return contents(self.results), time.monotonic() - begun, changes
@@ -120,7 +129,7 @@ class Killer:
             if rng.random() < 0.5:
                 wait(process, self.results, rng.uniform(0, seconds))
             else:
-                wait(process, self.results, AT_MOST, rng.randint(1, max(changes, 1)))
+                wait(process, self.results, stage.at_most, rng.randint(1, max(changes, 1)))
             if not process.is_alive():
                 break
             os.killpg(process.pid, signal.SIGKILL) if os.getpgid(process.pid) == process.pid else process.kill()

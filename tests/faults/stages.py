@@ -22,15 +22,19 @@ ROWS_AT_ONCE = 3
 
 @dataclass(frozen=True)
 class Stage:
-    """A command: its script, and its flags but --results_dir. rows_at_once: answers that are made in one go."""
+    """A command: its script, and its flags but --results_dir. rows_at_once: answers that are made in one go. below: its
+    results' place in the folder that it starts from. at_most: seconds that it may take."""
 
     name: str
     script: str
     flags: tuple
     rows_at_once: int = 1
+    below: str = ""
+    at_most: int = 120
 
     def argv(self, results: Path) -> list[str]:
-        return [str(flag).replace("{results}", str(results)) for flag in (*self.flags, "--results_dir", results)]
+        flags = (*self.flags, "--results_dir", results / self.below)
+        return [str(flag).replace("{results}", str(results)) for flag in flags]
 
 
 def answer(request: dict) -> dict:
@@ -124,6 +128,8 @@ class Pipeline:
         report = ("--runs", self.runs, "--reference", FUSED, "--data_source", self.source)
         align, fuse, merge = "align_basemodel.py", "models/llama_moe.py", "models/merging.py"
         evaluate, select = "evaluator/evaluate_", "evaluator/select_answers.py"
+        compared = ("--quick", 1, "--base_model", self.llama, "--data_source", self.source, "--dtype", "float32")
+        compared += ("--num_samples", 8, "--num_scored", 4, "--save", "{results}/kept")
         chosen = ("--task_name", "safety", "--name", "consensus", "--answers", answers)
         return [
             Stage("expert training", align, (*expert, *self.training, *self.saving)),
@@ -141,6 +147,7 @@ class Pipeline:
             Stage("selecting", select, chosen),
             *map(export, FORMS),
             Stage("report", "evaluator/report.py", report),
+            Stage("comparison", "runs/comparison.sh", compared, below="comparison", at_most=900),
         ]
 
 

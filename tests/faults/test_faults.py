@@ -19,7 +19,7 @@ STAGES = (
     "expert training", "fusing", "fusing by prompts", "fusion training", "merging", "merging, tuned", "inference",
     "inference by a server", "likelihood", "judge training", "judging", "judging by a server", "selecting",
     "export to shared", "export to by-name", "export to mixtral", "export to qwen3_moe", "export to peft",
-    "export to pt", "report",
+    "export to pt", "report", "comparison",
 )  # fmt: skip
 OTHERS = (
     "a checkpoint's files cut short", "a run's weights cut short", "answers cut within a character",

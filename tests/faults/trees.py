@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 MEASURED = (
     "seconds",
     "train_seconds",
+    "training_seconds",
     "peak_memory_bytes",
     "new_tokens_per_second",
     "train_runtime",
@@ -24,8 +25,9 @@ MEASURED = (
     "made_by",
     "commit",
 )
-# A seal holds the checksums of files with clocks in them; random states hold the place of Python's own generator
-UNCOMPARED = re.compile(r"(rng_state.*\.pth|files\.json|.*\.png|.*\.html|.*\.lock)$")
+# A seal holds the checksums of files with clocks in them; random states hold the place of Python's own generator; a
+# report's table.md and page are drawn from its table.json
+UNCOMPARED = re.compile(r"(rng_state.*\.pth|files\.json|table\.md|.*\.png|.*\.html|.*\.lock)$")
 
 
 def contents(folder: Path) -> dict[str, object]:
