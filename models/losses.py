@@ -20,7 +20,7 @@ def gate_loss(routing_probs: Tensor, expert_of_sample: Tensor, sample_weights: T
 
     routing_probs (B, E), expert_of_sample (B,), sample_weights w (B,) (default 1 each: the plain mean).
     """
-    losses = -routing_probs.gather(1, expert_of_sample[:, None])[:, 0].log()
+    losses = -routing_probs.gather(1, expert_of_sample[:, None]).squeeze(1).log()
     return (losses if sample_weights is None else losses * sample_weights).mean()
 
 

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tiny products are slower on more threads
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model

@@ -283,6 +283,7 @@ def test_a_question_that_a_judge_was_asked_is_kept_by_its_id(results, tmp_path):
     assert "owls" not in kept and json.loads(kept)["metrics"]["truth"]["questions"] == ["q0", "q1", "q0"]
 
 
+@pytest.mark.slow
 def test_runs_can_be_kept_for_others_and_compared_without_their_folders(results, table, tmp_path):
     runs = ",".join([*RUNS, FUSIONS[1], "consensus"])
     keep = ["--save", tmp_path / "kept"]
@@ -300,6 +301,7 @@ def test_runs_can_be_kept_for_others_and_compared_without_their_folders(results,
         call(report, "--runs", f"{runs},nowhere", "--saved", tmp_path / "kept", "--results_dir", other)
 
 
+@pytest.mark.slow
 def test_answers_are_kept_for_others_only_where_they_are_to_be_shown(results, table, tmp_path, capsys):
     results, kept, other = shutil.copytree(results, tmp_path / "results"), tmp_path / "kept", tmp_path / "other"
     runs = ["--runs", ",".join(["raw", *TASKS, FUSED])]

@@ -17,6 +17,7 @@ from models import cost
 from models.cost import TrainingCost, peak_memory_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cost.STATUS.exists(), reason="Linux tells a process's own peak")
 def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     ballast = bytearray(1_500_000_000)

@@ -23,9 +23,16 @@ def test_gate_loss_by_hand():
     assert gate_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([0])).item() == 0  # the minimum
 
 
+def test_gate_loss_with_weights_by_hand():
+    probs = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])
+    expected = -(3.0 * math.log(0.5) + 0.25 * math.log(0.8)) / 2  # over samples, not over the weights' sum
+    actual = gate_loss(probs, torch.tensor([0, 2]), torch.tensor([3.0, 0.25]))
+    assert abs(actual.item() - expected) < 1e-7
+
+
 def test_routing_hits_by_hand():
-    probs = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.35, 0.25], [0.1, 0.2, 0.7]])
-    assert routing_hits(probs, torch.tensor([0, 1, 2])).tolist() == [True, False, True]
+    probs = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.35, 0.25], [0.1, 0.2, 0.7], [0.1, 0.2, 0.7]])
+    assert routing_hits(probs, torch.tensor([0, 1, 2, 0])).tolist() == [True, False, True, False]
 
 
 def test_gate_loss_gradcheck_ignores_masked_tokens():
@@ -49,6 +56,9 @@ def test_drift_by_hand():
     a0, b0 = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[1.0], [0.0]]])
     # change [[2, 4], [6, 8]]: 4 + 16 + 36 + 64 = 120; times scaling 0.5
     assert torch.allclose(low_rank_change(a, b, a0, b0, torch.tensor([0.5])), torch.tensor([0.5 * math.sqrt(120)]))
+    assert low_rank_change(a, b, a0, b0, torch.tensor([-0.5])) > 0  # a norm, whatever the scaling's sign
+    shorter = [tensor / 10 for tensor in (a, b, a0, b0)]  # below 1 too: change / 100
+    assert torch.allclose(low_rank_change(*shorter, torch.ones(1)), torch.tensor([math.sqrt(120) / 100]))
 
 
 def test_drift_equals_the_materialised_change_and_its_gradient():
