@@ -315,7 +315,13 @@ def run_mergekit(args: MergeArguments, experts: list[Expert], chosen: dict, fold
         lazy_unpickle=True,
         quiet=True,
     )
-    run_merge(MergeConfiguration.model_validate(settings), str(folder), options)
+    try:
+        run_merge(MergeConfiguration.model_validate(settings), str(folder), options)
+    except Exception as error:  # it takes a folder that is gone for a hub id
+        places = [folder, cache.parent, *(expert.folder for expert in experts)]
+        if gone := next((place for place in places if not place.exists()), None):
+            raise UserError(f"{gone}: is gone, as mergekit works with it; run the same command again") from error
+        raise
     (folder / MERGEKIT_FILE).write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 

@@ -70,6 +70,7 @@ class AlignmentTrainer(Trainer):
                 "--gradient_checkpointing 1"
             ) from error
         if self.is_world_process_zero():
+            run_dir.begin_again(folder)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT adds to what a killed process left of it
         self.save_model(str(folder))  # by all processes: they may hold a share each
         if not self.is_world_process_zero():
@@ -128,6 +129,7 @@ class AlignmentTrainer(Trainer):
         folder = Path(self.args.output_dir)
         checkpoint = folder / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
+            run_dir.begin_again(folder)
             run_dir.remove(checkpoint)  # what a killed process left of it
         self.log_sums.values = self.sums_of_log()  # by all processes, and none is ahead of the first
         super()._save_checkpoint(model, trial)

@@ -118,3 +118,26 @@ def test_training_stops_at_what_is_not_finite_and_names_step_and_samples(
     assert "checkpoint-2" in capsys.readouterr().out
     expected, actual = (load_file(one / "outputs" / "safety" / "adapter_model.safetensors") for one in (run, tmp_path))
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_folder_that_vanishes_is_made_again_and_loses_nothing(run, base_dir, tmp_path, monkeypatch, killed):
+    """Killed after the next checkpoint, the run goes on from that."""
+    folder, real = tmp_path / "outputs" / "safety", AlignmentTrainer.training_step
+
+    def strange(trainer, *more):
+        if trainer.state.global_step == 2:
+            shutil.rmtree(folder, ignore_errors=True)
+        if trainer.state.global_step == 4 and killed:
+            raise KeyboardInterrupt
+        return real(trainer, *more)
+
+    monkeypatch.setattr(AlignmentTrainer, "training_step", strange)
+    if killed:
+        with pytest.raises(SystemExit):
+            align(base_dir, tmp_path, *EACH_SECOND)
+        assert {path.name for path in folder.iterdir()} == {"arguments.json", "checkpoint-4"}
+        monkeypatch.undo()
+    align(base_dir, tmp_path, *EACH_SECOND)
+    expected, actual = (load_file(one / "outputs" / "safety" / "adapter_model.safetensors") for one in (run, tmp_path))
+    assert (folder / "run.json").exists() and all(torch.equal(actual[name], expected[name]) for name in expected)

@@ -1,6 +1,8 @@
 """Merges: mergekit's against its formulas by hand, those of the core space against their dense definitions."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -282,6 +284,24 @@ def test_mistakes_are_one_line(results, flags, said, capsys, tiny_source):
         merge(results, *flags, *more)
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and said in error and len(error.splitlines()) == 1
+
+
+def test_what_vanishes_under_mergekit_is_one_line(results, tmp_path, monkeypatch, capsys):
+    """It takes a folder that is gone for a hub id."""
+    import mergekit.merge
+
+    def vanish(settings, folder, options):
+        shutil.rmtree(Path(options.lora_merge_cache).parent)
+        raise ValueError("Repo id must be in the form 'repo_name'")
+
+    monkeypatch.setattr(mergekit.merge, "run_merge", vanish)
+    with pytest.raises(SystemExit) as end:
+        merge(results, "--method", "ties", "--output", tmp_path / "gone")
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and "gone.partial: is gone" in said and said.count("\n") == 1
+    monkeypatch.undo()
+    merge(results, "--method", "ties", "--output", tmp_path / "gone")
+    assert (tmp_path / "gone" / "run.json").exists()
 
 
 def test_a_merge_is_no_run_of_another_base(results, tmp_path, base_dir, capsys):

@@ -26,6 +26,7 @@ COMPLETE = "run.json"
 # What tells a base model, data and a judge, wherever they lie: with these alike, their places are not compared.
 DIGESTS = {"base_sha256": "base_model", "data_sha256": "data_source", "judge_version": "judge"}
 _held: dict[Path, FileLock] = {}  # the folders that this process writes
+_begun: dict[Path, dict] = {}  # what it has begun in each
 
 
 def begin(folder: Path, script: str, arguments: dict, remedy: str) -> str:
@@ -49,6 +50,7 @@ def begin(folder: Path, script: str, arguments: dict, remedy: str) -> str:
             raise UserError(f"{folder}: holds a run of {run['script']}; {remedy}")
         with as_written(folder / name):
             compare_arguments(folder, run["arguments"], arguments, remedy)
+        _begun[folder] = {"run": run}
         if state == "complete":
             (folder / UNFINISHED).unlink(missing_ok=True)  # of a process that was killed after its last word
             remove(partial_of(folder))
@@ -58,8 +60,17 @@ def begin(folder: Path, script: str, arguments: dict, remedy: str) -> str:
         raise UserError(f"{folder}: is no run of this project; {remedy}")
     folder.mkdir(parents=True, exist_ok=True)
     remove_torn(folder)
-    write_json(folder / UNFINISHED, {"run": {"script": script, "arguments": arguments}})
+    _begun[folder] = {"run": {"script": script, "arguments": arguments}}
+    write_json(folder / UNFINISHED, _begun[folder])
     return "new"
+
+
+def begin_again(folder: Path) -> None:
+    """Make a folder that `begin` opened once more if it has vanished: what this process still writes there is then
+    known as its run's."""
+    if not (folder / UNFINISHED).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / UNFINISHED, _begun[folder])
 
 
 def remove_torn(folder: Path) -> None:

@@ -138,6 +138,11 @@ class Faults:
         process.join()
         return alive and len(finished_work(self.killer.results)) > len(begun)
 
+    def has_ended(self) -> bool:
+        """Whether a stage that was killed had written its run.json."""
+        runs = (len(list(folder.rglob("run.json"))) for folder in (self.killer.results, self.pipeline.ready))
+        return next(runs) > next(runs)
+
     # ---- files
 
     def cut_checkpoints(self, stages: list[Stage], times: int) -> Tally:
@@ -212,7 +217,7 @@ class Faults:
         """A process killed within a transaction leaves its database half written, and a journal to undo that."""
         tally, rng = Tally(), self.rng
         while tally.times < times:
-            if not self.half_done(stage, rng):
+            if not self.half_done(stage, rng) or self.has_ended():  # nobody would open the database any more
                 continue
             database = self.killer.results / "evaluation" / "judgements.sqlite"
             before = finished_work(self.killer.results)

@@ -1,0 +1,116 @@
+"""Where the time of a decoded token goes: the dense base and ours, by kind of operation.
+
+    python benchmarks/profile_decoding.py --base_model smollm2 --batches 1,8,64
+
+Each form runs in a process of its own. A step's milliseconds are measured without the profiler; the operations of some
+more steps are then counted and timed by torch.profiler, which slows each of them a little. The figures go to
+benchmarks/results/decoding_profile.json.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+import cli
+from benchmarks.whole_model import in_own_process, make_fusion, random_ids
+from cli import flag
+from config import ROOT, TASKS
+from models import base
+from models.loading import device, load_run
+from workspace.files import read_json, write_json
+from workspace.run_dir import environment
+
+FORMS = ("dense base", "ours")
+RESULTS = ROOT / "benchmarks" / "results" / "decoding_profile.json"
+RANK, PROMPT_TOKENS, PROFILED_STEPS = 8, 64, 16
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear")
+KINDS = ("products with the base's weights", "low-rank products and the router's", "attention", "all else")
+
+
+@dataclass
+class ProfileArguments:
+    base_model: str = flag("smollm2", "hub id, folder, or the name of an embedded model")
+    dtype: str = flag("auto", "auto, float32, bfloat16 or float16")
+    batches: str = flag("1,8,64", "tokens decoded at a time, with commas")
+    steps: int = flag(48, "steps of which the median is taken")
+
+
+def kind(name: str, shapes: list, narrow: set[int]) -> str:
+    """What an operation does. narrow: the sizes that only the mixture's own products have."""
+    if name in PRODUCTS or "gemm" in name:
+        sizes = {size for shape in shapes for size in shape if isinstance(size, int)}
+        return KINDS[1] if sizes & narrow else KINDS[0]
+    return KINDS[2] if "attention" in name else KINDS[3]
+
+
+def measure(form: str, folder: Path, base_model: str, dtype: str, batches: list[int], steps: int) -> dict:
+    """Of each batch: ms of a step, operations in it, and profiled ms of each kind."""
+    torch.manual_seed(0)
+    model, _ = load_run(folder / "moe" if form == "ours" else None, base_model, dtype)
+    model.to(device()).eval()
+    columns = len(TASKS) * RANK
+    figures = {}
+    for batch in batches:
+        prompt = random_ids(model, batch, PROMPT_TOKENS)
+        with torch.inference_mode():
+            cache = model(input_ids=prompt, use_cache=True).past_key_values
+            token = prompt[:, -1:]
+            taken = []
+            for _ in range(steps + 4):
+                started = time.perf_counter()
+                model(input_ids=token, past_key_values=cache, use_cache=True)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                taken.append(time.perf_counter() - started)
+            with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+                for _ in range(PROFILED_STEPS):
+                    model(input_ids=token, past_key_values=cache, use_cache=True)
+        milliseconds, count = dict.fromkeys(KINDS, 0.0), 0
+        for event in profiled.key_averages(group_by_input_shape=True):
+            of_kind = kind(event.key, event.input_shapes, {columns, 2 * columns, len(TASKS)})
+            milliseconds[of_kind] += event.self_cpu_time_total / 1000 / PROFILED_STEPS
+            count += event.count
+        figures[str(batch)] = {
+            "step_ms": 1000 * statistics.median(taken[4:]),
+            "operations": round(count / PROFILED_STEPS),
+            "profiled_ms": milliseconds,
+        }
+    return figures
+
+
+def table(figures: dict) -> str:
+    heads = ["tokens at a time", "form", "ms a step", "operations", *KINDS]
+    lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    for batch in figures[FORMS[0]]:
+        for form in FORMS:
+            one = figures[form][batch]
+            cells = [batch, form, f"{one['step_ms']:.1f}", str(one["operations"])]
+            cells += [f"{one['profiled_ms'][name]:.1f}" for name in KINDS]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@cli.command
+def main(argv: list[str] | None = None) -> None:
+    args = cli.parse(argv, ProfileArguments)
+    batches = [int(batch) for batch in args.batches.split(",")]
+    with tempfile.TemporaryDirectory() as folder:
+        make_fusion(Path(folder), args.base_model)
+        given = Path(folder), args.base_model, args.dtype, batches, args.steps
+        figures = {form: in_own_process(measure, form, *given) for form in FORMS}
+    print(table(figures))
+    kept = read_json(RESULTS) if RESULTS.exists() else {}
+    made = {"made_by": environment(), "threads": torch.get_num_threads(), "results": figures}
+    write_json(RESULTS, {**kept, base.dtype_name(args.dtype): made})
+
+
+if __name__ == "__main__":
+    main()
