@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 TESTS = {  # of the core, whose tests are to notice every change
     "models/losses.py": ["tests/test_losses.py"],
     "models/expert_ffn.py": ["tests/test_expert_ffn.py"],
-    "models/router.py": ["tests/test_expert_ffn.py", "tests/test_expert_bias.py"],
+    "models/router.py": ["tests/test_router.py"],
     "evaluator/statistics.py": ["tests/test_statistics.py"],
     "evaluator/paired.py": ["tests/test_paired.py"],
     "data/encoding.py": ["tests/test_encoding.py"],

@@ -196,6 +196,14 @@ def test_what_is_cut_and_dropped_is_counted(tokenizer):
 # ---- mixed data, errors ----------------------------------------------------------------------------------------------
 
 
+def test_a_sample_of_no_task_and_of_tasks_by_other_names(tokenizer):
+    samples, _ = Encoder(tokenizer, 512).encode_all([PLAIN, WITH_INPUT])
+    samples[0]["task"] = ""
+    assert Collator(routing=True)(samples)["task_ids"].tolist() == [-1, 1]
+    samples[1]["task"] = "kindness"
+    assert Collator(routing=True, tasks=("mercy", "wit", "kindness"))(samples)["task_ids"].tolist() == [-1, 2]
+
+
 def test_every_sample_of_mixed_data_has_its_tasks_index(tokenizer, tiny_source, capsys):
     args = align_basemodel.AlignArguments(moe_flag=1, data_source=str(tiny_source))
     samples = align_basemodel.training_samples(args, 42, tokenizer)

@@ -271,3 +271,78 @@ def test_the_scalings_are_fp32_on_a_device_without_float64():
     moved._apply(to_device)
     assert moved.scaling.dtype == torch.float32 and torch.allclose(moved.scaling.double(), expected)
     assert experts.to(torch.float64).scaling.dtype == torch.float64 and "scaling" in experts.state_dict()
+
+
+def test_a_gradient_of_the_gradient_is_refused():
+    """The backward is written by hand, and not differentiable itself."""
+    base, experts, x, *choice = make()
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(experts(x, *choice, *base).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_new_experts_change_nothing_and_have_their_shapes():
+    experts = LowRankExperts(HIDDEN, WIDTH, 3, RANK)
+    shapes = {name: tuple(p.shape) for name, p in experts.named_parameters()}
+    wide, narrow = (3, RANK, WIDTH), (3, RANK, HIDDEN)
+    assert shapes == {
+        "gate_proj_A": narrow, "gate_proj_B": wide, "up_proj_A": narrow, "up_proj_B": wide,
+        "down_proj_A": wide, "down_proj_B": narrow,
+    }  # fmt: skip
+    assert not any(p.any() for p in experts.parameters())
+    assert experts.scaling.dtype == torch.float64 and experts.scaling.tolist() == [[1.0] * 3] * 3
+    assert (experts.activation, experts.dropout) == ("silu", 0.0)
+
+
+def test_folded_scalings_leave_the_function_and_every_merge():
+    base, experts, x, *choice = make()
+    expected = experts(x, *choice, *base)
+    merged = {
+        (i, p): experts.merged(i, p, linear.weight)
+        for i in range(3)
+        for p, linear in zip(PROJECTIONS, base, strict=True)
+    }
+    experts.fold_scaling(torch.float64)
+    assert (experts(x, *choice, *base) - expected).abs().max() < 1e-6 * expected.abs().max()  # scalings rounded to fp32
+    assert experts.scaling.tolist() == [[1.0] * 3] * 3 and experts.scaling.dtype == torch.float64
+    for (i, p), before in merged.items():
+        assert torch.allclose(experts.merged(i, p, base[PROJECTIONS.index(p)].weight), before, rtol=1e-5, atol=1e-6)
+    experts.fold_scaling(torch.bfloat16)
+    assert {p.dtype for p in experts.parameters()} == {torch.bfloat16} and experts.scaling.dtype == torch.float64
+
+
+def test_a_merge_is_the_base_and_the_scaled_product():
+    base, experts, *_ = make()
+    for number, (projection, linear) in enumerate(zip(PROJECTIONS, base, strict=True)):
+        for expert in range(3):
+            a, b = experts.get_parameter(f"{projection}_A")[expert], experts.get_parameter(f"{projection}_B")[expert]
+            expected = linear.weight + experts.scaling[number, expert] * b.T @ a
+            assert torch.allclose(experts.merged(expert, projection, linear.weight), expected)
+
+
+def test_masters_are_fp32_with_their_scalings_whole():
+    _, experts, *_ = make()
+    scaling = experts.scaling.clone()
+    assert experts.bfloat16().masters() is experts
+    assert {p.dtype for p in experts.parameters()} == {torch.float32}
+    assert experts.scaling.dtype == torch.float64 and torch.allclose(experts.scaling, scaling, rtol=1e-2)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_without_a_gradient_it_is_the_same_function(top_k):
+    base, experts, x, *choice = make(top_k=top_k, bias=True)
+    expected = experts(x, *choice, *base)
+    with torch.no_grad():
+        assert (experts(x, *choice, *base) - expected).abs().max() < 1e-12
+        with torch.autocast("cpu", torch.bfloat16):
+            assert experts.float()(x.float(), *choice, *(linear.float() for linear in base)).dtype == torch.bfloat16
+
+
+def test_dropout_is_of_training_alone_and_needs_no_gradient():
+    base, experts, x, *choice = make()
+    expected = experts(x, *choice, *base)
+    experts.dropout = 0.5
+    with torch.no_grad():
+        assert (experts.train()(x, *choice, *base) - expected).abs().max() > 1e-3
+        assert (experts.eval()(x, *choice, *base) - expected).abs().max() < 1e-12

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from evaluator.paired import holm, least_detectable, mcnemar, mean_of_differences, paired_difference, sign_flip
+from evaluator.statistics import metric, resamples
 
 
 def test_the_difference_is_a_ratio_of_sums():
@@ -11,6 +12,82 @@ def test_the_difference_is_a_ratio_of_sums():
     assert score["difference"] == pytest.approx(3 / 10) and score["n"] == 3 and score["test"] == "sign flips"
     # of the 8 sign patterns of (2, 1, 0), four have a sum of 3 or -3
     assert score["p"] == pytest.approx(4 / 8)
+
+
+def test_the_least_detectable_difference_is_by_the_questions_residuals():
+    # 2, 1 and 0 less 0.3 times their sizes: 1.4, -0.2 and -1.2; z of 97.5 % and of 80 %
+    score = paired_difference([4, 6, 9], [2, 5, 9], [2, 4, 4])
+    error = (1.4**2 + 0.2**2 + 1.2**2) ** 0.5 / 10
+    assert score["least_detectable"] == pytest.approx((1.959964 + 0.841621) * error, rel=1e-5)
+    grouped = paired_difference([4, 6, 9, 1], [2, 5, 9, 0], [2, 4, 4, 5], groups=list("abcb"))
+    # questions: 2 of 2, 2 of 9, 0 of 4; 4 / 15 of each
+    residuals = [2 - 8 / 15, 2 - 36 / 15, -16 / 15]
+    error = sum(r**2 for r in residuals) ** 0.5 / 15
+    assert grouped["least_detectable"] == pytest.approx((1.959964 + 0.841621) * error, rel=1e-5)
+    assert (grouped["n"], grouped["questions"]) == (4, 3)
+
+
+def test_the_interval_is_that_of_the_differences_as_a_metric():
+    rng = np.random.default_rng(4)
+    ours, theirs, sizes = rng.normal(size=30), rng.normal(size=30), rng.integers(1, 9, 30)
+    groups = np.arange(30) // 2
+    for seed in (0, 5):
+        score = paired_difference(ours, theirs, sizes, groups=groups, seed=seed)
+        expected = metric(ours - theirs, sizes, groups=groups, unit="", higher_is_better=None, seed=seed)
+        assert (score["difference"], score["interval"]) == (expected["value"], expected["interval"])
+        of_question = (ours - theirs).reshape(15, 2).sum(1)
+        assert score["p"] == sign_flip(of_question, seed)
+    for other in (theirs[:-1], np.append(theirs, 0)):
+        with pytest.raises(ValueError, match="both runs' values of the same rows"):
+            paired_difference(ours, other)
+
+
+def test_signs_flip_as_often_as_the_seed_has_it():
+    rng = np.random.default_rng(6)
+    differences = rng.normal(0.3, 1, 25)
+    p, again, other = sign_flip(differences), sign_flip(differences, 0), sign_flip(differences, 1)
+    assert p == again != other and p == pytest.approx(other, abs=0.02)
+    flips = rng.choice([-1, 1], (20000, 25)) @ differences
+    assert p == pytest.approx((abs(flips) >= abs(differences.sum())).mean(), abs=0.02)
+    assert round(p * 10000 / 2, 6).is_integer()  # twice a tail of 9,999 flips and the one that was seen
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_means_bootstrap_t_is_its_formula(seed):
+    """One resample at a time: each task's ratio and variance by themselves, then their mean."""
+    parts = [{**part, "groups": list(part["groups"])} for part in simulated(np.random.default_rng(5), 0.02)]
+    for part in parts:  # questions enough to differ, few enough for loops
+        for name in part:
+            part[name] = part[name][:40]
+    score = mean_of_differences(parts, seed)
+    tasks = []
+    for part in parts:
+        questions = list(dict.fromkeys(part["groups"]))
+        rows = [[i for i, group in enumerate(part["groups"]) if group == question] for question in questions]
+        change = np.array([sum(part["ours"][i] - part["theirs"][i] for i in of) for of in rows])
+        tasks.append((change, np.array([float(sum(part["sizes"][i] for i in of)) for of in rows])))
+    values = [change.sum() / sizes.sum() for change, sizes in tasks]
+    errors = [
+        sum((change - value * sizes) ** 2) ** 0.5 / sizes.sum()
+        for (change, sizes), value in zip(tasks, values, strict=True)
+    ]
+    error, studentised = sum(e**2 for e in errors) ** 0.5 / 3, []
+    all_times = [np.concatenate(list(resamples(len(change), seed + i))) for i, (change, _) in enumerate(tasks)]
+    for times in zip(*all_times, strict=True):
+        shift = variance = 0.0
+        for (change, sizes), value, count in zip(tasks, values, times, strict=True):
+            total = (count * sizes).sum()
+            again = (count * change).sum() / total
+            shift += (again - value) / 3
+            variance += (count * (change - again * sizes) ** 2).sum() / total**2 / 9
+        studentised.append(shift / variance**0.5)
+    low, high = np.quantile(studentised, [0.025, 0.975])
+    mean = sum(values) / 3
+    assert score["interval"] == pytest.approx([mean - high * error, mean - low * error], rel=1e-9)
+    assert score["least_detectable"] == pytest.approx((1.959964 + 0.841621) * error, rel=1e-5)
+    weighted = np.concatenate([change / sizes.sum() / 3 for change, sizes in tasks])
+    assert score["p"] == sign_flip(weighted, seed) and score["test"] == "sign flips"
+    assert (score["n"], score["questions"]) == (120, sum(len(change) for change, _ in tasks))
 
 
 def test_yes_or_no_is_mcnemars():

@@ -7,12 +7,15 @@ import pytest
 from scipy.stats import binom, binomtest, norm
 
 from evaluator.statistics import (
+    BATCH,
+    NUM_RESAMPLES,
     area_under_curve,
     bca_interval,
     calibration_error,
     corrected_share,
     interval_text,
     metric,
+    resamples,
     share,
     statistic_metric,
 )
@@ -63,8 +66,12 @@ def test_bad_rows_are_errors():
     for values in ([0, 1, 0.5], [1, 2], [math.nan, 1]):
         with pytest.raises(ValueError, match="yes-or-no"):
             yes_share(values)
-    with pytest.raises(ValueError, match="1 rows; there are 2"):
-        mean_metric([1.0, 2.0], groups=["q"])
+    for groups in (["q"], ["q"] * 3):
+        with pytest.raises(ValueError, match=f"{len(groups)} rows; there are 2"):
+            mean_metric([1.0, 2.0], groups=groups)
+    for denominators in ([1], [1, 1, 1]):
+        with pytest.raises(ValueError, match="as many denominators"):
+            metric([1.0, 2.0], denominators, **UNITS)
 
 
 def test_interval_text():
@@ -88,6 +95,10 @@ def test_calibration_error_by_hand():
     # bin of 0.1: mean probability 0.1, share 1/2, two items; bin of 0.9: 0.9, share 1, one item
     assert calibration_error([0, 1, 1], [0.1, 0.1, 0.9]) == pytest.approx((2 * 0.4 + 1 * 0.1) / 3)
     assert calibration_error([1, 0], [1.0, 0.0]) == 0
+    # 1 belongs to the last bin: |0 - 1 + 1 - 0.95| of two items
+    assert calibration_error([0, 1], [1.0, 0.95]) == pytest.approx(0.95 / 2)
+    # four bins: 0.3 and 0.45 are of one, 0.5 of the next
+    assert calibration_error([1, 0, 1], [0.3, 0.45, 0.5], 4) == pytest.approx((0.7 - 0.45 + 0.5) / 3)
 
 
 def test_corrected_share_by_hand():
@@ -194,6 +205,136 @@ def test_groups_of_one_row_change_nothing():
 def test_a_grouped_share_where_all_agree_counts_questions():
     assert yes_share([0] * 140, groups=list(range(70)) * 2)["interval"] == yes_share([0] * 70)["interval"]
     assert yes_share([1, 0] * 30, groups=np.repeat(np.arange(30), 2))["interval"] == yes_share([1, 0] * 30)["interval"]
+
+
+def test_rows_that_vary_together_count_as_fewer():
+    """Mean 0.5; the questions' sums of differences from it are 1, -1 and 0: 6 * 0.25 * 6 / 2 = 4.5 rows."""
+    z2, size = norm.ppf(0.975) ** 2, 4.5
+    half = np.sqrt(z2 * (0.25 / size + z2 / size**2 / 4)) / (1 + z2 / size)
+    interval = yes_share([1, 1, 0, 0, 1, 0], groups=list("aabbcc"))["interval"]
+    assert interval == pytest.approx([0.5 - half, 0.5 + half])
+    one = np.sqrt(z2 * (0.25 + z2 / 4)) / (1 + z2)  # two rows of one question: one row
+    assert yes_share([1, 0], groups=["a", "a"])["interval"] == pytest.approx([0.5 - one, 0.5 + one])
+    apart = yes_share([1, 0, 1, 0, 1, 0], groups=list("aabbcc"))[
+        "interval"
+    ]  # evened out within questions: no more than n
+    assert apart == yes_share([1, 0, 1, 0, 1, 0])["interval"]
+
+
+# ---- the bootstraps by their formulas, one resample at a time --------------------------------------------------------
+
+
+def test_resamples_count_draws_with_replacement():
+    rng = np.random.default_rng(5)
+    for batch in list(resamples(7, 5)):
+        drawn = rng.integers(0, 7, (BATCH, 7))
+        assert batch.tolist() == [[row.tolist().count(i) for i in range(7)] for row in drawn]
+    assert sum(map(len, resamples(7, 5))) == NUM_RESAMPLES == 2000
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_the_bootstrap_t_interval_is_its_formula(seed):
+    rng = np.random.default_rng(11)
+    groups = np.repeat(np.arange(12), rng.integers(1, 4, 12))
+    sizes = rng.integers(1, 9, len(groups)).astype(float)
+    values = rng.gamma(2, 1, len(groups)) * sizes
+    score = metric(values, sizes, groups=groups, seed=seed, **UNITS)
+    tops, bottoms = (np.array([array[groups == i].sum() for i in range(12)]) for array in (values, sizes))
+    ratio, studentised = values.sum() / sizes.sum(), []
+    for times in np.concatenate(list(resamples(12, seed))):
+        again = (times * tops).sum() / (times * bottoms).sum()
+        error = math.sqrt(sum(times * (tops - again * bottoms) ** 2)) / (times * bottoms).sum()
+        studentised.append((again - ratio) / error)
+    low, high = np.quantile(studentised, [0.025, 0.975])
+    error = math.sqrt(sum((tops - ratio * bottoms) ** 2)) / sizes.sum()
+    assert score["interval"] == pytest.approx([ratio - high * error, ratio - low * error], rel=1e-9)
+    assert (score["n"], score["questions"], score["value"]) == (len(groups), 12, pytest.approx(ratio))
+
+
+def test_students_t_of_few_differences_with_sizes():
+    """Of a ratio: residuals of the questions about it, sqrt(Q / (Q - 1)) for the mean's own degree of freedom."""
+    tops, bottoms = np.array([6.0, 2, 2, 2, 2]), np.array([2.0, 2, 2, 2, 2])
+    residuals = tops - 1.4 * bottoms
+    half = 2.776445 * math.sqrt(5 / 4) * math.sqrt((residuals**2).sum()) / 10
+    assert metric(tops, bottoms, **UNITS)["interval"] == pytest.approx([1.4 - half, 1.4 + half], rel=1e-6)
+
+
+def efrons_bca(value, resampled, left_out):
+    """One number at a time."""
+    resampled = [x for x in resampled if not math.isnan(x)]
+    left_out = [x for x in left_out if not math.isnan(x)]
+    mean = sum(left_out) / len(left_out)
+    cubes, squares = sum((mean - x) ** 3 for x in left_out), sum((mean - x) ** 2 for x in left_out)
+    a = cubes / (6 * squares**1.5)
+    below = sum(1.0 if x < value else 0.5 if x == value else 0.0 for x in resampled) / len(resampled)
+    z0 = norm.ppf(min(max(below, 1 / NUM_RESAMPLES), 1 - 1 / NUM_RESAMPLES))
+    ends = [norm.cdf(z0 + (z0 + z) / (1 - a * (z0 + z))) for z in (norm.ppf(0.025), norm.ppf(0.975))]
+    return np.quantile(resampled, ends).tolist()
+
+
+def test_bca_is_its_formula():
+    rng = np.random.default_rng(8)
+    values = rng.exponential(size=15)
+    resampled = rng.choice(values, (500, 15)).mean(1)
+    resampled[7], resampled[20:60] = math.nan, values.mean()  # one not defined, many ties
+    left_out = (values.sum() - values) / 14
+    left_out[3] = math.nan
+    for value in (values.mean(), values.mean() * 1.1, 99.0, -99.0):  # beyond all resamples, either way
+        assert bca_interval(value, resampled, left_out) == pytest.approx(efrons_bca(value, resampled, left_out))
+    assert bca_interval(1.0, np.array([math.nan]), left_out) is None
+    assert bca_interval(1.0, resampled, np.array([])) is None
+    assert bca_interval(1.0, resampled, np.array([2.0, 2.0])) is None
+
+
+def test_a_statistics_interval_is_the_bca_of_its_resampled_rows():
+    rng = np.random.default_rng(9)
+    groups = np.repeat(np.arange(9), 2)
+    labels, scores = rng.random(18) < 0.5, rng.normal(size=18)
+    score = statistic_metric(area_under_curve, (labels, scores), groups=groups, seed=4, **UNITS)
+
+    def area(questions):
+        rows = [row for question in questions for row in np.flatnonzero(groups == question)]
+        return area_under_curve(labels[rows], scores[rows])
+
+    resampled = [area(np.repeat(np.arange(9), times)) for times in np.concatenate(list(resamples(9, 4)))]
+    left_out = [area([other for other in range(9) if other != question]) for question in range(9)]
+    assert score["value"] == area_under_curve(labels, scores)
+    assert score["interval"] == pytest.approx(efrons_bca(score["value"], resampled, left_out))
+    alone = statistic_metric(area_under_curve, ([1, 0], [0.4, 0.2]), groups=["q", "q"], **UNITS)
+    assert (alone["value"], alone["interval"], alone["questions"]) == (1.0, None, 1)
+
+
+def test_the_corrected_interval_is_its_formula():
+    """Draws of the counts' shares and of the two rates, each put into the correction by itself."""
+    labels = np.array([1] * 12 + [0] * 10)
+    predictions = np.array([1] * 9 + [0] * 3 + [1] * 2 + [0] * 8)
+    judged, known = np.array([1] * 14 + [0] * 16), np.array([1] * 4 + [0] * 20 + [1] * 6)
+    for certain, groups in ((known, None), (known, np.arange(22) // 2), (np.zeros(30), None)):
+        score = corrected_share(judged, labels, predictions, certain, groups=groups, seed=6)
+        counts = [((judged == j) & (certain == c)).sum() for c, j in ((0, 1), (0, 0), (1, 1), (1, 0))]
+        prior = [0.5, 0.5, 0.5 * any(certain), 0.5 * any(certain)]
+        rng, draws, rates = np.random.default_rng(6), [], []
+        shares = rng.dirichlet(np.add(counts, prior), NUM_RESAMPLES)
+        for label in (1, 0):
+            said, questions = predictions[labels == label], (np.arange(22) // 2)[labels == label]
+            size, n, mean = len(said), len(said), said.mean()
+            if groups is not None:  # two rows each
+                sums = [(said - mean)[questions == q].sum() for q in set(questions)]
+                size = n * min(1, mean * (1 - mean) * n / sum(np.square(sums)))
+            rates.append(rng.beta(mean * size + 0.5, (1 - mean) * size + 0.5, NUM_RESAMPLES))
+        for (yes, no, sure, _), sensitivity, false_alarms in zip(shares, *rates, strict=True):
+            positives = (yes - false_alarms * (yes + no)) / max(sensitivity - false_alarms, 0.05)
+            draws.append(min(max(positives, 0), yes + no) + sure)
+        assert score["interval"] == pytest.approx(np.quantile(draws, [0.025, 0.975]).tolist())
+
+
+@pytest.mark.parametrize("hits, corrected", [(21, True), (19, False)])
+def test_a_judge_that_knows_next_to_nothing_corrects_nothing(hits, corrected):
+    """Sensitivity + specificity - 1 of 0.21 - 0.15, and of 0.19 - 0.15: the latter is not above 0.05."""
+    labels = [1] * 100 + [0] * 100
+    predictions = [1] * hits + [0] * (100 - hits) + [1] * 15 + [0] * 85
+    score = corrected_share([1, 0, 0, 0, 0], labels, predictions)
+    assert (score["value"] is not None) == corrected and ("reason" in score) != corrected
 
 
 # ---- coverage of the bootstraps --------------------------------------------------------------------------------------
