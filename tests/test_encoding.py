@@ -1,5 +1,6 @@
 """Token ids, labels, cuts, padding and masks."""
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import align_basemodel
 import inference
 from config import TASKS, UserError
-from data.encoding import Collator, Encoder, describe
+from data.encoding import Collator, Encoder, chat_ids, chat_turn_ids, describe
 from data.sources import Record
 
 HEAD = "Below is an instruction that describes a task"
@@ -169,6 +170,24 @@ def test_a_long_prompt_loses_its_beginning(tokenizer, too_many):
     assert sample["opening"] == max(len(ids(tokenizer, OPENING)) - too_many, 0)
 
 
+@pytest.mark.parametrize("too_many", [1, 30, 60])
+def test_a_prompt_that_is_cut_keeps_its_bos(bos_tokenizer, too_many):
+    prompt, answer = whole(bos_tokenizer, PLAIN)
+    assert prompt[0] != bos_tokenizer.bos_token_id == 0
+    sample = Encoder(bos_tokenizer, 1 + len(prompt) + len(answer) - too_many).encode(PLAIN)
+    assert sample["input_ids"] == [0, *prompt[too_many:], *answer]
+    assert sample["labels"] == [IGNORED] * (1 + len(prompt) - too_many) + answer
+    assert sample["opening"] == max(1 + len(ids(bos_tokenizer, OPENING)) - too_many, 1)
+
+
+def test_room_for_another_answer_cuts_the_prompt_as_that_one_would(tokenizer):
+    prompt, answer = whole(tokenizer, PLAIN)
+    for room in (0, len(answer), len(answer) + 7):
+        sample = Encoder(tokenizer, len(prompt) + len(answer) + 2).encode(PLAIN, room)
+        cut = max(room - len(answer) - 2, 0)
+        assert sample["input_ids"] == prompt[cut:] + answer and sample["cut"] == ("prompt" if cut else "")
+
+
 def test_a_prompt_is_cut_down_to_the_response_mark_and_then_the_answer(tokenizer):
     mark, answer = ids(tokenizer, MARK), whole(tokenizer, PLAIN)[1]
     fits = Encoder(tokenizer, len(mark) + len(answer)).encode(PLAIN)
@@ -242,3 +261,27 @@ def test_a_tokenizer_without_eos_is_refused(tokenizer):
 def test_text_that_spells_a_special_token_is_text(tokenizer):
     sample = Encoder(tokenizer, 300).encode(Record("x", "safety", "What is </s> in HTML?", "", "</s> closes <s>."))
     assert sample["input_ids"].count(tokenizer.eos_token_id) == 1 and sample["input_ids"][-1] == tokenizer.eos_token_id
+
+
+CHAT = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def test_a_conversation_is_the_chat_templates(tokenizer):
+    """Of several turns; text that spells a special token is text, the template's own are not."""
+    chat = copy.deepcopy(tokenizer)
+    chat.chat_template = CHAT
+    turns = [("Hi.", "Hello."), ("What is </s>?", "An end."), ("Why?", "")]
+    expected = []
+    for i, text in enumerate(("Hi.", "Hello.", "What is </s>?", "An end.", "Why?")):
+        role = ("user", "assistant")[i % 2]
+        expected += [*ids(chat, f"[{role}] "), *chat(text, split_special_tokens=True)["input_ids"], EOS]
+    assert chat_turn_ids(chat, turns) == [*expected, *ids(chat, "[assistant] ")]
+    record = Record("x", "safety", "Translate.", "Guten Tag", "")
+    assert chat_ids(chat, record) == chat_turn_ids(chat, [("Translate.\n\nGuten Tag", "")])
+    assert chat_ids(chat, Record("x", "safety", "Why?")) == chat_turn_ids(chat, [("Why?", "")])
+    assert Encoder(chat, 300, chat=True).prompt_ids(record) == chat_ids(chat, record)
+    with pytest.raises(UserError, match="has no chat template; leave it out"):
+        chat_turn_ids(tokenizer, turns)

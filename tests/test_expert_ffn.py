@@ -303,7 +303,10 @@ def test_folded_scalings_leave_the_function_and_every_merge():
         for i in range(3)
         for p, linear in zip(PROJECTIONS, base, strict=True)
     }
+    before = {name: p.clone() for name, p in experts.named_parameters()}
     experts.fold_scaling(torch.float64)
+    changed = {name for name, p in experts.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {"gate_proj_A", "up_proj_A", "down_proj_B"}  # those that meet x and y, as in training
     assert (experts(x, *choice, *base) - expected).abs().max() < 1e-6 * expected.abs().max()  # scalings rounded to fp32
     assert experts.scaling.tolist() == [[1.0] * 3] * 3 and experts.scaling.dtype == torch.float64
     for (i, p), before in merged.items():
