@@ -48,7 +48,13 @@ def answers(tmp_path) -> Path:
 
 
 @pytest.fixture
-def server(monkeypatch):
+def library():
+    if importlib.util.find_spec("alpaca_eval") is None:
+        pytest.skip("needs requirements-eval.txt")
+
+
+@pytest.fixture
+def server(monkeypatch, library):
     monkeypatch.setenv("SERVER_API_KEY", KEY)
     with FakeServer(prefer_longer) as server:
         yield server
@@ -292,7 +298,7 @@ def test_other_references(answers, server, capsys):
         (["--dry_run", "1"], "name it with --judge"),
     ],
 )
-def test_what_cannot_work_is_said_before_anything_is_asked(answers, capsys, monkeypatch, arguments, said):
+def test_what_cannot_work_is_said_before_anything_is_asked(library, answers, capsys, monkeypatch, arguments, said):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     assert said in error_of(capsys, evaluate, answers, *arguments)
@@ -305,7 +311,7 @@ def test_without_alpaca_eval_one_line_says_how_to_get_it(answers, capsys, monkey
     assert said == "error: --judge alpaca_eval_gpt4: needs AlpacaEval: pip install -r requirements-eval.txt"
 
 
-def test_the_length_controlled_win_rate(tmp_path, monkeypatch, capsys):
+def test_the_length_controlled_win_rate(library, tmp_path, monkeypatch, capsys):
     """A judge who looks at the lengths alone gives 50 % once they are controlled for, whatever the raw win rate."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -352,7 +358,7 @@ def test_it_runs_from_its_own_folder(answers):
 
 
 @pytest.mark.slow
-def test_a_real_server_judges(answers, real_server):
+def test_a_real_server_judges(library, answers, real_server):
     """The judge's first letter decides: what it wrote is in the judgements, so that the preference can be redone."""
     url, model = real_server
     own = write_annotator(answers / "letters", r"(?s)^[a-mA-M].*", r"(?s)^[^a-mA-M].*", model, max_tokens=4)
