@@ -180,6 +180,14 @@ def test_a_prompt_that_is_cut_keeps_its_bos(bos_tokenizer, too_many):
     assert sample["opening"] == max(1 + len(ids(bos_tokenizer, OPENING)) - too_many, 1)
 
 
+def test_a_bos_stands_before_the_response_mark_alone(bos_tokenizer):
+    mark, answer = ids(bos_tokenizer, MARK), whole(bos_tokenizer, PLAIN)[1]
+    for missing in (0, 3):
+        sample = Encoder(bos_tokenizer, 1 + len(mark) + len(answer) - missing).encode(PLAIN)
+        assert sample["input_ids"] == [0, *mark, *answer[: len(answer) - missing]]
+        assert sample["cut"] == ("answer" if missing else "prompt") and sample["opening"] == 1
+
+
 def test_room_for_another_answer_cuts_the_prompt_as_that_one_would(tokenizer):
     prompt, answer = whole(tokenizer, PLAIN)
     for room in (0, len(answer), len(answer) + 7):

@@ -315,6 +315,15 @@ def test_folded_scalings_leave_the_function_and_every_merge():
     assert {p.dtype for p in experts.parameters()} == {torch.bfloat16} and experts.scaling.dtype == torch.float64
 
 
+def test_scalings_that_are_multiplied_in_may_be_gone():
+    """As in the shared checkpoint's modeling file, which has none."""
+    base, experts, x, *choice = make()
+    experts.fold_scaling(torch.float64)
+    expected = experts(x, *choice, *base)
+    experts.scaling = None
+    assert (experts(x, *choice, *base) - expected).abs().max() < 1e-12
+
+
 def test_a_merge_is_the_base_and_the_scaled_product():
     base, experts, *_ = make()
     for number, (projection, linear) in enumerate(zip(PROJECTIONS, base, strict=True)):

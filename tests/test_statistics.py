@@ -54,6 +54,12 @@ def test_a_metric_without_differences_has_no_interval():
     assert mean_metric([1.0, 2.0], groups=["q", "q"])["interval"] is None
 
 
+def test_two_questions_have_an_interval():
+    # 1 and 3: residuals -1 and 1, t of one degree of freedom at 97.5 %: 12.7062; sqrt(2) * sqrt(2) / 2
+    assert mean_metric([1.0, 3.0])["interval"] == pytest.approx([2 - 12.7062, 2 + 12.7062], abs=1e-4)
+    assert mean_metric([1.0, 1.0 + 1e-14])["interval"] is None  # alike, but for rounding
+
+
 def test_few_differences_take_students_t():
     # one 5 among five: mean 1, standard deviation sqrt(5), its error 1; t of 4 degrees of freedom at 97.5 %: 2.7764
     assert mean_metric([5.0, 0, 0, 0, 0])["interval"] == pytest.approx([1 - 2.7764, 1 + 2.7764], abs=1e-4)
@@ -115,7 +121,10 @@ def test_corrected_share_by_hand():
     mixed = corrected_share(judged, labels, predictions, known=[1] * 10 + [0] * 80 + [1] * 10)
     assert mixed["value"] == pytest.approx(0.8 * (20 / 80 + 0.9 - 1) / 0.7 + 0.1)
     coin = corrected_share(judged, labels, [1, 0] * 10)
-    assert coin["value"] is None and coin["interval"] is None and "cannot be corrected" in coin["reason"]
+    assert coin["value"] is None and coin["interval"] is None
+    assert coin["reason"] == "sensitivity + specificity - 1 = 0.000: this judge cannot be corrected"
+    worse = corrected_share(judged, [1] * 10 + [0] * 10, [1] * 2 + [0] * 8 + [1] * 5 + [0] * 5)["reason"]
+    assert worse == "sensitivity + specificity - 1 = -0.300: this judge cannot be corrected"
 
 
 def test_the_corrected_interval_holds_every_uncertainty():
