@@ -22,6 +22,7 @@ from workspace.client import (
 
 KEY = "sk-a-key-that-must-not-show"
 TEXTS = [f"text {i}" for i in range(6)]
+NO_NAME = b'{"choices": [{"text": "A", "finish_reason": "stop"}], "model": 5}'
 
 
 def upper(request: dict) -> dict:
@@ -143,7 +144,7 @@ def test_what_lasts_is_one_line_with_all_finished_judgements_kept(tmp_path, serv
     assert KEY not in out + err and KEY.encode() not in (tmp_path / "evaluation" / "judgements.sqlite").read_bytes()
 
 
-@pytest.mark.parametrize("body", [b'{"choices": []}', b'{"choices": [{}]}', b"{}", b"[1]", b'"x"'])
+@pytest.mark.parametrize("body", [b'{"choices": []}', b'{"choices": [{}]}', b"{}", b"[1]", b'"x"', NO_NAME])
 def test_what_is_json_but_no_completion(server, body):
     server.faults = [body]
     with pytest.raises(UserError, match="not a completion in OpenAI's format"):

@@ -296,6 +296,8 @@ def check_form(completion: ChatCompletion | Completion, chat: bool) -> None:
     text.encode()  # or an error: half a character, which no file can hold
     if not isinstance(answer.finish_reason, str | None):
         raise ValueError("no finish_reason")
+    if not isinstance(completion.model, str | None):
+        raise ValueError("no model's name")
     if usage is not None and not isinstance(usage.completion_tokens, int):
         raise ValueError("no number of tokens")
 
