@@ -266,10 +266,11 @@ def cost_table(runs: dict[str, RunScores]) -> str:
     ]
     for run, record in records.items():
         train, arguments = record["train"], record["run"]["arguments"]
-        lines.append(
-            f"| {run} | {train['samples']} x {arguments['num_train_epochs']:g} | {train['seconds']:.0f} | "
-            f"{train['peak_memory_bytes'] / 1e9:.1f} | {train['trainable_parameters'] / 1e6:.1f} |"
-        )
+        with as_written(Path(run) / "run.json"):
+            lines.append(
+                f"| {run} | {train['samples']} x {arguments['num_train_epochs']:g} | {train['seconds']:.0f} | "
+                f"{train['peak_memory_bytes'] / 1e9:.1f} | {train['trainable_parameters'] / 1e6:.1f} |"
+            )
     meta = next(iter(records.values()))["meta"]
     packages = ", ".join(f"{name} {version}" for name, version in meta["packages"].items())
     lines += ["", f"Alignment, start-up included, on {meta['device']}; {packages}.", ""]

@@ -12,7 +12,7 @@ import align_basemodel
 import inference
 from config import TASKS
 from evaluator import comparison, evaluate_likelihood, report, select_answers
-from evaluator.run_scores import RunScores
+from evaluator.run_scores import RunScores, check_score
 from models import ensemble, llama_moe, merging
 
 SHORT = ["--max_steps", "4", "--batch_size", "4", "--num_samples", "8", "--disable_tqdm", "1", "--dtype", "float32"]
@@ -434,3 +434,28 @@ def test_a_browser_shows_the_page_without_overflow_request_or_complaint(results,
     scored = {run: value for run, value in nll.items() if value is not None}
     assert said["overflow"] <= 0 and said["requests"] == [] and said["complaints"] == [] and said["without_text"] == 0
     assert (said["lowest"], said["highest"]) == (min(scored, key=scored.get), max(scored, key=scored.get))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"value": None},
+        {"value": "much"},
+        {"value": float("nan")},
+        {"cut": None},
+        {"without_answer": []},
+        {"n": None},
+        {"interval": [1.0]},
+        {"interval": [1.0, None]},
+        {"corrected": {"value": "much"}},
+        {"corrected": {"value": 0.5, "interval": [0.1]}},
+        {"corrected": 5},
+        {"unit": None},
+    ],
+)
+def test_a_score_that_is_none_is_refused(edit):
+    score = {"value": 1.5, "n": 3, "interval": [1.0, 2.0], "unit": "nats", "higher_is_better": False, "cut": 0}
+    check_score({**score, "corrected": {"value": None, "reason": "no"}}, [1.0, 2.0])
+    check_score({**score, "value": None, "n": 0, "interval": None}, [])
+    with pytest.raises((ValueError, TypeError, AttributeError)):
+        check_score({**score, **edit}, [1.0, 2.0])
