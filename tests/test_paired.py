@@ -97,6 +97,8 @@ def test_yes_or_no_is_mcnemars():
     assert score["test"] == "McNemar, exact" and score["p"] == pytest.approx(112 / 1024)
     assert score["difference"] == pytest.approx(6 / 15)
     assert mcnemar(np.array([1, 0]), np.array([1, 0])) == 1
+    assert mcnemar(np.array([1, 0, 0, 0]), np.array([0, 1, 1, 1])) == pytest.approx(2 * (1 + 4) / 16)
+    assert mcnemar(np.array([1, 1, 1, 0]), np.array([0, 0, 0, 0])) == pytest.approx(2 / 8)
     assert paired_difference([1, 0, 1, 1], [0, 0, 1, 0], groups=["a", "a", "b", "b"])["test"] == "sign flips"
 
 

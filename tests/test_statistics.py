@@ -206,6 +206,13 @@ def test_repeated_rows_tell_nothing_new():
         assert np.ptp(score(*fourfold)["interval"]) == pytest.approx(np.ptp(once["interval"]) / 2, rel=0.12)
 
 
+def test_the_seed_is_0_unless_another_is_given():
+    values = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0]
+    assert mean_metric(values) == mean_metric(values, seed=0) != mean_metric(values, seed=1)
+    judged = ([1, 0] * 9, [1, 0] * 9, [1, 0] * 8 + [0, 1])
+    assert corrected_share(*judged) == corrected_share(*judged, seed=0) != corrected_share(*judged, seed=1)
+
+
 def test_groups_of_one_row_change_nothing():
     values = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0, 2.0, 6.0]
     assert mean_metric(values, groups=list("abcdefgh")) == mean_metric(values)
