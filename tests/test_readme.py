@@ -77,6 +77,16 @@ def test_the_table_of_faults_is_the_committed_campaign():
     assert not any(one["lost"] or one["wrong"] or one["left"] for one in kept.values())
 
 
+def test_the_table_of_changes_is_the_committed_run():
+    import mutants
+
+    kept = json.loads((ROOT / "docs" / "measurements" / "mutants.json").read_text())
+    page = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    tried, survived = (sum(len(one[name]) for one in kept.values()) for name in ("tried", "survived"))
+    assert mutants.table(kept) in page and f"{tried - survived} of {tried} were noticed" in page
+    assert set(kept) == set(mutants.TESTS) and (tried - survived) / tried >= 0.9
+
+
 @pytest.fixture(scope="module")
 def committed():
     """docs/comparison.py."""
