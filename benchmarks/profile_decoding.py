@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 
 import cli
 from benchmarks.whole_model import in_own_process, make_fusion, random_ids
@@ -30,9 +30,9 @@ from workspace.run_dir import environment
 
 FORMS = ("dense base", "ours")
 RESULTS = ROOT / "benchmarks" / "results" / "decoding_profile.json"
-RANK, PROMPT_TOKENS, PROFILED_STEPS = 8, 64, 16
+RANK, PROMPT_TOKENS, WARMUP_STEPS, PROFILED_STEPS = 8, 64, 4, 16
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear")
-KINDS = ("products with the base's weights", "low-rank products and the router's", "attention", "all else")
+KINDS = ("products with the base's weights", "low-rank products and the router's", "attention", "joining", "all else")
 
 
 @dataclass
@@ -48,7 +48,9 @@ def kind(name: str, shapes: list, narrow: set[int]) -> str:
     if name in PRODUCTS or "gemm" in name:
         sizes = {size for shape in shapes for size in shape if isinstance(size, int)}
         return KINDS[1] if sizes & narrow else KINDS[0]
-    return KINDS[2] if "attention" in name else KINDS[3]
+    if name == "aten::cat":  # the cache's growth, which takes longer under the profiler
+        return KINDS[3]
+    return KINDS[2] if "attention" in name else KINDS[4]
 
 
 def measure(form: str, folder: Path, base_model: str, dtype: str, batches: list[int], steps: int) -> dict:
@@ -70,18 +72,26 @@ def measure(form: str, folder: Path, base_model: str, dtype: str, batches: list[
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 taken.append(time.perf_counter() - started)
-            with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
-                for _ in range(PROFILED_STEPS):
+            counted = schedule(wait=0, warmup=WARMUP_STEPS, active=PROFILED_STEPS, repeat=1)
+            with profile(activities=[ProfilerActivity.CPU], schedule=counted, record_shapes=True) as profiled:
+                for _ in range(WARMUP_STEPS + PROFILED_STEPS):
                     model(input_ids=token, past_key_values=cache, use_cache=True)
+                    profiled.step()
         milliseconds, count = dict.fromkeys(KINDS, 0.0), 0
+        of_operation: dict[str, float] = {}
         for event in profiled.key_averages(group_by_input_shape=True):
             of_kind = kind(event.key, event.input_shapes, {columns, 2 * columns, len(TASKS)})
-            milliseconds[of_kind] += event.self_cpu_time_total / 1000 / PROFILED_STEPS
+            if event.key.startswith("ProfilerStep"):
+                continue
+            took = event.self_cpu_time_total / 1000 / PROFILED_STEPS
+            milliseconds[of_kind] += took
+            of_operation[event.key] = of_operation.get(event.key, 0.0) + took
             count += event.count
         figures[str(batch)] = {
             "step_ms": 1000 * statistics.median(taken[4:]),
             "operations": round(count / PROFILED_STEPS),
             "profiled_ms": milliseconds,
+            "longest_ms": dict(sorted(of_operation.items(), key=lambda pair: -pair[1])[:12]),
         }
     return figures
 

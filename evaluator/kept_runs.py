@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from config import UserError
-from evaluator.run_scores import Result, RunScores
+from evaluator.run_scores import Result, RunScores, check_score, check_usage
 from workspace.files import as_written, read_json, write_text
 
 DUPLICATES = "near_duplicates.json"  # beside the runs: of the data that they are scored on
@@ -33,6 +33,9 @@ def read_kept(folder: Path, name: str) -> RunScores | None:
         for one, result in kept["metrics"].items():
             size = result["sizes"] or [1.0] * len(result["ids"])
             metrics[one] = Result(**{**result, "sizes": size, "questions": result["questions"] or result["ids"]})
+            check_score(result["score"], [*(value for value in result["values"] if value is not None), *size])
+        for usage in kept["usage"].values():
+            check_usage(usage)
         return RunScores(kept["run"], kept["record"], kept["cost"], metrics, kept["routing"], kept["usage"])
 
 

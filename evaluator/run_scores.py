@@ -162,7 +162,7 @@ def read_run_scores(results_dir: Path, name: str, split: str, kept: RunScores | 
     metrics = {name: result for name, result in pairs if result is not None}
     routing = {task: probs for task in tasks if (probs := read_routing(results_dir, task, split, name))}
     usages = ((task, results_dir / "observation" / task / split / f"cross_{name}" / "routing.json") for task in tasks)
-    usage = {task: read_json(path) for task, path in usages if path.exists()}
+    usage = {task: read_usage(path) for task, path in usages if path.exists()}
     if kept is not None and not any(one.name in metrics for one in nll_metrics(tasks)):
         speed = cost_of_run(results_dir, name, record, split)["new_tokens_per_second"]
         cost = kept.cost if speed is None else kept.cost | {"new_tokens_per_second": speed}
@@ -271,6 +271,23 @@ def read_routing(results_dir: Path, task: str, split: str, name: str) -> list[li
         if len({len(row) for row in probs}) > 1:
             raise ValueError("routing_probs of different numbers of experts")
         return probs
+
+
+def read_usage(path: Path) -> dict:
+    """What inference.py wrote of the routing of its answers."""
+    usage = read_json(path)
+    with as_written(path):
+        check_usage(usage)
+    return usage
+
+
+def check_usage(usage: dict) -> None:
+    """ValueError, or another error of values, for what `routing_usage` does not give."""
+    if not all(isinstance(name, str) for name in usage["experts"]):
+        raise TypeError("an expert's name is a text")
+    for row in usage["weight"]:
+        if len(row) != len(usage["experts"]) or not all(math.isfinite(float(weight)) for weight in row):
+            raise ValueError("a layer's weights are one finite number for each expert")
 
 
 def cost_of_run(results_dir: Path, name: str, record: dict | None, split: str) -> dict:

@@ -10,9 +10,10 @@ from conftest import run_script
 
 import align_basemodel
 import inference
-from config import TASKS
+from config import TASKS, UserError
 from evaluator import comparison, evaluate_likelihood, report, select_answers
-from evaluator.run_scores import RunScores, check_score
+from evaluator.kept_runs import read_kept
+from evaluator.run_scores import RunScores, check_score, read_usage
 from models import ensemble, llama_moe, merging
 
 SHORT = ["--max_steps", "4", "--batch_size", "4", "--num_samples", "8", "--disable_tqdm", "1", "--dtype", "float32"]
@@ -459,3 +460,26 @@ def test_a_score_that_is_none_is_refused(edit):
     check_score({**score, "value": None, "n": 0, "interval": None}, [])
     with pytest.raises((ValueError, TypeError, AttributeError)):
         check_score({**score, **edit}, [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    "weight", [None, [[0.5, None]], [[0.5]], [None, [0.5, 0.5]], [[0.5, float("inf")]], [["much", 0]]]
+)
+def test_a_routing_that_is_none_is_refused(tmp_path, weight):
+    path = tmp_path / "routing.json"
+    path.write_text(json.dumps({"experts": ["a", "b"], "weight": [[0.25, 0.75]]}))
+    assert read_usage(path)["weight"] == [[0.25, 0.75]]
+    path.write_text(json.dumps({"experts": ["a", "b"], "weight": weight}))
+    with pytest.raises(UserError, match="routing.json: is not as this project writes it"):
+        read_usage(path)
+
+
+def test_a_kept_row_that_was_edited_is_refused(results, tmp_path):
+    call(report, "--runs", FUSED, "--save", tmp_path, "--only_save", 1, "--results_dir", results)
+    path = tmp_path / f"{FUSED}.json"
+    whole = path.read_text()
+    assert read_kept(tmp_path, FUSED).metrics
+    for edit in ('"value": "much"', '"value": null'):
+        path.write_text(re.sub(r'"value": [-0-9.e]+', edit, whole, count=1))
+        with pytest.raises(UserError, match="is not as this project writes it"):
+            read_kept(tmp_path, FUSED)
