@@ -128,6 +128,7 @@ def test_one_bias_has_one_name(fused_dir, given, text):
     assert bias.suffix == ("_bias_" + text.replace("=", "_").replace(",", "_") if text else "")
 
 
+@pytest.mark.slow
 def test_answers_and_scores_with_a_bias_are_a_row_of_their_own(fused_dir, tmp_path, capsys):
     results = tmp_path / "results"
     run = shutil.copytree(fused_dir, results / "outputs" / "mixture")

@@ -221,6 +221,7 @@ def test_dropping_at_random_is_by_the_seed(results, tmp_path):
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+@pytest.mark.slow
 def test_coefficients_are_chosen_on_training_rows_held_apart(tmp_path, base_dir, tiny_source, capsys):
     """The test half is not even there; of the twelve training rows, four were aligned on."""
     for path in tiny_source.glob("*_test.jsonl"):

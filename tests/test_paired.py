@@ -125,6 +125,7 @@ def test_holm_by_hand():
     assert holm([0.9, 0.8]) == [1, 1] and holm([]) == []
 
 
+@pytest.mark.slow
 def test_the_least_detectable_difference_is_found_four_times_in_five():
     rng = np.random.default_rng(1)
     n, spread, hits = 60, 1.0, 0

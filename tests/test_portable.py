@@ -87,6 +87,7 @@ def test_every_command_goes_on_there(moved, capsys):
     assert (results / "mixtral" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_without_its_place_the_base_is_asked_for(moved, capsys):
     results = moved["results"]
     commands = [
