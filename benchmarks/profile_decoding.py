@@ -29,7 +29,7 @@ from workspace.files import read_json, write_json
 from workspace.run_dir import environment
 
 FORMS = ("dense base", "ours")
-RESULTS = ROOT / "benchmarks" / "results" / "decoding_profile.json"
+KEPT = ROOT / "benchmarks" / "results" / "decoding_profile.json"
 RANK, PROMPT_TOKENS, WARMUP_STEPS, PROFILED_STEPS = 8, 64, 4, 16
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear")
 KINDS = ("products with the base's weights", "low-rank products and the router's", "attention", "joining", "all else")
@@ -80,11 +80,10 @@ def measure(form: str, folder: Path, base_model: str, dtype: str, batches: list[
         milliseconds, count = dict.fromkeys(KINDS, 0.0), 0
         of_operation: dict[str, float] = {}
         for event in profiled.key_averages(group_by_input_shape=True):
-            of_kind = kind(event.key, event.input_shapes, {columns, 2 * columns, len(TASKS)})
             if event.key.startswith("ProfilerStep"):
                 continue
             took = event.self_cpu_time_total / 1000 / PROFILED_STEPS
-            milliseconds[of_kind] += took
+            milliseconds[kind(event.key, event.input_shapes, {columns, 2 * columns, len(TASKS)})] += took
             of_operation[event.key] = of_operation.get(event.key, 0.0) + took
             count += event.count
         figures[str(batch)] = {
@@ -97,6 +96,7 @@ def measure(form: str, folder: Path, base_model: str, dtype: str, batches: list[
 
 
 def table(figures: dict) -> str:
+    """The figures of one dtype, as docs/performance.md has them."""
     heads = ["tokens at a time", "form", "ms a step", "operations", *KINDS]
     lines = [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
     for batch in figures[FORMS[0]]:
@@ -117,9 +117,9 @@ def main(argv: list[str] | None = None) -> None:
         given = Path(folder), args.base_model, args.dtype, batches, args.steps
         figures = {form: in_own_process(measure, form, *given) for form in FORMS}
     print(table(figures))
-    kept = read_json(RESULTS) if RESULTS.exists() else {}
+    kept = read_json(KEPT) if KEPT.exists() else {}
     made = {"made_by": environment(), "threads": torch.get_num_threads(), "results": figures}
-    write_json(RESULTS, {**kept, base.dtype_name(args.dtype): made})
+    write_json(KEPT, {**kept, base.dtype_name(args.dtype): made})
 
 
 if __name__ == "__main__":

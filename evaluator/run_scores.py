@@ -230,8 +230,6 @@ def read_result_as_written(results_dir: Path, one: Metric, name: str, split: str
     ids, sizes = [row["id"] for row in rows], [float(row.get("tokens", 1)) for row in rows]
     score = scores["metrics"][one.judgement]
     check_score(score, [*(value for value in values if value is not None), *sizes])
-    if score["value"] is None:  # of no item
-        return None
     if sum(value is not None for value in values) != score["n"]:
         raise ValueError(f"judgements.jsonl of {folder.name} has not the {score['n']} items of its score")
     if len(ids) != len(set(ids)) or not all(isinstance(id, str) for id in [*ids, *questions]):
@@ -241,17 +239,16 @@ def read_result_as_written(results_dir: Path, one: Metric, name: str, split: str
 
 def check_score(score: dict, numbers: list[float]) -> None:
     """ValueError, or another error of values, for a metric, or its items' numbers, as no score is."""
-    for one in (score, score.get("corrected") or {"value": None}):
-        value, interval = one["value"], one.get("interval")
-        numbers = [*numbers, *([] if value is None else [value]), *(interval or [])]
-        if interval is not None and len(interval) != 2:
-            raise ValueError("a score has no interval of two ends")
+    corrected = score.get("corrected") or {"value": None}  # None: of a judge that cannot be corrected
+    numbers = [*numbers, score["value"], *([] if corrected["value"] is None else [corrected["value"]])]
+    for interval in (score.get("interval"), corrected.get("interval")):
+        if interval is not None:
+            low, high = interval
+            numbers += [low, high]
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
         raise ValueError("a score is no finite number")
     if not all(isinstance(score.get(name, 0), int) for name in ("n", "cut", "without_answer")):
         raise ValueError("a score's counts are no numbers")
-    if score["value"] is None and score["n"]:
-        raise ValueError(f"a score of {score['n']} items has no value")
     if not isinstance(score["unit"], str) or not isinstance(score.get("higher_is_better"), bool | None):
         raise TypeError("a score's unit is a text, and higher_is_better true, false or null")
 

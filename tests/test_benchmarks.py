@@ -122,3 +122,26 @@ def test_the_table_of_the_whole_model_is_that_of_the_committed_figures():
 
     figures = read_json(ROOT / "benchmarks" / "results" / "intel-r-xeon-r-processor-2-cores.json")["model"]["results"]
     assert whole_model.markdown(figures) in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+def test_the_profile_of_decoding_is_that_of_the_committed_figures():
+    from benchmarks import profile_decoding
+    from workspace.files import read_json
+
+    figures = read_json(profile_decoding.KEPT)["float32"]["results"]
+    assert profile_decoding.table(figures) in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_decoding_is_profiled(base_dir, monkeypatch, tmp_path, capsys):
+    from benchmarks import profile_decoding
+    from workspace.files import read_json
+
+    monkeypatch.setattr(profile_decoding, "KEPT", tmp_path / "profile.json")
+    profile_decoding.main(["--base_model", str(base_dir), "--dtype", "float32", "--batches", "1,2", "--steps", "2"])
+    figures = read_json(tmp_path / "profile.json")["float32"]["results"]
+    for batch in ("1", "2"):
+        dense, ours = (figures[form][batch] for form in profile_decoding.FORMS)
+        assert 0 < dense["operations"] < ours["operations"] and dense["step_ms"] > 0
+        assert set(ours["profiled_ms"]) == set(profile_decoding.KINDS)
+    assert profile_decoding.table(figures) in capsys.readouterr().out
