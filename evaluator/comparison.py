@@ -150,7 +150,8 @@ def cost(row: Row) -> dict:
 def compare(runs: dict[str, RunScores], reference: str) -> dict:
     """The whole comparison: {"reference", "rows": [{"run", "kind", "seeds", "metrics", "paired", "cost"}]}.
 
-    paired: reference - row, with p_holm over the table's rows, metric by metric.
+    paired: reference - row, metric by metric, with p_holm over the rows that are corrected together: the reference's
+    variants (rows of its kind), and its rivals (all others). An ablation more does not weaken what is said of a rival.
     """
     rows = make_rows(runs)
     by_name = {row.run: row for row in rows}
@@ -175,8 +176,11 @@ def compare(runs: dict[str, RunScores], reference: str) -> dict:
                 "cost": cost(row),
             }
         )
-    for one in columns:
-        tested = [line["paired"][one.name] for line in table if one.name in line["paired"]]
-        for difference, p in zip(tested, holm([difference["p"] for difference in tested]), strict=True):
-            difference["p_holm"] = p
+    variants = [line for line in table if line["kind"] == best.kind]
+    rivals = [line for line in table if line["kind"] != best.kind]
+    for family in (variants, rivals):
+        for one in columns:
+            tested = [line["paired"][one.name] for line in family if one.name in line["paired"]]
+            for difference, p in zip(tested, holm([difference["p"] for difference in tested]), strict=True):
+                difference["p_holm"] = p
     return {"reference": best.run, "rows": table}

@@ -85,24 +85,38 @@ def own_run(names: list[str], reference: str) -> str:
     return next(name for name in names if split_seed(name)[0] == reference)
 
 
+def reference_kind(comparison: dict) -> str:
+    return next(row["kind"] for row in comparison["rows"] if row["run"] == comparison["reference"])
+
+
 def verdict(comparison: dict) -> str:
-    """The answer in a sentence or two: which rows the reference beats on the mean likelihood, and which not."""
-    beaten, not_beaten, lost = [], [], []
-    for row in comparison["rows"]:
-        if (difference := row["paired"].get("mean_nll_per_token")) is None:
-            continue
-        certain = difference["p_holm"] < SIGNIFICANT
-        (beaten if certain and difference["difference"] < 0 else lost if certain else not_beaten).append(row["run"])
-    if not beaten + not_beaten + lost:
+    """The answer in a sentence or two: which rows the reference beats on the mean likelihood, and which not; its rivals
+    first, then the other runs of its kind."""
+    kind = reference_kind(comparison)
+    compared = [row for row in comparison["rows"] if "mean_nll_per_token" in row["paired"]]
+    rivals, variants = ([row for row in compared if (row["kind"] == kind) == own] for own in (False, True))
+    if not compared:
         return "This page has no likelihoods of all three tasks to tell by."
-    (kind,) = {row["kind"] for row in comparison["rows"] if row["run"] == comparison["reference"]}
     reference = f"the fused model ({comparison['reference']})" if kind == "fused" else comparison["reference"]
-    parts = [f"By the likelihood of held-out answers {reference} is better than {len(beaten)} of the others"]
-    if not_beaten:
-        parts.append(f"not certainly better or worse than {', '.join(not_beaten)}")
-    if lost:
-        parts.append(f"and worse than {', '.join(lost)}")
-    return ", ".join(parts) + f" (paired, p < {SIGNIFICANT} after Holm's correction)."
+    families = (rivals, "rivals"), (variants, "other fusions" if kind == "fused" else f"other {kind} runs")
+    parts = [outcomes(family, what) for family, what in families if family]
+    return (
+        f"By the likelihood of held-out answers {reference} is {'; and '.join(parts)} "
+        f"(paired, p < {SIGNIFICANT} after Holm's correction)."
+    )
+
+
+def outcomes(rows: list[dict], what: str) -> str:
+    """How many of these rows the reference beats, and by name those that it does not certainly beat."""
+    better, undecided, worse = [], [], []
+    for row in rows:
+        difference = row["paired"]["mean_nll_per_token"]
+        certain = difference["p_holm"] < SIGNIFICANT
+        (undecided if not certain else better if difference["difference"] < 0 else worse).append(row["run"])
+    parts = [f"better than {len(better) or 'none'} of {len(rows)} {what}"]
+    parts += [f"not certainly better or worse than {', '.join(undecided)}"] * bool(undecided)
+    parts += [f"worse than {', '.join(worse)}"] * bool(worse)
+    return ", ".join(parts)
 
 
 def beside_table(comparison: dict, records: dict, other: dict, others_runs: dict[str, RunScores]) -> dict:
@@ -217,12 +231,14 @@ def statistics_text(comparison: dict) -> str:
         for row in comparison["rows"]
         if "mean_nll_per_token" in row["paired"]
     ]
+    kind = reference_kind(comparison)
     text = (
         f"{INTERVALS}. Differences: bootstrap over questions; p by McNemar's exact test for yes-or-no scores of "
-        "different questions, else by flipping the signs of the questions' differences; Holm's correction over the "
-        "rows of a column. Scores of several seeds are averaged item by item first; two rows are compared over the "
-        "seeds that both have. Intervals and p are of the questions: how much another seed would change stands beside "
-        "the rows that have several (seeds … to …). Corrected: for the errors that a judge made on labelled answers."
+        "different questions, else by flipping the signs of the questions' differences; Holm's correction, column by "
+        f"column, over the rows of kind “{kind}” and, apart from them, over all others. Scores of several seeds are "
+        "averaged item by item first; two rows are compared over the seeds that both have. Intervals and p are of the "
+        "questions: how much another seed would change stands beside the rows that have several (seeds … to …). "
+        "Corrected: for the errors that a judge made on labelled answers."
     )
     if least:
         text += (

@@ -1,5 +1,6 @@
 """The comparison of whole runs: its numbers against the judgements they come from, and its page."""
 
+import html
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ import inference
 from config import TASKS, UserError
 from evaluator import comparison, evaluate_likelihood, report, select_answers
 from evaluator.kept_runs import read_kept
+from evaluator.page import verdict
 from evaluator.run_scores import RunScores, check_score, read_usage
 from models import ensemble, llama_moe, merging
 
@@ -118,11 +120,39 @@ def test_the_numbers_are_those_of_the_judgements(results, table):
     assert difference == pytest.approx(nll(FUSED, "safety") - nll("raw", "safety"))
 
 
-def test_p_is_corrected_over_the_rows(table):
-    tested = [row["paired"]["mean_nll_per_token"] for row in table["rows"] if "mean_nll_per_token" in row["paired"]]
-    assert len(tested) == 10
+def test_the_answer_tells_rivals_from_the_other_fusions():
+    def row(run, kind, difference=None, p_holm=None):
+        paired = {"mean_nll_per_token": {"difference": difference, "p_holm": p_holm}} if p_holm is not None else {}
+        return {"run": run, "kind": kind, "paired": paired}
+
+    rows = [row("fused", "fused"), row("raw", "raw", -0.8, 0.001), row("mixed", "mixed", 0.1, 0.049)]
+    assert verdict({"reference": "fused", "rows": rows}) == (
+        "By the likelihood of held-out answers the fused model (fused) is better than 1 of 2 rivals, worse than mixed "
+        "(paired, p < 0.05 after Holm's correction)."
+    )
+    rows += [row("top_1", "fused", -0.1, 0.001), row("top_3", "fused", -0.1, 0.05), row("consensus", "ensemble")]
+    assert verdict({"reference": "fused", "rows": rows}) == (
+        "By the likelihood of held-out answers the fused model (fused) is better than 1 of 2 rivals, worse than mixed; "
+        "and better than 1 of 2 other fusions, not certainly better or worse than top_3 "
+        "(paired, p < 0.05 after Holm's correction)."
+    )
+    assert verdict({"reference": "mixed", "rows": [row("mixed", "mixed"), row("mixed_8", "mixed", -0.1, 0.01)]}) == (
+        "By the likelihood of held-out answers mixed is better than 1 of 1 other mixed runs "
+        "(paired, p < 0.05 after Holm's correction)."
+    )
+    assert "no likelihoods" in verdict({"reference": "fused", "rows": [row("fused", "fused")]})
+
+
+@pytest.mark.parametrize(("variants", "count"), [(False, 8), (True, 2)])
+def test_p_is_corrected_over_the_rivals_and_apart_from_them_over_the_other_fusions(table, variants, count):
+    tested = [
+        row["paired"]["mean_nll_per_token"]
+        for row in table["rows"]
+        if "mean_nll_per_token" in row["paired"] and (row["kind"] == "fused") == variants
+    ]
+    assert len(tested) == count
     smallest = min(tested, key=lambda difference: difference["p"])
-    assert smallest["p_holm"] == pytest.approx(min(1, 10 * smallest["p"]))
+    assert smallest["p_holm"] == pytest.approx(min(1, count * smallest["p"]))
     assert all(difference["p"] <= difference["p_holm"] <= 1 for difference in tested)
 
 
@@ -344,7 +374,7 @@ def test_the_page_stands_by_itself_and_says_what_the_table_says(results, table):
         for name in ("mean_nll_per_token", "mc1"):
             if name in row["metrics"]:
                 assert f"{row['metrics'][name]['value']:.3f}" in page
-    assert f"({FUSED}) is better than" in page or "not certainly better" in page
+    assert verdict(table) in html.unescape(page)
     assert page.count("<svg") == page.count('role="img" aria-label=') >= 4
     assert "Which expert served which token" in page and page.count('class="token"') > 10
     gain = page.split("<th>the paper</th>")[1].split("</table>")[0]
