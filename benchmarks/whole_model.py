@@ -220,6 +220,17 @@ def measure(form: str, source: Path | str, base_model: str | None, sizes: dict) 
                 )
                 figures[f"decode_tokens_per_s_batch_{batch}_static"] = batch * sizes["new_tokens"] / took
     figures["inference_peak_bytes"] = peak_memory_bytes()
+    step = training_step(form, model, sizes["train"])
+    figures["training_step_s"] = seconds(step, sizes["repeats"])
+    figures["training_peak_bytes"] = peak_memory_bytes()
+    if form == "ours":
+        labelled, every = seconds_in_turn([step, lambda: step(all_logits=True)], sizes["repeats"])
+        figures["training_step_in_turn_s"], figures["training_step_all_logits_s"] = labelled, every
+    return figures
+
+
+def training_step(form: str, model, shape: tuple[int, int]):
+    """step(all_logits=False): one optimiser step of LoRA of rank 8 on a form's FFN, on random samples (B, T)."""
     model.train()
     if not torch.cuda.is_available():
         model.set_attn_implementation("eager")  # as align_basemodel.py trains on a CPU
@@ -229,11 +240,11 @@ def measure(form: str, source: Path | str, base_model: str | None, sizes: dict) 
         experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
         model = get_peft_model(model, LoraConfig(r=8, target_modules=[], target_parameters=experts))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = random_ids(model, *sizes["train"])
+    ids = random_ids(model, *shape)
     labels = ids.clone()
     labels[:, : round(0.65 * ids.shape[1])] = -100  # the prompt: its share in data/sample's three tasks together
 
-    def step(all_logits: bool) -> None:
+    def step(all_logits: bool = False) -> None:
         if all_logits:
             loss = F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         else:
@@ -242,12 +253,7 @@ def measure(form: str, source: Path | str, base_model: str | None, sizes: dict) 
         optimizer.step()
         optimizer.zero_grad()
 
-    figures["training_step_s"] = seconds(lambda: step(False), sizes["repeats"])
-    figures["training_peak_bytes"] = peak_memory_bytes()
-    if form == "ours":
-        labelled, every = seconds_in_turn([lambda: step(False), lambda: step(True)], sizes["repeats"])
-        figures["training_step_in_turn_s"], figures["training_step_all_logits_s"] = labelled, every
-    return figures
+    return step
 
 
 def answer(way: str, folder: Path, base_model: str, sizes: dict) -> dict[str, float]:

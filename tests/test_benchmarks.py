@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import run_script
 
-from benchmarks import bench_moe, growth, whole_model
+from benchmarks import bench_moe, bench_serving, growth, profile_model, whole_model
 from config import ROOT, UserError
+from workspace.files import read_json
 
 
 def test_the_forms_are_one_function_and_one_that_is_not_is_refused(monkeypatch):
@@ -105,9 +106,6 @@ def test_routers_alone_end_in_json(fused_dir):
 
 
 def test_the_serving_table_is_that_of_the_committed_figures():
-    from benchmarks import bench_serving
-    from workspace.files import read_json
-
     figures = read_json(bench_serving.KEPT)
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     assert bench_serving.markdown(figures) in page
@@ -117,31 +115,47 @@ def test_the_serving_table_is_that_of_the_committed_figures():
 
 
 def test_the_table_of_the_whole_model_is_that_of_the_committed_figures():
-    from benchmarks import whole_model
-    from workspace.files import read_json
-
     figures = read_json(ROOT / "benchmarks" / "results" / "intel-r-xeon-r-processor-2-cores.json")["model"]["results"]
     assert whole_model.markdown(figures) in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
-def test_the_profile_of_decoding_is_that_of_the_committed_figures():
-    from benchmarks import profile_decoding
-    from workspace.files import read_json
+@pytest.mark.parametrize("part", ["decoding", "training"])
+def test_the_profiles_are_those_of_the_committed_figures(part):
+    figures = read_json(profile_model.KEPT)[part]["float32"]["results"]
+    assert profile_model.table(part, figures) in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
-    figures = read_json(profile_decoding.KEPT)["float32"]["results"]
-    assert profile_decoding.table(figures) in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+
+def test_an_operation_is_of_one_kind():
+    def kind(part, name, *shapes):
+        return profile_model.kind(part, name, list(shapes), {24, 48, 3}, vocabulary=600)
+
+    assert kind("training", "aten::mm", [512, 576], [576, 1536]) == profile_model.BASE
+    assert kind("training", "aten::mm", [512, 576], [576, 48]) == profile_model.LOW_RANK
+    assert kind("training", "aten::mm", [512, 576], [576, 600]) == profile_model.HEAD
+    assert kind("decoding", "aten::mm", [8, 576], [576, 600]) == profile_model.BASE
+    assert kind("training", "aten::_log_softmax", [180, 600], []) == profile_model.HEAD
+    assert kind("training", "aten::bmm", [36, 128, 64], [36, 64, 128]) == profile_model.OF_ATTENTION
+    assert kind("decoding", "aten::cat", []) == profile_model.JOINING
+    assert kind("training", "aten::cat", []) == kind("training", "aten::mul", [512, 24]) == profile_model.ELSE
 
 
 @pytest.mark.slow
-def test_decoding_is_profiled(base_dir, monkeypatch, tmp_path, capsys):
-    from benchmarks import profile_decoding
-    from workspace.files import read_json
+@pytest.mark.parametrize(("part", "sizes"), [("decoding", ("1", "2")), ("training", ("2x8", "3x4"))])
+def test_a_step_is_profiled(part, sizes, base_dir, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(profile_model, "KEPT", tmp_path / "profile.json")
+    given = ["--base_model", str(base_dir), "--dtype", "float32", "--part", part, "--sizes", ",".join(sizes)]
+    profile_model.main([*given, "--steps", "2"])
+    figures = read_json(tmp_path / "profile.json")[part]["float32"]["results"]
+    for size in sizes:
+        dense, ours = (figures[form][size] for form in profile_model.FORMS)
+        assert dense["step_ms"] > 0 and ours["operations"] > 0
+        assert part == "training" or dense["operations"] < ours["operations"]
+        assert set(ours["profiled_ms"]) == set(profile_model.KINDS[part])
+        assert all(ours["profiled_ms"][of] > 0 for of in (profile_model.BASE, profile_model.LOW_RANK))
+    assert profile_model.table(part, figures) in capsys.readouterr().out
 
-    monkeypatch.setattr(profile_decoding, "KEPT", tmp_path / "profile.json")
-    profile_decoding.main(["--base_model", str(base_dir), "--dtype", "float32", "--batches", "1,2", "--steps", "2"])
-    figures = read_json(tmp_path / "profile.json")["float32"]["results"]
-    for batch in ("1", "2"):
-        dense, ours = (figures[form][batch] for form in profile_decoding.FORMS)
-        assert 0 < dense["operations"] < ours["operations"] and dense["step_ms"] > 0
-        assert set(ours["profiled_ms"]) == set(profile_decoding.KINDS)
-    assert profile_decoding.table(figures) in capsys.readouterr().out
+
+def test_sizes_that_are_none_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        profile_model.main(["--part", "training", "--sizes", "8"])
+    assert "--sizes 8: must be like 4x128,8x256" in capsys.readouterr().err

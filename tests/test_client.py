@@ -262,6 +262,37 @@ def test_a_prompt_at_which_two_servers_fail_ends_it_and_no_server_is_given_up(tw
     assert [sum(request["prompt"] == "bad" for request in server.requests) for server in servers] == [1, 1]
 
 
+def test_the_last_server_takes_the_prompt_at_which_it_failed(two_servers, capsys):
+    """The other one, which the prompt waits for, goes."""
+    servers, _ = two_servers
+    first, second = servers
+    clients = make_clients(",".join(server.url for server in servers), 1, flag="server_url", max_retries=0)
+    first.answer, rule = (lambda request: "500" if first.requests[1:] == [] else rule(request)), first.answer
+
+    def gone(request):
+        while len(first.requests) < 2:  # until the first has failed, and goes on
+            time.sleep(0.01)
+        return "hang up"
+
+    second.answer = gone
+    prompts = [f"prompt {i}" for i in range(6)]
+    assert sorted(prompt for prompt, _ in complete_by_any(clients, "m", prompts)) == prompts
+    assert capsys.readouterr().err.count("the others go on") == 1
+
+
+def test_a_slow_prompt_is_the_prompts_fault_and_no_server_is_given_up(two_servers, capsys):
+    servers, _ = two_servers
+    for server in servers:
+        rule = server.answer
+        server.answer = lambda request, rule=rule: time.sleep(1) if request["prompt"] == "slow" else rule(request)
+    clients = [make_client(server.url, 1, flag="server_url", timeout_s=0.3, max_retries=0) for server in servers]
+    answers = []
+    with pytest.raises(UserError, match="no whole answer within 0.3 s"):
+        for prompt, _ in complete_by_any(clients, "m", ["slow", *(f"prompt {i}" for i in range(60))]):
+            answers.append(prompt)
+    assert len(answers) >= 20 and "the others go on" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("urls", [",", "http://127.0.0.1:1/v1,", "http://127.0.0.1:1/v1,http://127.0.0.1:1/v1/"])
 def test_an_empty_address_or_one_twice_is_refused(urls):
     with pytest.raises(UserError, match="name each server once"):
