@@ -35,8 +35,19 @@ def is_quantized(linear: nn.Linear) -> bool:
 
 
 def dense_weight(linear: nn.Linear) -> Tensor:
-    """The weight (out, in) of a linear layer, dequantised if it is in 4 bits."""
+    """The weight (out, in) of a linear layer, dequantised if it is in 4 bits. ValueError for a layer that is more than
+    its weight, or whose weight is in another form."""
+    if not isinstance(linear, nn.Linear):
+        raise ValueError(
+            f"the mixture trains on the weights of its base's FFN alone, and would ignore what {type(linear).__name__} "
+            "adds to them: leave gate_proj, up_proj and down_proj out (of LoRA's target_modules)"
+        )
     if not is_quantized(linear):
+        if not linear.weight.is_floating_point() or linear.weight.is_meta:
+            form = "are offloaded" if linear.weight.is_meta else f"are {linear.weight.dtype}"
+            raise ValueError(
+                f"the weights of the mixture's base {form}: with gradients only dense ones and NF4 are taken"
+            )
         return linear.weight
     functional = importlib.import_module("bitsandbytes.functional")  # not asked of those who have no use for it
     return functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)

@@ -272,7 +272,7 @@ def test_the_last_server_takes_the_prompt_at_which_it_failed(two_servers, capsys
     def gone(request):
         while len(first.requests) < 2:  # until the first has failed, and goes on
             time.sleep(0.01)
-        return "hang up"
+        return "gone"
 
     second.answer = gone
     prompts = [f"prompt {i}" for i in range(6)]

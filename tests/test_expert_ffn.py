@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM
@@ -253,6 +254,23 @@ def test_a_trainable_base_is_refused():
     base, experts, x, *choice = make()
     base[1].requires_grad_(True)
     with pytest.raises(ValueError, match="must be frozen"):
+        experts(x, *choice, *base)
+
+
+def test_with_gradients_a_base_that_is_more_than_its_dense_weights_is_refused():
+    """It would be multiplied without LoRA's part, or without an 8-bit weight's scales."""
+    base, experts, x, *choice = make()
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    adapted = get_peft_model(nn.Sequential(base[0]), config).base_model.model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="would ignore what Linear adds to them"):
+        experts(x, *choice, adapted, *base[1:])
+    with torch.no_grad():  # which calls the layers
+        assert not torch.equal(experts(x, *choice, adapted, *base[1:]), experts(x, *choice, *base))
+    base[2].weight = nn.Parameter((base[2].weight * 100).to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match="are torch.int8: with gradients only dense ones and NF4"):
+        experts(x, *choice, *base)
+    base[2].weight = nn.Parameter(base[2].weight.to("meta"), requires_grad=False)
+    with pytest.raises(ValueError, match="are offloaded"):
         experts(x, *choice, *base)
 
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import other_base
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_export import failed, with_attention
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, dynamic_module_utils
@@ -93,6 +94,20 @@ def test_tuned_attention_is_merged(fused_dir, tmp_path):
     ours, theirs = (logits(load_run(path, dtype="float32")[0]) for path in (tuned, tmp_path / "out"))
     assert (ours - theirs).abs().max() < 1e-5 * ours.abs().max()
     assert (ours - logits(load_run(fused_dir, dtype="float32")[0])).abs().max() > 1e-2
+
+
+def test_peft_trains_lora_on_its_attention_and_is_refused_on_its_ffn(exported):
+    def trained(modules):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True, dtype=torch.float32)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=modules, init_lora_weights=False)).train()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    gradients = trained(["q_proj", "v_proj"])
+    assert len(gradients) == 2 * 2 * 3 and all(grad.abs().max() > 0 for grad in gradients.values())
+    with pytest.raises(ValueError, match="leave gate_proj, up_proj and down_proj out"):
+        trained(["gate_proj", "up_proj", "down_proj"])
 
 
 def test_half_precision_has_half_precision_experts(fused_dir, tmp_path):

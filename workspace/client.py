@@ -48,7 +48,8 @@ class ServerGone(UserError):
 
 
 class ServerFailed(UserError):
-    """A server that failed at a request (5xx), or would take no more (429), to the end of the retries."""
+    """A server that failed at a request (5xx), would take no more (429) or gave no whole answer in time, to the end of
+    the retries."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ def complete_by_any(
 ) -> Iterator[tuple[str, Completion]]:
     """As `complete_all`, by several servers of one model: whoever is free takes the next prompt. What a server that is
     gone has not answered goes to the others, with a warning; a server is gone if it cannot be reached, or fails at
-    FAILURES_IN_A_ROW. UserError when none is left, and for a prompt at which two servers failed."""
+    FAILURES_IN_A_ROW, too slow for them or otherwise. UserError when none is left, and for a prompt at which two
+    servers failed."""
     if len(clients) == 1:
         yield from complete_all(clients[0], model, prompts, **sampling)
         return
@@ -165,6 +167,7 @@ def complete_by_any(
     gone: dict[str, UserError] = {}
     failed_at: dict[str, set[str]] = {}  # the servers that failed at a prompt
     in_a_row: dict[str, int] = {}
+    addresses = {str(client.api.base_url) for client in clients}
 
     def work(client: Client) -> None:
         address = str(client.api.base_url)
@@ -173,7 +176,8 @@ def complete_by_any(
                 prompt = waiting.get(timeout=0.05)
             except queue.Empty:
                 continue
-            if address in failed_at.get(prompt, ()):  # for another one
+            failed = failed_at.get(prompt, set())
+            if address in failed and addresses - gone.keys() - failed:  # for another one
                 waiting.put(prompt)
                 time.sleep(0.05)
                 continue
@@ -255,10 +259,10 @@ def complete(api: openai.OpenAI, **request) -> ChatCompletion | Completion:
     create = api.chat.completions.create if "messages" in request else api.completions.create
     try:
         completion = create(**request)
+    except (openai.APITimeoutError, openai.InternalServerError, openai.RateLimitError) as error:
+        raise ServerFailed(_explain(error, api, request["model"])) from error
     except openai.APIConnectionError as error:
         raise ServerGone(_explain(error, api, request["model"])) from error
-    except (openai.InternalServerError, openai.RateLimitError) as error:
-        raise ServerFailed(_explain(error, api, request["model"])) from error
     except (openai.APIError, ValueError) as error:  # not the body asked for
         raise UserError(_explain(error, api, request["model"])) from error
     except TypeError as error:  # from a configuration of the user's
