@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from config import UserError
-from data.prompts import WITHOUT_INPUT
 from models.expert_ffn import PROJECTIONS
 from models.mixture import ATTENTION_PROJECTIONS, MixtureConfig, MixtureForCausalLM
 from workspace.files import read_json, write_json
@@ -75,12 +74,10 @@ SHARED_SETTINGS = (
 )
 
 
-def write_dense_experts(
-    model: MixtureForCausalLM, tokenizer, folder: Path, form: str, run: str, base_model: str, dtype: str
-) -> None:
-    """Write configuration, tokenizer, model card and weights in `dtype` into `folder`, one shard per layer.
+def write_dense_experts(model: MixtureForCausalLM, tokenizer, folder: Path, form: str, dtype: str) -> None:
+    """Write configuration, tokenizer and weights in `dtype` into `folder`, one shard per layer.
 
-    form: a key of FORMS; run and base_model are named in the card. UserError where the form has no place for something.
+    form: a key of FORMS. UserError where the form has no place for something.
     """
     settings = form_config(model.mixture, form, dtype)
     save_config(settings, folder)
@@ -88,8 +85,6 @@ def write_dense_experts(
         bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    card = model_card(model.mixture, FORMS[form].model_class.__name__, run, base_model, dtype)
-    (folder / "README.md").write_text(card, encoding="utf-8")
     write_shards(model, FORMS[form], getattr(torch, dtype), folder)
 
 
@@ -175,26 +170,3 @@ def merged_attention(module: nn.Module) -> Tensor:
     if isinstance(module, nn.Linear):
         return module.weight
     return module.base_layer.weight + module.get_delta_weight("default")
-
-
-def model_card(mixture: MixtureConfig, architecture: str, run: str, base_model: str, dtype: str) -> str:
-    """README.md of an exported checkpoint."""
-    experts = "\n".join(f"- expert {i}: {e['name']} (rank {e['rank']})" for i, e in enumerate(mixture.experts))
-    return f"""---
-{f"base_model: {base_model}" if not Path(base_model).exists() else "tags: [mixture-of-experts]"}
-library_name: transformers
-pipeline_tag: text-generation
----
-# {Path(run).name}
-
-An H3Fusion mixture of aligned experts (https://arxiv.org/abs/2411.17792) as a plain {architecture}, {dtype}:
-top-{mixture.num_experts_per_tok} of {mixture.num_experts} experts per token.
-
-{experts}
-
-The licence of the base model applies to it. The prompt it was aligned on, answers ending at EOS:
-
-```
-{WITHOUT_INPUT}
-```
-"""

@@ -99,10 +99,11 @@ from models.dense_experts import FORMS, form_config, layer_weights, outer_weight
 from models.expert_ffn import PROJECTIONS
 from models.loading import base_of_run, load_run, run_kind, run_sources, weights_sha256
 from models.mixture import ATTENTION_PROJECTIONS, MixtureForCausalLM, read_mixture
+from models.model_card import model_card
 from models.released import expert_key, router_key
 from models.shared import id_of_base, read_back, write_shared
 from workspace import run_dir
-from workspace.files import read_json, write_json
+from workspace.files import read_json, write_json, write_text
 
 SCRIPT = "export.py"
 NOT_VERIFIED = "written, not verified"
@@ -192,9 +193,19 @@ def export_folder(path: Path, base_model: str, args: ExportArguments, partial: P
         model, tokenizer = load_run(path, base_model, dtype="float32")
         export = export_dense_experts if args.to in FORMS else export_peft
         verdict = export(model, tokenizer, partial, args, base_model)
+    if args.to != "peft":  # whose card is PEFT's
+        write_text(partial / "README.md", card(path, base_model, args))
     run_dir.finish(partial, SCRIPT, arguments, train={}, meta={**meta, "verified": verdict})
     partial.rename(output)
     print(f"{output}: {verdict}")
+
+
+def card(path: Path, base_model: str, args: ExportArguments) -> str:
+    """The model card of a checkpoint."""
+    form = FORMS[args.to].model_class.__name__ if args.to in FORMS else "transformers model (trust_remote_code)"
+    if args.base_id is not None:
+        form += f" that loads the weights of its base from {args.base_id}"
+    return model_card(read_mixture(path), form, path, args.base_id or base_model, args.dtype, Path(args.results_dir))
 
 
 # ---- the base once
@@ -204,7 +215,7 @@ def export_shared(path: Path, folder: Path, args: ExportArguments, base_model: s
     """Write a checkpoint that holds the base once, or names it, into `folder`; unless --verify 0, read it back and
     compare it with the run."""
     mixture, tokenizer = read_mixture(path), base.load_tokenizer(base_model)
-    write_shared(path, mixture, tokenizer, folder, args.cross_task, base_model, args.dtype, args.base_id)
+    write_shared(path, mixture, tokenizer, folder, base_model, args.dtype, args.base_id)
     if not args.verify:
         return NOT_VERIFIED
     model, _ = load_run(path, base_model, dtype="float32")
@@ -230,10 +241,10 @@ def export_dense_experts(
 ) -> str:
     """Write dense experts into `folder`; unless --verify 0, read them back and compare them with `model`."""
     if not args.verify:
-        write_dense_experts(model, tokenizer, folder, args.to, args.cross_task, base_model, args.dtype)
+        write_dense_experts(model, tokenizer, folder, args.to, args.dtype)
         return NOT_VERIFIED
     ours = behaviour(model, greedy_texts(model, tokenized(tokenizer)))
-    write_dense_experts(model, tokenizer, folder, args.to, args.cross_task, base_model, args.dtype)
+    write_dense_experts(model, tokenizer, folder, args.to, args.dtype)
     attention = model.config._attn_implementation
     model.to("meta")  # ours is not needed any more, and the export is the larger one
     same_tokens(folder, tokenizer)

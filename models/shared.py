@@ -21,11 +21,10 @@ from config import BASE_MODELS_DIR, UserError
 from models import base, expert_ffn, four_bit, router
 from models.base_identity import base_sha256
 from models.causal_lm import activation_name, model_class_of, skeleton
-from models.dense_experts import model_card
 from models.embedded import PACKAGES
 from models.expert_ffn import PROJECTIONS
 from models.mixture import ATTENTION_PROJECTIONS, SHARED, MixtureConfig, MixtureForCausalLM, mixture_class, read_mixture
-from workspace.files import read_json, sha256, write_json, write_text
+from workspace.files import read_json, sha256, write_json
 
 MODELING = "modeling_h3fusion"
 AUTO_CLASSES = {
@@ -127,14 +126,13 @@ def write_shared(
     mixture: MixtureConfig,
     tokenizer,
     folder: Path,
-    run: str,
     base_model: str,
     dtype: str,
     base_id: str | None = None,
 ) -> None:
-    """Write configuration, modeling file, tokenizer, model card and weights in `dtype`, the base one file at a time.
-    run_dir: the fused run's; run and base_model are named in the card. base_id: the base's name on the hub, which then
-    stands for its weights. UserError for a named base whose weights are no safetensors."""
+    """Write configuration, modeling file, tokenizer and weights in `dtype`, the base one file at a time. run_dir: the
+    fused run's; base_id: the base's name on the hub, which then stands for its weights. UserError for a named base
+    whose weights are no safetensors."""
     base_config = base.load_base_config(base_model)
     settings = shared_settings(base_config, mixture, dtype)
     if base_id is not None:
@@ -143,10 +141,6 @@ def write_shared(
     tokenizer.save_pretrained(folder)
     ids = {name: getattr(base_config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     GenerationConfig(**ids).save_pretrained(folder)
-    form = "transformers model (trust_remote_code)"
-    if base_id is not None:
-        form += f" that loads the weights of its base from {base_id}"
-    write_text(folder / "README.md", model_card(mixture, form, run, base_id or base_model, dtype))
     write_json(folder / "config.json", settings)
     if base_id is None:
         write_weights(run_dir, mixture, base_model, base_config, getattr(torch, dtype), folder)

@@ -1,0 +1,65 @@
+"""The card of an exported checkpoint says what it was made from, and how."""
+
+import json
+
+import yaml
+
+from models.mixture import MixtureConfig
+from models.model_card import model_card
+
+EXPERTS = [{"name": task, "task": task, "rank": 8} for task in ("helpfulness", "safety", "truthfulness")]
+MIXTURE = MixtureConfig(EXPERTS, 8, 2, "someone/base", {})
+ALIGNED = {
+    "run": {
+        "script": "align_basemodel.py",
+        "arguments": {
+            "moe_flag": 1, "data_source": "hub", "num_train_epochs": 2.0, "learning_rate": 5e-4, "seed": 42,
+            "effective_batch_size": 4, "router_learning_rate": 0.1, "gate_loss_weight": 0.01, "helpfulness_weight": 0.1,
+            "safety_weight": 0.0, "truthfulness_weight": 0.0, "drift_weights": "politeness=0.2",
+        },
+    },
+    "train": {"samples": 925, "steps": 464},
+}  # fmt: skip
+
+
+def card(tmp_path, record=None, base="someone/base", results=None):
+    run = tmp_path / "mix_moe"
+    run.mkdir(exist_ok=True)
+    if record is not None:
+        (run / "run.json").write_text(json.dumps(record))
+    text = model_card(MIXTURE, "MixtralForCausalLM", run, base, "bfloat16", results)
+    _, head, body = text.split("---\n", 2)
+    return yaml.safe_load(head), body
+
+
+def test_an_aligned_run_tells_its_data_settings_and_scores(tmp_path):
+    folder = tmp_path / "results" / "evaluation" / "safety" / "test" / "mix_moe" / "likelihood"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"metrics": {"nll_per_token": {"value": 2.3174, "n": 169}}}))
+    head, body = card(tmp_path, ALIGNED, results=tmp_path / "results")
+    assert head["base_model"] == "someone/base" and head["library_name"] == "transformers"
+    assert head["datasets"] == ["tatsu-lab/alpaca", "PKU-Alignment/BeaverTails", "truthfulqa/truthful_qa"]
+    assert "top-2 of 3 experts" in body and "- expert 1: safety (rank 8)" in body
+    assert (
+        "aligned on tatsu-lab/alpaca, PKU-Alignment/BeaverTails, truthfulqa/truthful_qa: samples 925; epochs 2.0; "
+        "optimiser steps 464; samples per step 4; learning rate 0.0005; the routers' 0.1; weight of the gating loss "
+        "0.01; weights of the drift helpfulness 0.1, safety 0.0, truthfulness 0.0, politeness 0.2; seed 42."
+    ) in body
+    assert (
+        "## Scores\n- safety: 2.317 nats per token of held-out answers (n = 169)" in body and "helpfulness:" not in body
+    )
+
+
+def test_what_is_not_known_is_not_told(tmp_path):
+    head, body = card(tmp_path, base="smollm2")
+    assert "base_model" not in head and "datasets" not in head and "## Scores" not in body
+    assert "It is not recorded." in body
+    fused = {"run": {"script": "llama_moe.py", "arguments": {"data_source": "hub"}}}
+    assert "the fusion was not aligned" in card(tmp_path, fused)[1]
+
+
+def test_no_place_of_this_machine_is_named(tmp_path):
+    record = {**ALIGNED, "run": {**ALIGNED["run"], "arguments": {**ALIGNED["run"]["arguments"],
+                                                                 "data_source": str(tmp_path)}}}  # fmt: skip
+    head, body = card(tmp_path, record, base=str(tmp_path))
+    assert "base_model" not in head and str(tmp_path) not in body and "aligned on a folder of its own: " in body
