@@ -173,8 +173,8 @@ def measure_server(address: str, model: str, session: int, vocabulary: int, at_o
     async def all_of_it() -> None:
         async with openai.AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=600) as client:
             for number, requests in at_once.items():
-                await ask(client, model, random_prompts(number, vocabulary, 1), number)  # not counted
-                measured = await ask(client, model, random_prompts(requests, vocabulary, 2), number)
+                await ask(client, model, random_prompts(number, vocabulary, 2 * number), number)  # not counted
+                measured = await ask(client, model, random_prompts(requests, vocabulary, 2 * number + 1), number)
                 figures.update({f"{name}_at_{number}": value for name, value in measured.items()})
 
     asyncio.run(all_of_it())
@@ -183,6 +183,7 @@ def measure_server(address: str, model: str, session: int, vocabulary: int, at_o
 
 
 def random_prompts(number: int, vocabulary: int, seed: int) -> list[list[int]]:
+    """Of another seed other prompts, none a beginning of another: an engine keeps what it has read."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, vocabulary, (number, PROMPT_TOKENS), generator=generator).tolist()
 
@@ -194,7 +195,7 @@ def measure_own(form: str, run: Path, folder: Path, at_once: tuple[int, ...], ne
     model.to(device())
     figures = {}
     for number in at_once:
-        ids = torch.tensor(random_prompts(number, model.config.vocab_size, 2), device=model.device)
+        ids = torch.tensor(random_prompts(number, model.config.vocab_size, 2 * number + 1), device=model.device)
         with torch.inference_mode():
             first = whole_model.seconds(lambda ids=ids: whole_model.generate(model, ids, 1), 3)
             took = whole_model.seconds(lambda ids=ids: whole_model.generate(model, ids, new_tokens), 1)
