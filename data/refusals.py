@@ -3,7 +3,8 @@
 python data/refusals.py --data_source DIR --output DIR2
 
 DIR2 is a data folder like DIR, but for safety: the safe sides of one half of safety_pairs.jsonl are its training rows,
-the other half its pairs, which `safe_preferred` is scored on. DIR2/split.json says which id went where.
+the other half its pairs, which `safe_preferred` is scored on. XSTest's prompts are in neither. DIR2/split.json says
+which id went where.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ if not __package__:  # run as a script, from any folder
 
 import cli
 from cli import flag
-from config import UserError
+from config import XSTEST, UserError
 
 TRAIN = "safety_train.jsonl"
 
@@ -51,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     if already_dealt(output, made_by):
         return
     pairs = read_jsonl(source / PAIRS, COLUMNS["safety_pairs"])
+    asked = {comparable(row["prompt"]) for row in xstest_rows(source)}  # the test of over-refusal
+    pairs = [pair for pair in pairs if comparable(pair["prompt"]) not in asked]
     learnt = [pair for pair in pairs if is_learnt(pair["prompt"])]
     scored = [pair for pair in pairs if not is_learnt(pair["prompt"])]
     if not learnt or not scored:
@@ -74,7 +77,18 @@ def main(argv: list[str] | None = None) -> None:
 
 def is_learnt(prompt: str) -> bool:
     """Which half a prompt is in: the same on every machine, and for all its pairs."""
-    return hashlib.sha256(" ".join(prompt.lower().split()).encode()).digest()[0] % 2 == 0
+    return hashlib.sha256(comparable(prompt).encode()).digest()[0] % 2 == 0
+
+
+def comparable(prompt: str) -> str:
+    """A prompt by which others are the same."""
+    return " ".join(prompt.lower().split())
+
+
+def xstest_rows(source: Path) -> list[dict]:
+    """XSTest's prompts, of a folder that has them."""
+    path = source / "xstest.jsonl"
+    return read_jsonl(path, COLUMNS[XSTEST]) if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -66,6 +66,11 @@ class FuseArguments(BaseArguments):
         OF_PROMPTS, None, "data of those prompts: hub, sample or a folder (default: as the experts recorded)"
     )
     num_prompts: int | None = flag_with(OF_PROMPTS, 100, "training prompts per task that the routers start from")
+    num_trained: int | None = flag_with(
+        OF_PROMPTS,
+        None,
+        "take them from the rows that an alignment on so many with this --seed draws (default: from all)",
+    )
     dtype: str | None = flag_with(OF_PROMPTS, "auto", "precision of the base that reads them", choices=list(DTYPES))
     seed: int = flag(42, "seed of the routers, the prompts and the fresh experts")
     save_dtype: str = flag(
@@ -83,7 +88,13 @@ class FuseArguments(BaseArguments):
         elif self.expert_topk is None:
             self.expert_topk = 2
         check_seed(self.seed)
-        check_at_least(1, max_rank=self.max_rank, fresh_rank=self.fresh_rank, num_prompts=self.num_prompts)
+        check_at_least(
+            1,
+            max_rank=self.max_rank,
+            fresh_rank=self.fresh_rank,
+            num_prompts=self.num_prompts,
+            num_trained=self.num_trained,
+        )
         resolve_conditional_flags(self)
         if self.experts is None:
             self.experts = ",".join(read_tasks(self.tasks))
@@ -106,7 +117,7 @@ class FuseArguments(BaseArguments):
         given["router_init"] = None if self.router_init in ("random", "prototype") else self.router_init
         reason = "has no effect with --add, which keeps what --to has"
         check_not_given(reason, **given)
-        check_default(self, reason, "tasks", "max_rank", "save_dtype")
+        check_default(self, reason, "tasks", "max_rank", "save_dtype", "num_trained")
 
 
 if __name__ == "__main__":
@@ -181,8 +192,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.router_init != "random":
         by_experts = experts if args.router_init == "arrow" else None
         tasks = [expert.task for expert in experts]
+        trained = -1 if args.num_trained is None else args.num_trained
         routers = fit_routers(
-            tasks, base_model, origin["data_source"], args.num_prompts, args.seed, args.dtype, by_experts
+            tasks, base_model, origin["data_source"], args.num_prompts, args.seed, args.dtype, by_experts, trained
         )
     model = fuse(experts, base_config, args.expert_topk, args.seed, routers)
     if args.save_dtype != "auto":
@@ -256,7 +268,8 @@ def asked(argv: list[str]) -> dict:
     if args.fresh_rank:
         arguments["fresh_rank"] = args.fresh_rank
     if args.router_init != "random":
-        arguments |= {"router_init": args.router_init, "num_prompts": args.num_prompts}
+        of_prompts = {name: getattr(args, name) for name in ("router_init", "num_prompts", "num_trained")}
+        arguments |= {name: value for name, value in of_prompts.items() if value is not None}
     return arguments
 
 
@@ -277,7 +290,8 @@ def prompt_arguments(args: FuseArguments, tasks: list[str], source: str | None) 
         )
     files = [path for task in tasks for path in source_files(task, "train", source)]
     decided = {"router_init": args.router_init, "data_source": source, "data_sha256": data_sha256(files)}
-    return decided | effective_flags(args) | {"data_source": source, "dtype": base.dtype_name(args.dtype)}
+    decided |= effective_flags(args) | {"data_source": source, "dtype": base.dtype_name(args.dtype)}
+    return {name: value for name, value in decided.items() if value is not None}
 
 
 def report_sizes(folder: Path, model: MixtureForCausalLM) -> None:

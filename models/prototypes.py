@@ -18,9 +18,11 @@ from models.adapters import Expert
 OWN_LOGIT = 2.0
 
 
-def task_prompts(task: str, source: str, num_prompts: int, seed: int) -> list[Record]:
-    """`num_prompts` different training prompts of a task, drawn with `seed`."""
-    rows = {prompt_of(row): row for row in trainable_rows(task, read_rows(task, "train", source))}
+def task_prompts(task: str, source: str, num_prompts: int, seed: int, num_trained: int = -1) -> list[Record]:
+    """`num_prompts` different training prompts of a task, drawn with `seed`; num_trained: of the rows alone that an
+    alignment on so many with this seed draws, so that none is held apart from it."""
+    trained = draw(trainable_rows(task, read_rows(task, "train", source)), num_trained, seed)
+    rows = {prompt_of(row): row for row in trained}
     chosen = draw(list(rows.values()), num_prompts, seed)
     asked = [(row["id"], row.get("instruction") or row.get("prompt") or row["question"]) for row in chosen]
     return [Record(id, task, text, row.get("input", "")) for (id, text), row in zip(asked, chosen, strict=True)]
@@ -101,14 +103,16 @@ def fit_routers(
     seed: int,
     dtype: str,
     experts: list[Expert] | None = None,
+    num_trained: int = -1,
 ) -> list[Tensor]:
     """Each layer's router (E, D) for experts of these tasks, by `num_prompts` training prompts each; with the experts
-    themselves, by Arrow."""
+    themselves, by Arrow. num_trained: as task_prompts takes it."""
     from models.loading import device  # which loads what this helps to make
 
     model = base.load_base(base_model, dtype).to(device()).eval()
     encoder = Encoder(base.load_tokenizer(base_model), model.config.max_position_embeddings)
-    states = [mean_states(model, encoder, task_prompts(task, source, num_prompts, seed)) for task in tasks]
+    prompts = [task_prompts(task, source, num_prompts, seed, num_trained) for task in tasks]
+    states = [mean_states(model, encoder, of_task) for of_task in prompts]
     if experts is None:
         return prototype_routers(torch.stack(states))
     directions = [

@@ -10,7 +10,8 @@ from transformers import LlamaForCausalLM
 
 from config import TASKS
 from data.encoding import Encoder
-from data.sources import Record
+from data.held_apart import held_apart_records
+from data.sources import Record, draw, read_rows, trainable_rows
 from models import llama_moe, prototypes
 from models.loading import load_run
 
@@ -102,6 +103,19 @@ def test_routers_start_by_prototypes(tmp_path, adapter_dirs, tiny_source, capsys
     with pytest.raises(SystemExit):
         fuse(tmp_path / "moe", *experts, "--num_prompts", 5, "--dtype", "float32")
     assert "num_prompts=6" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fuse(tmp_path / "moe", *experts, "--num_prompts", 6, "--dtype", "float32", "--num_trained", 8)
+    assert "num_trained" in capsys.readouterr().err
+
+
+def test_prompts_may_be_of_the_rows_alone_that_an_alignment_draws():
+    held_apart = held_apart_records(TASKS, "sample", 16, 4, 42)
+    for task in TASKS:
+        drawn = draw(trainable_rows(task, read_rows(task, "train", "sample")), 16, 42)
+        prompts = prototypes.task_prompts(task, "sample", 100, 42, num_trained=16)
+        assert {prompt.id for prompt in prompts} <= {row["id"] for row in drawn} and len(prompts) >= 8
+        assert not {p.instruction for p in prompts} & {record.instruction for record in held_apart[task]}
+        assert len(prototypes.task_prompts(task, "sample", 100, 42)) > len(prompts)
 
 
 def test_fresh_experts_change_nothing_until_they_are_aligned(tmp_path, base_dir):

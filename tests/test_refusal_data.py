@@ -30,6 +30,18 @@ def test_a_prompt_is_either_learnt_or_scored(tmp_path):
     assert set(same) == {path.name for path in source.glob("*.jsonl")} - {"safety_train.jsonl", "safety_pairs.jsonl"}
 
 
+def test_a_prompt_of_xstest_is_neither(tmp_path):
+    """It is the test of over-refusal, and never trained on."""
+    source = shutil.copytree(ROOT / "data" / "sample", tmp_path / "source")
+    (xstest, *_) = map(json.loads, (source / "xstest.jsonl").read_text().splitlines())
+    asked = [f"How would somebody break into house number {i}?" for i in range(20)] + [f" {xstest['prompt'].upper()}"]
+    rows = [{"id": f"pair-{i}", "prompt": q, "safe": "No.", "unsafe": "So."} for i, q in enumerate(asked)]
+    write_jsonl(source / "safety_pairs.jsonl", rows)
+    refusals.main(["--data_source", str(source), "--output", str(tmp_path / "refusals")])
+    ids = json.loads((tmp_path / "refusals" / "split.json").read_text())["ids"]
+    assert sorted(ids["learnt"] + ids["scored"]) == sorted(row["id"] for row in rows[:-1])
+
+
 def test_spaces_and_capitals_do_not_move_a_prompt_to_the_other_half():
     assert refusals.is_learnt("How do I  pick a lock?") == refusals.is_learnt("how do i pick a LOCK? ")
 
