@@ -115,7 +115,7 @@ def shares(rows: dict[str, dict], named: tuple[tuple[str, str], ...]) -> str:
     own, raw = rows[REFERENCE]["metrics"], rows["raw"]
     parts = [
         f"{heading} {own[name]['value']:.3f} against {raw['metrics'][name]['value']:.3f} "
-        f"({minus(raw['paired'][name]['difference'])}, p = {raw['paired'][name]['p_holm']:.2g})"
+        f"({minus(raw['paired'][name]['difference'])}, p = {raw['paired'][name]['p_holm']:.2g}, n = {own[name]['n']})"
         for name, heading in named
     ]
     return f"Against the raw base: {'; '.join(parts)}"
@@ -132,6 +132,7 @@ def sentences(comparison: dict) -> str:
         verdict(comparison),
         f"Against one LoRA of its size on the same rows (`{EQUAL}`) it is {task_by_task(rows[EQUAL])}.",
         f"{shares(rows, (('safe_preferred', 'safe answer preferred'), ('mc1', 'MC1'), ('mc2', 'MC2')))}.",
+        forgetting(rows),
         f"Of 100 answers per task: {judged(rows, 'flagged', 'flagged as unsafe')}; "
         f"{judged(rows, 'truth_and_information', 'true and informative')}.",
         f"Share of questions whose tokens go most to their own task's expert: {', '.join(routed)} (by chance 0.33).",
@@ -140,6 +141,16 @@ def sentences(comparison: dict) -> str:
         missing = ", ".join(name for name, count in seeds.items() if count < 3)
         text.append(f"So far of {fewest} seed{'s' if fewest > 1 else ''}: {missing}.")
     return " ".join(text)
+
+
+def forgetting(rows: dict[str, dict]) -> str:
+    """The fused model's loss on general passages against the raw base's."""
+    own, raw = (rows[name]["metrics"]["general_nll_per_token"] for name in (REFERENCE, "raw"))
+    paired = rows["raw"]["paired"]["general_nll_per_token"]
+    return (
+        f"On {own['n']} general passages its loss is {own['value']:.3f} nats per token against the raw base's "
+        f"{raw['value']:.3f} ({minus(paired['difference'])}, p = {paired['p_holm']:.2g})."
+    )
 
 
 def judged(rows: dict[str, dict], name: str, heading: str) -> str:

@@ -66,6 +66,7 @@ def write_page(
             page_row(row, rows, shown, records, names) for row in sorted(rows, key=lambda row: KINDS.index(row["kind"]))
         ],
         statistics=statistics_text(comparison),
+        judges=judges_text(runs),
         figures=drawn,
         confusion=confusion(runs[own].routing, expert_names(runs[own])),
         gains=relative_gains(comparison),
@@ -155,9 +156,11 @@ def setting_text(records: dict[str, dict | None], alone: bool) -> str:
     data = data if data in ("hub", "sample", "unrecorded") else f"of the folder “{data}”"
     trained = [record["run"]["arguments"] for record in made if record["run"]["script"] == "align_basemodel.py"]
     samples = {arguments["num_samples"] for arguments in trained}
-    rows = ", ".join("all" if n == -1 else str(n) for n in sorted(samples, key=str)) or "an unrecorded number of"
+    questions = ", ".join("all" if n == -1 else str(n) for n in sorted(samples, key=str)) or "an unrecorded number of"
     devices = sorted({record["meta"].get("device", "an unrecorded device") for record in made})
-    text = f"Base model {base}; data {data}, {rows} training rows per task; made on {' and on '.join(devices)}."
+    text = (
+        f"Base model {base}; data {data}, {questions} training questions per task; made on {' and on '.join(devices)}."
+    )
     if len(devices) > 1:
         text += " Seconds and tokens per second are of different devices."
     if base == "smollm2":
@@ -246,6 +249,26 @@ def statistics_text(comparison: dict) -> str:
             "times in five (at p < 0.05, uncorrected)."
         )
     return text
+
+
+def judges_text(runs: dict[str, RunScores]) -> str:
+    """Who judged the answers, and how often those that were trained on labelled answers are right; "" without any."""
+    said: dict[str, list[str]] = {}
+    for one in JUDGED:
+        for run in runs.values():
+            if (result := run.metrics.get(one.name)) is None:
+                continue
+            text = result.judge[0]
+            if corrected := result.score.get("corrected"):
+                text += (
+                    f" (right on {corrected['sensitivity']:.2f} of the labelled yes and "
+                    f"{corrected['specificity']:.2f} of the labelled no, {corrected['n_labelled']} answers)"
+                )
+            said.setdefault(text, [])
+            if one.heading not in said[text]:
+                said[text].append(one.heading)
+    parts = [f"{', '.join(headings)}: by {judge}" for judge, headings in said.items()]
+    return f"Judges: {'; '.join(parts)}." if parts else ""
 
 
 def command_of(record: dict) -> str:

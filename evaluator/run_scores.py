@@ -1,6 +1,7 @@
 """All that is known of one run in a results folder: its record, its cost, and each score with its items."""
 
 import math
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,7 +191,8 @@ def made_in(results_dir: Path, name: str) -> Path:
 def selection_record(results_dir: Path, name: str, split: str) -> dict | None:
     """The record of answers that select_answers.py put together under a name, of any task."""
     for folder in sorted((results_dir / "inference").glob(f"*/{split}/{name}")):
-        if record := read_run(folder):
+        record = read_run(folder)
+        if record and record["run"]["script"] == "select_answers.py":  # the raw base answers under its name too
             return record
     return None
 
@@ -304,12 +306,13 @@ def cost_as_written(results_dir: Path, name: str, record: dict | None, split: st
     speeds = []
     directory = name if name in (RAW, RAW_CHAT) else f"cross_{name}"
     for path in (results_dir / "inference").glob(f"*/{split}/{directory}/run.json"):
-        speeds.append(read_record(path)["train"].get("new_tokens_per_second"))
+        if (speed := read_record(path)["train"].get("new_tokens_per_second")) is not None:
+            speeds.append(speed)
     return {
         "trained_parameters": train.get("trainable_parameters"),
         "optimiser_steps": train.get("steps"),
         "training_seconds": train.get("seconds"),
         "bytes_on_disk": sum(path.stat().st_size for path in weights) if weights else None,
-        "new_tokens_per_second": sum(filter(None, speeds)) / len(speeds) if any(speeds) else None,
+        "new_tokens_per_second": statistics.fmean(speeds) if speeds else None,
         "relative_cost_of_a_token": relative_cost(folder, record) if record or name in (RAW, RAW_CHAT) else None,
     }

@@ -12,10 +12,13 @@ cd "$(dirname "$0")/.."
 . runs/rows.sh
 take_flags "base_model=smollm2 data_source=sample num_samples= num_scored= num_answered= num_train_epochs= batch_size=4
     num_held_apart=30 seeds=42 dtype=auto other_merges=1 ablations= answers=1 judge_url= judge_model= quick=0 save= reuse= results_dir=" "$@"
-case $QUICK$ANSWERS$ABLATIONS$OTHER_MERGES in *[!01]*) refuse "--quick, --answers, --ablations and --other_merges are 0 or 1" ;; esac
+for one in "$QUICK" "$ANSWERS" "${ABLATIONS:-0}" "$OTHER_MERGES"; do
+    case $one in 0 | 1) ;; *) refuse "--quick, --answers, --ablations and --other_merges are 0 or 1" ;; esac
+done
 case $NUM_TRAIN_EPOCHS in *[!0-9]*) refuse "--num_train_epochs $NUM_TRAIN_EPOCHS: is a whole number here" ;; esac
 case $JUDGE_URL:$JUDGE_MODEL in : | ?*:?*) ;; *) refuse "--judge_url and --judge_model go together" ;; esac
 [ $QUICK = 0 ] || [ -z "$JUDGE_URL" ] || refuse "--judge_url: --quick 1 answers no prompt of helpfulness"
+[ $ANSWERS = 1 ] || [ -z "$JUDGE_URL" ] || refuse "--judge_url: judges answers, and --answers 0 makes none"
 if [ $QUICK = 1 ]; then  # what was not given
     : "${NUM_SAMPLES:=12}" "${NUM_SCORED:=8}" "${NUM_ANSWERED:=2}" "${NUM_TRAIN_EPOCHS:=1}" "${ABLATIONS:=0}" "${RESULTS_DIR:=results/comparison_quick}"
     MERGES="task_arithmetic tsv_m iso_c knots_ties" TUNED="" NEW_TOKENS=16
@@ -32,15 +35,17 @@ RUN=mix_moe_reg_00000_00000_00000_gate_03000
 count() { echo $#; }
 num_seeds=$(count $(echo "$SEEDS" | tr ',' ' '))
 num_ablations=$((5 + $(count $TOP_KS) + $(count $GATES) + 4 * $(count $GAMMAS)))
-echo "The comparison on $BASE_MODEL and $DATA_SOURCE, $NUM_SAMPLES rows per task, seeds $SEEDS, into $RESULTS_DIR:"
-echo "  $((3 * num_seeds)) experts, $((num_seeds * (2 - QUICK))) LoRAs on the mixed data, $num_seeds fusions; of the first seed $((ABLATIONS * num_ablations)) other fusions"
+echo "The comparison on $BASE_MODEL and $DATA_SOURCE, $NUM_SAMPLES questions per task, seeds $SEEDS, into $RESULTS_DIR:"
+echo "  $((3 * num_seeds)) experts, $((num_seeds * (2 - QUICK) + ABLATIONS)) LoRAs on the mixed data, $num_seeds fusions; of the first seed $((ABLATIONS * num_ablations)) other fusions"
 echo "  linear and TIES merges and an averaging ensemble of each seed, $((OTHER_MERGES * $(count $MERGES $TUNED))) other merges and $OTHER_MERGES more ensembles"
 echo "  likelihoods of $NUM_SCORED held-out rows per task and run; answers, and 2 to 4 ways to select among them: $([ $ANSWERS = 1 ] && echo "$NUM_ANSWERED prompts per task" || echo none)"
 if [ $QUICK = 1 ]; then
     echo "On two CPU cores: about ten minutes."
 else
-    echo "On two CPU cores with SmolLM2-135M and 160 rows per task: an hour and a quarter for each seed, 40 minutes for the"
-    echo "other merges, two hours for the answers and their judges, seven for the ablations."
+    echo "On two CPU cores with SmolLM2-135M and 160 questions per task: an hour and a quarter for each seed$(
+        [ $OTHER_MERGES = 0 ] || echo ", 40 minutes for the other merges")$(
+        [ $ANSWERS = 0 ] || echo ", two hours for the answers and their judges")$(
+        [ $ABLATIONS = 0 ] || echo ", seven for the ablations")."
 fi
 
 SCORE="--base_model $BASE_MODEL --data_source $DATA_SOURCE --num_samples $NUM_SCORED --dtype $DTYPE" HALF=""
@@ -137,7 +142,7 @@ if [ $QUICK = 1 ]; then
     answered=safety judged=flagged
     judges() { python evaluator/train_judge.py --kind safety --num_samples 40 --num_held_out 40 $JUDGE; }
 else
-    answered="$TASKS xstest" judged=flagged,over_refusal,truth,information SELECTED="$SELECTED more_agents best_of_3"
+    answered="$TASKS xstest" judged=flagged,over_refusal,truth,information${JUDGE_URL:+,win_rate} SELECTED="$SELECTED more_agents best_of_3"
     judges() {  # of half the labelled rows each: one judge selects, another scores
         for kind in safety truth information; do python evaluator/train_judge.py --kind $kind --half second $JUDGE; done
         for kind in safety truth; do

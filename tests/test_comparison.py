@@ -15,7 +15,7 @@ from config import TASKS, UserError
 from evaluator import comparison, evaluate_likelihood, report, select_answers
 from evaluator.kept_runs import read_kept
 from evaluator.page import verdict
-from evaluator.run_scores import RunScores, check_score, read_usage
+from evaluator.run_scores import RunScores, check_score, cost_of_run, read_run_scores, read_usage
 from models import ensemble, llama_moe, merging
 
 SHORT = ["--max_steps", "4", "--batch_size", "4", "--num_samples", "8", "--disable_tqdm", "1", "--dtype", "float32"]
@@ -49,6 +49,7 @@ def results(tmp_path_factory, base_dir):
     answer = ["--task_name", "safety", "--num_samples", 3, "--max_new_tokens", 5, "--dtype", "float32", *place]
     for run in (*TASKS, FUSED):
         call(inference, "--cross_task", run, *answer)
+    call(inference, "--aligned_flag", 0, "--base_model", base_dir, "--data_source", "sample", *answer)
     answers = ",".join(f"cross_{task}" for task in TASKS)
     call(select_answers, "--task_name", "safety", "--answers", answers, *place)
     return results
@@ -160,7 +161,8 @@ def test_what_each_run_costs(results, table):
     expert, merged, fused = (row_of(table, run)["cost"] for run in ("safety", "merge_linear", FUSED))
     assert expert["trained_parameters"] == 3 * 3 * 8 * 80 and expert["optimiser_steps"] == 4
     assert merged["trained_parameters"] is None and merged["bytes_on_disk"] > expert["bytes_on_disk"]
-    assert fused["new_tokens_per_second"] > 0 and row_of(table, "raw")["cost"]["new_tokens_per_second"] is None
+    assert fused["new_tokens_per_second"] > 0 and row_of(table, "raw")["cost"]["new_tokens_per_second"] > 0
+    assert merged["new_tokens_per_second"] is None
     # the tiny base: 3 layers of 32 wide, 48 in the FFN, 4 heads of 8 and 2 of keys and values, 600 words
     dense = 3 * (32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48) + 600 * 32
     low_rank = 3 * 3 * 8 * (32 + 48)  # of one expert of rank 8
@@ -169,6 +171,23 @@ def test_what_each_run_costs(results, table):
     assert of_token[FUSED] == pytest.approx((dense + 2 * low_rank + 3 * 32 * 3) / dense)
     assert of_token["ensemble_probabilities"] == pytest.approx(3 * (dense + low_rank) / dense)
     assert of_token["consensus"] == 3
+
+
+def test_the_raw_base_has_no_record_though_it_has_answered(results, table):
+    """Selected answers have theirs under the run's own name, as the raw base has its answers."""
+    assert read_run_scores(results, "raw", "test").record is None
+    assert read_run_scores(results, "consensus", "test").record["run"]["script"] == "select_answers.py"
+
+
+def test_speed_is_the_mean_of_the_answers_that_have_one(tmp_path):
+    for task, speed in (("helpfulness", 10.0), ("safety", None), ("truthfulness", 20.0)):
+        folder = tmp_path / "inference" / task / "test" / "cross_x"
+        folder.mkdir(parents=True)
+        run = {"script": "inference.py", "arguments": {}}
+        (folder / "run.json").write_text(
+            json.dumps({"run": run, "train": {"new_tokens_per_second": speed}, "meta": {}})
+        )
+    assert cost_of_run(tmp_path, "x", None, "test")["new_tokens_per_second"] == 15.0
 
 
 def test_seconds_are_of_the_seeds_that_the_first_seeds_device_made():

@@ -115,8 +115,8 @@ def test_corrected_share_by_hand():
     assert score["value"] == pytest.approx((0.3 + 0.9 - 1) / (0.8 + 0.9 - 1))
     assert (score["sensitivity"], score["specificity"]) == (pytest.approx(0.8), pytest.approx(0.9))
     assert (score["n"], score["n_labelled"]) == (100, 20)
-    assert corrected_share([0] * 50, labels, predictions)["value"] == 0  # -0.1 / 0.7, clipped
-    assert corrected_share([1] * 50, labels, predictions)["value"] == 1
+    assert corrected_share([1] + [0] * 19, labels, predictions)["value"] == 0  # -0.05 / 0.7, clipped
+    assert corrected_share([1] * 17 + [0] * 3, labels, predictions)["value"] == 1
     # 20 of the 100 are certain, 10 of them a yes: the other 80 have p = 20 / 80
     mixed = corrected_share(judged, labels, predictions, known=[1] * 10 + [0] * 80 + [1] * 10)
     assert mixed["value"] == pytest.approx(0.8 * (20 / 80 + 0.9 - 1) / 0.7 + 0.1)
@@ -125,6 +125,24 @@ def test_corrected_share_by_hand():
     assert coin["reason"] == "sensitivity + specificity - 1 = 0.000: this judge cannot be corrected"
     worse = corrected_share(judged, [1] * 10 + [0] * 10, [1] * 2 + [0] * 8 + [1] * 5 + [0] * 5)["reason"]
     assert worse == "sensitivity + specificity - 1 = -0.300: this judge cannot be corrected"
+
+
+def test_a_judge_that_says_yes_more_or_less_often_than_it_can_corrects_nothing():
+    labels, predictions = (
+        [1] * 10 + [0] * 10,
+        [1] * 8 + [0] * 2 + [1] * 1 + [0] * 9,
+    )  # sensitivity 0.8, false alarms 0.1
+    # by hand: 0.9^35 = 0.0250 (no yes among 35), 0.9^36 = 0.0225; 0.8^16 = 0.0281 (16 of 16), 0.8^17 = 0.0225
+    for judged, possible in (([0] * 35, True), ([0] * 36, False), ([1] * 16, True), ([1] * 17, False)):
+        score = corrected_share(judged, labels, predictions)
+        assert (score["value"] is not None) == (score["interval"] is not None) == possible
+        assert ("reason" in score) != possible
+    assert corrected_share([1] * 17, labels, predictions)["reason"] == (
+        "it says yes to 1.000 of these, and its sensitivity is 0.800: they are not like what it learnt"
+    )
+    assert "rate of false alarms is 0.100" in corrected_share([0] * 36, labels, predictions)["reason"]
+    # what is certain is no verdict of the judge's
+    assert corrected_share([1] * 40, labels, predictions, known=[0] * 16 + [1] * 24)["value"] == 1
 
 
 def test_the_corrected_interval_holds_every_uncertainty():
@@ -445,6 +463,6 @@ def test_coverage_of_the_corrected_share(sensitivity, specificity, prevalence):
 
     def draw():
         labels, items = rng.random(200) < 0.5, rng.random(100) < prevalence
-        return corrected_share(judge(items), labels, judge(labels))["interval"]
+        return corrected_share(judge(items), labels, judge(labels))["interval"] or draw()  # beyond its errors: again
 
     assert 0.93 <= coverage(draw, prevalence, 1000) <= 0.98
