@@ -1,11 +1,15 @@
 """Answers: batching, stopping, order, seeds, resuming, and the routing picture."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import decode
+from conftest import ROOT, decode
 from fake_server import FakeServer
 
 import inference
@@ -300,6 +304,54 @@ def server_arguments(tmp_path, base_dir, tiny_source):
         ]
 
     return of
+
+
+SERVER = """
+import sys, time
+from fake_server import FakeServer
+
+def answer(request):
+    time.sleep(0.1)
+    with open(sys.argv[1], "a") as asked:
+        print(repr(request["prompt"]), file=asked, flush=True)
+    return {"text": f" {sys.argv[2]}: {request['prompt'][-30:]}"}
+
+server = FakeServer(answer)
+print(server.url, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_server_process_that_is_killed_midway_loses_nothing(tmp_path, base_dir):
+    """Two real servers, one of them killed: every prompt is answered, and none again that had an answer."""
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    servers = [
+        subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path / name), name], stdout=subprocess.PIPE, text=True,
+                         env={**os.environ, "PYTHONPATH": path})
+        for name in "AB"
+    ]  # fmt: skip
+    urls = ",".join(server.stdout.readline().strip() for server in servers)
+    flags = ["--aligned_flag", 0, "--base_model", base_dir, "--data_source", "sample", "--num_samples", 60]
+    flags += ["--max_new_tokens", 8, "--concurrency", 2, "--server_url", urls, "--server_model", "m"]
+    command = [sys.executable, ROOT / "inference.py", "--task_name", "safety", *flags, "--results_dir", tmp_path]
+    outputs = tmp_path / "inference" / "safety" / "test" / "raw" / "outputs.jsonl"
+    try:
+        asking = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+        while asking.poll() is None and not (outputs.exists() and '"A: ' in outputs.read_text()):
+            time.sleep(0.05)
+        servers[0].kill()
+        _, said = asking.communicate(timeout=300)
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+    assert asking.returncode == 0 and said.count("the others go on") == 1, said
+    rows, asked = read(outputs), [(tmp_path / name).read_text().splitlines() for name in "AB"]
+    assert len(rows) == 60 and {row["output"].split(":")[0].strip() for row in rows} == {"A", "B"}
+    answered_by_b = sum(row["output"].strip().startswith("B") for row in rows)
+    assert len(asked[1]) == len(set(asked[1])) == answered_by_b  # what A had answered was not asked of B
+    assert (outputs.parent / "run.json").exists()
 
 
 def test_a_server_answers_into_the_same_files_and_a_failed_run_asks_only_the_rest(tmp_path, server_arguments, capsys):

@@ -1,12 +1,14 @@
-"""Sharded training (FSDP2): loss terms, gradients and weights of two processes are those of one."""
+"""Sharded training (FSDP2) of an expert and of a fusion: what two processes compute and save is what one does."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import ROOT, free_port
+from safetensors.torch import load_file
 
 TERMS = ("sft", "gate", "drift")
 
@@ -35,9 +37,58 @@ def moved(folder, base_dir, dtype):
     return model, start
 
 
-def work(rank, port, folder, base_dir, dtype, results):
+def expert(folder, base_dir, dtype):
+    """An expert, as align_basemodel.py trains it."""
+    from peft import PeftModel
+
+    from models.base import load_base
+
+    return PeftModel.from_pretrained(load_base(str(base_dir), dtype), folder, is_trainable=True).train()
+
+
+def work_on_expert(rank, port, folder, base_dir, dtype, results):
+    """One of two processes, as in `work`: an expert's loss, gradients and the whole adapter."""
+    sys.path.insert(0, str(ROOT))
+    from peft import get_peft_model_state_dict
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    ids = torch.randint(2, 600, (2, 12), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(torch.arange(12) < 5, -100)
+    alone, model = (expert(folder, base_dir, dtype) for _ in range(2))
+    for module in (*alone.modules(), *model.modules()):
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    expected = alone(input_ids=ids, labels=labels).loss
+    expected.backward()
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    actual = model(input_ids=ids, labels=labels).loss
+    actual.backward()
+    worst, grads = {"loss": float((actual - expected).abs())}, dict(alone.named_parameters())
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    worst["gradient"] = max(
+        float((p.grad.full_tensor() - grads[name].grad).abs().max() / grads[name].grad.abs().max().clamp(min=1e-12))
+        for name, p in trained
+    )
+    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:  # as the Trainer saves an adapter
+        saved, whole = get_peft_model_state_dict(alone), get_peft_model_state_dict(model, state_dict=gathered)
+        assert list(saved) == list(whole)
+        worst["weights"] = max(float((saved[name] - whole[name]).abs().max()) for name in saved)
+        results.put((worst, len(trained)))
+    dist.destroy_process_group()
+
+
+def work(rank, port, folder, base_dir, dtype, out, results):
     """One of two processes: the same batch on both, so that FSDP's mean of the gradients is one process's gradient."""
     sys.path.insert(0, str(ROOT))
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
@@ -66,6 +117,14 @@ def work(rank, port, folder, base_dir, dtype, results):
         worst["gradient"] = max(worst["gradient"], float(difference / grads[name].grad.abs().max()))
     whole = {name: p.full_tensor() for name, p in model.named_parameters()}
     worst["weights"] = max(float((whole[name] - p).abs().max()) for name, p in alone.named_parameters())
+    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:  # as the Trainer saves a fusion
+        written = [Path(out) / name for name in ("sharded", "whole")]
+        model.save_pretrained(written[0], state_dict=gathered)
+        alone.save_pretrained(written[1])
+        sharded, whole = (load_file(folder / "model.safetensors") for folder in written)
+        assert list(sharded) == list(whole)
+        worst["file"] = max(float((sharded[name].double() - whole[name].double()).abs().max()) for name in whole)
     fresh = model.start_of_fusion()
     worst["start"] = max(float((fresh[0][n] - p).abs().max()) for n, p in alone.blocks[0].experts.named_parameters())
     if rank == 0:
@@ -75,10 +134,19 @@ def work(rank, port, folder, base_dir, dtype, results):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 3e-2)])  # experts are fp32 on both
-def test_two_shards_train_as_one_model(fused_dir, base_dir, dtype, tolerance):
+def test_two_shards_train_as_one_model(fused_dir, base_dir, dtype, tolerance, tmp_path):
     context = mp.get_context("spawn")
     results = context.SimpleQueue()
-    mp.spawn(work, (free_port(), fused_dir, base_dir, dtype, results), nprocs=2)
+    mp.spawn(work, (free_port(), fused_dir, base_dir, dtype, str(tmp_path), results), nprocs=2)
     worst, num_trained, drift = results.get()
     assert num_trained == 3 * 7 and min(drift) > 0.01
     assert all(value < tolerance for value in worst.values()), worst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_two_shards_train_as_one_expert(adapter_dirs, base_dir, dtype, tolerance):
+    results = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(work_on_expert, (free_port(), adapter_dirs[1], base_dir, dtype, results), nprocs=2)
+    worst, num_trained = results.get()
+    assert num_trained == 3 * 3 * 2 and all(value < tolerance for value in worst.values()), worst
