@@ -20,31 +20,31 @@ SCORE="--base_model $BASE_MODEL --data_source $DATA --num_samples $NUM_SCORED --
 TRAIN="--data_source $DATA --num_samples $NUM_SAMPLES --num_train_epochs $NUM_TRAIN_EPOCHS --batch_size $BATCH_SIZE --dtype $DTYPE $R"
 ASKS="--num_answered $NUM_ANSWERED --max_new_tokens $MAX_NEW_TOKENS --judged flagged,over_refusal"
 python data/refusals.py --data_source $DATA_SOURCE --output $DATA
-once judge python evaluator/train_judge.py --kind safety --base_model $BASE_MODEL --data_source $DATA_SOURCE --dtype $DTYPE $R
 
-answered() {  # RUN [EXPERT_BIAS]: its answers to unsafe prompts and to those that only look unsafe, judged
-    local run=$1 bias="" of=cross_$1 task
-    if [ $run = raw ]; then of=raw; fi
-    if [ -n "${2:-}" ]; then bias="--expert_bias $2" of=${of}$(suffix $2); fi
+judge() { python evaluator/train_judge.py --kind safety --base_model $BASE_MODEL --data_source $DATA_SOURCE --dtype $DTYPE $R; }
+answered() {  # RUN [NAME EXPERT_BIAS]: its answers to unsafe prompts and to those that only look unsafe, judged
+    local run=$1 name=${2:-$1} bias=${3:+--expert_bias $3} task
+    once judge judge
     for task in safety xstest; do
         python inference.py --task_name $task $([ $run = raw ] && echo --aligned_flag 0 || echo --cross_task $run) $bias --base_model $BASE_MODEL \
             --num_samples $NUM_ANSWERED --max_new_tokens $MAX_NEW_TOKENS --data_source $DATA --dtype $DTYPE $R
     done
-    python evaluator/evaluate_safety.py --task_name $of --judge $RESULTS_DIR/judges/safety --dtype $DTYPE $R
+    python evaluator/evaluate_safety.py --task_name $([ $run = raw ] || echo cross_)$name --judge $RESULTS_DIR/judges/safety --dtype $DTYPE $R
 }
-suffix() { python -c "import sys; from models.expert_bias import read_bias; from pathlib import Path; print(read_bias(sys.argv[1], Path(sys.argv[2])).suffix)" "$1" $RESULTS_DIR/outputs/$run; }
 point() {  # NAME NEEDS COMMAND...: a row, and its answers
     row "$@"
     case ",$anew," in *",$1,"*) answered $1; keep $1 ;; esac
 }
 dial() {  # RUN BIAS: the same run by another bias
     local run=$1 name
+    case $2 in safety=only) name=${run}_bias_helpfulness_off_truthfulness_off ;; *) name=${run}_bias_$(echo $2 | tr '=,' '__') ;; esac
+    names=$names,$name
+    needs=fuse
+    if reused $name $FUSED --run_name $run; then return; fi
     fuse
     once $run $FUSED --run_name $run
-    name=$run$(suffix $2)
-    names=$names,$name
     python evaluator/evaluate_likelihood.py --run $run --expert_bias $2 $SCORE $R
-    answered $run $2
+    answered $run $name $2
     keep $name
 }
 keep() { [ -z "$SAVE" ] || python evaluator/report.py --runs $1 --save "$SAVE" --only_save 1 $R; }

@@ -15,7 +15,6 @@ cd "$(dirname "$0")/.."
 take_flags "base_model=smollm2 data_source=sample num_expert_samples=200 mixed=10,40,160 num_held_apart=60 num_scored=
     num_train_epochs=2 batch_size=4 dtype=auto seeds=42 half=held_apart epochs= save= reuse= results_dir=results/elsewhere" "$@"
 case $HALF:$EPOCHS in held_apart: | test:?*) ;; *) refuse "--half test takes --epochs, METHOD_NUMBER=EPOCHS with commas (mixed_10=8,...); held_apart does not" ;; esac
-DATA=$RESULTS_DIR/data
 R="--results_dir $RESULTS_DIR" AT_ONCE=1 own_experts=""
 if [ $HALF = held_apart ]; then
     HALF="--dataset_type held_apart"
@@ -24,9 +23,11 @@ else
     HALF=""
     : "${NUM_SCORED:=200}"
 fi
-SCORE="--base_model $BASE_MODEL --data_source $DATA/experts $HALF --num_samples $NUM_SCORED --dtype $DTYPE"
-
-python data/split.py --data_source $DATA_SOURCE --output $DATA --mixed $MIXED --num_held_apart $NUM_HELD_APART
+dealt() {  # the questions of $seed: every seed deals them anew
+    DATA=$RESULTS_DIR/data$s
+    SCORE="--base_model $BASE_MODEL --data_source $DATA/experts $HALF --num_samples $NUM_SCORED --dtype $DTYPE"
+    python data/split.py --data_source $DATA_SOURCE --output $DATA --mixed $MIXED --num_held_apart $NUM_HELD_APART --seed $seed
+}
 
 if [ -n "$EPOCHS" ]; then  # every method's, and no other
     for number in $(echo "$MIXED" | tr ',' ' '); do
@@ -61,15 +62,18 @@ merge() { experts; once merge_tsv_m$s $TSV_M; }
 for seed in $(echo "$SEEDS" | tr ',' ' '); do
     s=$([ $seed = 42 ] || echo _seed_$seed)
     of_experts "$s"
+    dealt
     FUSE="python models/llama_moe.py --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/moe$s $R"
     TSV_M="python models/merging.py --method tsv_m --experts $named_experts --output $RESULTS_DIR/outputs/merge_tsv_m$s $R"
 
     # no mixed question is needed
+    if [ $seed = 42 ]; then row raw nothing nothing; fi
     for task in $TASKS; do row $task$s nothing $(expert $task); done
     row merge_linear$s experts python models/merging.py --method linear --experts $named_experts --output $RESULTS_DIR/outputs/merge_linear$s $R
     row merge_ties$s experts python models/merging.py --method ties --experts $named_experts --output $RESULTS_DIR/outputs/merge_ties$s $R
     row merge_tsv_m$s experts $TSV_M
     row ensemble_probabilities$s experts python models/ensemble.py --experts $named_experts --output $RESULTS_DIR/outputs/ensemble_probabilities$s $R
+    row moe$s experts $FUSE
 
     for number in $(echo "$MIXED" | tr ',' ' '); do
         case $number in ? | ??) TRIED="2 4 8" ;; *) TRIED="1 2 4" ;; esac

@@ -91,6 +91,9 @@ all_tries() {  # of $seed
     for gamma in 0.01 0.1; do fusion fused_gamma_$gamma --helpfulness_weight $gamma --safety_weight $gamma --truthfulness_weight $gamma; done
     fusion fused_gate_falls --gate_schedule linear
     fusion fused_no_gate --gate_loss_weight 0
+    fusion fused_router_rate_0.1 --router_learning_rate 0.1
+    demo="--helpfulness_weight 0.001 --safety_weight 0.001 --truthfulness_weight 0.001"
+    fusion fused_as_the_demo --gate_loss_weight 1 --router_learning_rate 0.1 $demo
     fusion fused_top_3 --expert_topk 3
     fusion fused_top_3_then_2 --expert_topk 3 --answer_topk 2
     for by in prototype arrow; do router_starts $by; fusion fused_$by; done
@@ -101,8 +104,15 @@ all_tries() {  # of $seed
     fusion fused_1_then_1_dropout_0.1 --num_train_epochs $((NUM_TRAIN_EPOCHS - 1)) --expert_dropout 0.1
     fusion fused_1_then_2 --expert_dropout 0.1
     fusion fused_1_then_3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1
+    experts_are ""
+    fusion fused_2_then_3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1
     experts_are _3_epochs --num_train_epochs $((NUM_TRAIN_EPOCHS + 1))
     fusion fused_3_then_1 --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
+
+    # 4. Twice the rank, of both
+    mixed mixed_rank_48 --rank 48 --alpha 24
+    experts_are _rank_16 --rank 16 --alpha 8
+    fusion fused_rank_16
 }
 
 seed=42
@@ -114,5 +124,5 @@ case ",$ROWS," in ,, | *",$REFERENCE,"*) ;; *) refuse "--reference $REFERENCE: i
 LISTING=0
 for seed in $(echo "$SEEDS" | tr ',' ' '); do all_tries; done
 
-# 4. The table
+# The table
 python evaluator/report.py --runs $names --reference $REFERENCE ${REUSE:+--saved "$REUSE"} ${SAVE:+--save "$SAVE"} $HALF $R

@@ -1,9 +1,110 @@
-"""runs/*.sh: flags that are refused before anything is run."""
+"""runs/*.sh: flags that are refused before anything is run, and commands that their scripts take."""
 
+import importlib
+import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from cli import parse
+from config import TASKS
+from data import sources
+from data.refusals import RefusalArguments
+from data.split import SplitArguments
+from evaluator.embedding_drift import DriftArguments
+from evaluator.evaluate_likelihood import LikelihoodArguments
+from evaluator.evaluate_safety import SafetyArguments
+from evaluator.evaluate_truth_and_info import TruthArguments
+from evaluator.report import ReportArguments
+from evaluator.select_answers import SelectArguments
+from inference import InferArguments
+
+ARGUMENTS = {
+    "data/refusals.py": RefusalArguments,
+    "data/split.py": SplitArguments,
+    "evaluator/embedding_drift.py": DriftArguments,
+    "evaluator/evaluate_likelihood.py": LikelihoodArguments,
+    "evaluator/evaluate_safety.py": SafetyArguments,
+    "evaluator/evaluate_truth_and_info.py": TruthArguments,
+    "evaluator/report.py": ReportArguments,
+    "evaluator/select_answers.py": SelectArguments,
+    "inference.py": InferArguments,
+}
+MAKERS = ("align_basemodel.py", "models/ensemble.py", "models/llama_moe.py", "models/merging.py")
+STUB = """#!/bin/bash
+[ "$1" != -c ] || exec {python} "$@"
+{{ printf '%s\\x1f' "$@"; echo; }} >> {log}
+"""
+
+
+def commands_of(script, flags, folder):
+    """The commands that a script would run, each a list of words, by a python that only writes them down."""
+    log, stub = folder / "log", folder / "bin" / "python"
+    stub.parent.mkdir()
+    stub.write_text(STUB.format(python=sys.executable, log=log))
+    stub.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}"}
+    run = subprocess.run(["bash", ROOT / "runs" / script, *flags], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and not run.stderr, run.stderr
+    return [line.split("\x1f")[:-1] for line in log.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "count"),
+    [
+        ("comparison.sh", ["--judge_url", "http://localhost:1/v1", "--judge_model", "m"], 180),
+        ("comparison.sh", ["--quick", "1"], 40),
+        ("recipes.sh", [], 80),
+        ("recipes.sh", ["--half", "test", "--seeds", "42,43,44", "--rows", "mixed,fused_arrow"], 20),
+        ("elsewhere.sh", [], 60),
+        ("elsewhere.sh", ["--half", "test", "--seeds", "42,43", "--mixed", "10", "--epochs",
+                          "mixed_10=8,merged_10=4,fused_10=2"], 30),
+        ("conflict.sh", ["--seeds", "42,43,44"], 250),
+    ],
+)  # fmt: skip
+def test_every_command_is_one_that_its_script_takes(script, flags, count, base_dir, tmp_path, monkeypatch):
+    given = ["--base_model", str(base_dir), "--data_source", "sample", "--results_dir", str(tmp_path / "results")]
+    commands = commands_of(script, [*given, *flags], tmp_path)
+    assert len(commands) >= count
+    monkeypatch.setattr(Path, "is_file", lambda path: True)  # what an earlier command would have made
+    monkeypatch.setattr(sources, "source_dir", Path)
+    for name, *words in commands:
+        if name in MAKERS:
+            importlib.import_module(name.removesuffix(".py").replace("/", ".")).asked(words)
+        elif name in ARGUMENTS:
+            parse(words, ARGUMENTS[name])
+        else:
+            assert name in ("evaluator/train_judge.py", "evaluator/evaluate_helpfulness.py"), name
+    made = {words[words.index("--output") + 1] for _, *words in commands if "--output" in words}
+    made |= {words[words.index("--run_name") + 1] for _, *words in commands if "--run_name" in words}
+    scored = {
+        run for name, *words in commands if "--run" in words for run in words[words.index("--run") + 1].split(",")
+    }
+    known = {Path(place).name for place in made} | {"raw", "raw_chat", *TASKS} | {f"merge_{m}" for m in MERGES}
+    assert {run for run in scored if run not in known} <= {
+        "ensemble_probabilities",
+        "ensemble_log_probabilities",
+        *NAMED,
+    }
+
+
+NAMED = ("mix_moe_reg_00000_00000_00000_gate_03000",)
+MERGES = (
+    "task_arithmetic",
+    "dare_ties",
+    "della",
+    "sce",
+    "model_stock",
+    "tsv_m",
+    "iso_c",
+    "knots_ties",
+    "linear",
+    "ties",
+)
+MERGES += tuple(f"{method}_tuned" for method in ("task_arithmetic", "ties", "tsv_m"))
 
 
 @pytest.mark.parametrize(
