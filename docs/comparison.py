@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 from config import TASKS
 from evaluator import figures
-from evaluator.comparison import KINDS, compare, split_seed
+from evaluator.comparison import KINDS, as_table, compare, split_seed
 from evaluator.kept_runs import DUPLICATES, read_kept
 from evaluator.page import SIGNIFICANT, verdict, write_page
 from evaluator.page_answers import SHOWN
@@ -285,8 +285,8 @@ def documents(comparison: dict, beside: dict) -> dict[Path, str]:
 def main() -> None:
     runs, others = kept_runs(RESULTS), kept_runs(BESIDE)
     comparison, beside = compare(runs, REFERENCE), compare(others, REFERENCE)
-    write_json(TABLE, comparison)
-    write_json(TABLE.with_name("gemma3.json"), beside)
+    write_json(TABLE, as_table(comparison))
+    write_json(TABLE.with_name("gemma3.json"), as_table(beside))
     for path, text in documents(comparison, beside).items():
         path.write_text(text, encoding="utf-8")
         print(path.relative_to(ROOT))

@@ -147,6 +147,12 @@ def cost(row: Row) -> dict:
     return {key: sum(values) / len(values) if values else None for key, values in known.items()}
 
 
+def as_table(comparison: dict) -> dict:
+    """A comparison for table.json: what selects among finished answers has no likelihood, and says null."""
+    rows = [{**row, "metrics": {MEAN_NLL.name: None, **row["metrics"]}} for row in comparison["rows"]]
+    return {**comparison, "rows": rows}
+
+
 def compare(runs: dict[str, RunScores], reference: str) -> dict:
     """The whole comparison: {"reference", "rows": [{"run", "kind", "seeds", "metrics", "paired", "cost"}]}.
 

@@ -65,7 +65,7 @@ def write_page(
         rows=[
             page_row(row, rows, shown, records, names) for row in sorted(rows, key=lambda row: KINDS.index(row["kind"]))
         ],
-        statistics=statistics_text(comparison),
+        statistics=statistics_text(comparison, shown),
         judges=judges_text(runs),
         figures=drawn,
         confusion=confusion(runs[own].routing, expert_names(runs[own])),
@@ -227,13 +227,8 @@ def score_cell(row: dict, rows: list[dict], one) -> dict:
     }
 
 
-def statistics_text(comparison: dict) -> str:
+def statistics_text(comparison: dict, columns: list) -> str:
     """How the tests are made, and what the numbers of items can show."""
-    least = [
-        row["paired"]["mean_nll_per_token"]["least_detectable"]
-        for row in comparison["rows"]
-        if "mean_nll_per_token" in row["paired"]
-    ]
     kind = reference_kind(comparison)
     text = (
         f"{INTERVALS}. Differences: bootstrap over questions; p by McNemar's exact test for yes-or-no scores of "
@@ -243,12 +238,20 @@ def statistics_text(comparison: dict) -> str:
         "questions: how much another seed would change stands beside the rows that have several (seeds … to …). "
         "Corrected: for the errors that a judge made on labelled answers."
     )
-    if least:
-        text += (
-            f" On the mean NLL, true differences of {min(least):.3f} to {max(least):.3f} nats would be found four "
-            "times in five (at p < 0.05, uncorrected)."
-        )
+    if least := least_detectable_text(comparison, columns):
+        text += f" True differences that would be found four times in five (at p < 0.05, uncorrected): {least}."
     return text
+
+
+def least_detectable_text(comparison: dict, columns: list) -> str:
+    """Of each score that was tested, the least difference that its items can show, over the rows."""
+    parts = []
+    for one in columns:
+        tested = [row["paired"][one.name] for row in comparison["rows"] if one.name in row["paired"]]
+        least = [difference["least_detectable"] for difference in tested if difference["least_detectable"]]
+        if least:
+            parts.append(f"{one.heading} {min(least):.3f} to {max(least):.3f}")
+    return ", ".join(parts)
 
 
 def judges_text(runs: dict[str, RunScores]) -> str:

@@ -50,7 +50,7 @@ class ReportArguments:
 if __name__ == "__main__":
     cli.check_early(cli.parse, ReportArguments)
 
-from evaluator.comparison import compare
+from evaluator.comparison import as_table, compare
 from evaluator.kept_runs import DUPLICATES, kept_folder, read_kept, save_run
 from evaluator.page import own_run, write_page
 from evaluator.page_answers import SHOWN, shown_answers
@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     reference = args.reference or last_fusion(known)
     if reference:
         comparison = compare(known, reference)
-        write_json(path.with_name("table.json"), comparison)
+        write_json(path.with_name("table.json"), as_table(comparison))
         page = path.with_name("index.html")
         answers = answers_to_show(args, list(known), own_run(list(known), comparison["reference"]))
         beside = args.beside and beside_runs(kept_folder(Path(args.beside), args.dataset_type), list(known), reference)

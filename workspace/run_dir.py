@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from config import RAW, RAW_CHAT, ROOT, UserError
 from workspace.files import as_written, read_json, write_json
 
-PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate")
+PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "mergekit", "sacrebleu", "scikit-learn")
 UNFINISHED = "arguments.json"  # there while a run is under way
 COMPLETE = "run.json"
 
