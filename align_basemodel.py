@@ -3,9 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import cli
@@ -187,20 +185,13 @@ class AlignArguments(SourceArguments):
 if __name__ == "__main__":
     cli.check_early(cli.parse_known, AlignArguments, cli.TRAINING_EPILOG)
 
-import torch
-from peft import PeftModel
-from transformers import Trainer
-
-from data.encoding import Collator, Encoder, describe
-from data.sources import absolute_source, answer_records, data_sha256, draw, read_rows, source_files, trainable_rows
-from models import base, memory, training_arguments
-from models.adapters import add_lora, load_adapter
+from data.sources import absolute_source, data_sha256, source_files
+from models import base, training_arguments
+from models.alignment import estimate, expert_trainer, mixture_trainer, training_samples
 from models.base_identity import base_sha256
-from models.expert_ffn import PROJECTIONS
 from models.loading import resolve_base, run_kind
-from models.mixture import MixtureForCausalLM, load_fused, read_mixture
+from models.mixture import read_mixture
 from models.processes import on_first_process
-from models.trainer import AlignmentTrainer, MixtureTrainer
 from models.training_arguments import TrainArguments
 from workspace import run_dir
 from workspace.files import sha256
@@ -214,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     check_sharding(args, training)
     resolve_sources(args)
     if args.estimate:
-        print_estimate(args, training)
+        print(estimate(args, training))
         return
     name = run_name(args, training)
     folder = Path(args.results_dir) / "outputs" / name
@@ -342,78 +333,6 @@ def asked(argv: list[str]) -> dict:
     args, training = training_arguments.parse(argv, AlignArguments)
     args.data_source = absolute_source(args.data_source)
     return flag_arguments(args, training)
-
-
-def training_samples(args: AlignArguments, seed: int, tokenizer) -> list[dict]:
-    """The encoded training samples of the run's tasks; prints how many they are and what was cut or dropped."""
-    encoder = Encoder(tokenizer, args.max_length)
-    samples = []
-    for task in args.trained_tasks:
-        rows = trainable_rows(task, read_rows(task, "train", args.data_source))
-        encoded, counts = encoder.encode_all(answer_records(task, draw(rows, args.num_samples, seed)))
-        print(f"{task}: {describe(counts)}")
-        samples += encoded
-    if not samples:
-        raise UserError(f"--data_source {args.data_source}: no sample has an answer to learn")
-    return samples
-
-
-def expert_model(args: AlignArguments, training: TrainArguments, load: Callable = base.load_base) -> PeftModel:
-    """The base with a new LoRA on its FFNs. load: as models.adapters.add_lora has it."""
-    return add_lora(args, list(PROJECTIONS), training.seed, load)
-
-
-def mixture_model(args: AlignArguments, training: TrainArguments, load: Callable = load_fused) -> MixtureForCausalLM:
-    """The fused model, of which that is trained which the flags say. load: what makes it of (folder, base_model,
-    dtype)."""
-    model = load(Path(args.moe_dir), args.base_model, args.dtype)
-    model.set_top_k(args.expert_topk, recorded=args.answer_topk)
-    if args.tune_attention:
-        torch.manual_seed(training.seed)
-        model.add_attention_lora(args.attention_rank, args.attention_alpha, args.attention_dropout)
-    for block in model.blocks:
-        block.router.weight.requires_grad_(bool(args.train_router))
-        block.experts.requires_grad_(bool(args.train_experts))
-        block.router.gate_gradient = args.gate_gradient
-        block.experts.dropout = args.expert_dropout or 0.0
-    return model
-
-
-def print_estimate(args: AlignArguments, training: TrainArguments) -> None:
-    """--estimate 1: what the run would take of memory, on this machine and, if that has none, on a GPU."""
-    memory.check_countable(training, args.dtype)
-    samples = training_samples(args, training.seed, base.load_tokenizer(args.base_model))
-    batch = memory.largest_batch(samples, training.per_device_train_batch_size)
-    make, empty = (mixture_model, memory.empty_fused) if args.moe_flag else (expert_model, memory.empty_base)
-    kinds = ("sdpa",) if torch.cuda.is_available() else ("eager", "sdpa")
-    models = {kind: make(args, training, partial(empty, attention=kind)) for kind in kinds}
-    drifts = args.moe_flag and any(args.all_drift_weights.values())
-    counts = {kind: memory.count(model, batch, training, drifts) for kind, model in models.items()}
-    print(memory.describe(counts, batch))
-
-
-def expert_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict]) -> Trainer:
-    """A Trainer of LoRA on the FFN of the base, its attention frozen."""
-    model = expert_model(args, training)
-    if args.init_adapter:
-        load_adapter(model, Path(args.init_adapter), args.rank, args.alpha)
-    return AlignmentTrainer(model, training, train_dataset=samples, data_collator=Collator())
-
-
-def mixture_trainer(args: AlignArguments, training: TrainArguments, samples: list[dict]) -> Trainer:
-    """A Trainer of the fused model's router and experts, its base frozen."""
-    return MixtureTrainer(
-        mixture_model(args, training),
-        args=training,
-        train_dataset=samples,
-        data_collator=Collator(routing=True, gate_tokens=args.gate_tokens, tasks=args.trained_tasks),
-        tasks=args.trained_tasks,
-        gate_loss_weight=args.gate_loss_weight,
-        gate_balance=args.gate_balance,
-        gate_schedule=args.gate_schedule,
-        drift_weights=args.all_drift_weights,
-        router_learning_rate=args.router_learning_rate,
-    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import inference
 from config import TASKS, UserError
 from data.encoding import Collator, Encoder, chat_ids, chat_turn_ids, describe
 from data.sources import Record
+from models import alignment
 
 HEAD = "Below is an instruction that describes a task"
 OPENING = f"{HEAD}. Write a response that appropriately completes the request.\n\n### Instruction:\n"
@@ -233,7 +234,7 @@ def test_a_sample_of_no_task_and_of_tasks_by_other_names(tokenizer):
 
 def test_every_sample_of_mixed_data_has_its_tasks_index(tokenizer, tiny_source, capsys):
     args = align_basemodel.AlignArguments(moe_flag=1, data_source=str(tiny_source))
-    samples = align_basemodel.training_samples(args, 42, tokenizer)
+    samples = alignment.training_samples(args, 42, tokenizer)
     rows = {
         task: [json.loads(line) for line in (tiny_source / f"{task}_train.jsonl").read_text().splitlines()]
         for task in ("helpfulness", "safety", "truthfulness")

@@ -9,7 +9,7 @@ from conftest import run_script
 
 import align_basemodel
 from config import UserError
-from models import base, memory, training_arguments
+from models import alignment, base, memory, training_arguments
 from models.memory import Memory
 
 SMALL = ["--data_source", "sample", "--num_samples", "4", "--max_length", "64", "--batch_size", "2"]
@@ -51,12 +51,12 @@ def test_what_autograd_keeps_is_counted_without_computing_it(stage, dtype, base_
     drifts = stage == "fusion with drift"
     if stage == "expert":
         args, training = parsed("--task_name", "safety", "--base_model", str(base_dir), "--dtype", dtype)
-        real = align_basemodel.expert_model(args, training)
-        empty = align_basemodel.expert_model(args, training, memory.empty_base)
+        real = alignment.expert_model(args, training)
+        empty = alignment.expert_model(args, training, memory.empty_base)
     else:
         args, training = parsed("--moe_flag", "1", "--moe_dir", str(fused_dir), "--dtype", dtype)
-        real = align_basemodel.mixture_model(args, training)
-        empty = align_basemodel.mixture_model(args, training, memory.empty_fused)
+        real = alignment.mixture_model(args, training)
+        empty = alignment.mixture_model(args, training, memory.empty_fused)
     counted = memory.count(empty, (2, 24, 10), training, drifts)
     kept = kept_by_a_real_forward(real, 2, 24, base.pick_dtype(dtype), drifts)
     assert counted.activations == pytest.approx(kept, rel=0.02)
@@ -117,7 +117,7 @@ def test_the_command_loads_no_weights_and_writes_nothing(stage, base_dir, fused_
 def test_what_is_not_counted_is_refused_in_one_line(argv, said, base_dir):
     args, training = parsed("--task_name", "safety", "--base_model", str(base_dir), *argv)
     with pytest.raises(UserError, match=said) as refused:
-        align_basemodel.print_estimate(args, training)
+        alignment.estimate(args, training)
     assert len(str(refused.value).splitlines()) == 1
 
 

@@ -22,7 +22,7 @@ from config import TASKS, UserError
 from data.encoding import Collator
 from evaluator import report
 from evaluator.run_scores import read_run_scores
-from models import llama_moe, loading
+from models import alignment, llama_moe, loading
 from models.loading import load_run
 from models.trainer import AlignmentTrainer
 from workspace.files import sha256
@@ -285,7 +285,7 @@ def test_attention_lora_is_saved_and_loaded(results):
 def test_labels_of_the_mixed_data_are_right(results, tokenizer):
     """Every sample of the mixed training data carries its own task, and its expert is the one of that task."""
     args = cli.parse(["--moe_flag", "1", "--data_source", str(results / "source")], align_basemodel.AlignArguments)
-    samples = align_basemodel.training_samples(args, 42, tokenizer)
+    samples = alignment.training_samples(args, 42, tokenizer)
     batch = Collator(routing=True)(samples)
     texts = tokenizer.batch_decode(batch["input_ids"])
     for task, prompt in zip(TASKS, ("instruction", "prompt", "question"), strict=True):

@@ -15,7 +15,7 @@ from config import TASKS
 from data.encoding import IGNORED, Collator, Encoder
 from data.sampling import PADDING_SAMPLE
 from data.sources import answer_records, read_rows
-from models import base, training_arguments
+from models import alignment, base, training_arguments
 from models.expert_ffn import PROJECTIONS
 from models.loading import load_run
 from models.losses import mean_routing_probs
@@ -328,8 +328,8 @@ def test_accelerate_runs_the_precision_that_dtype_says(fused_dir, base_dir, tmp_
     for more in (["--task_name", "safety"], mixture):
         args, training = training_arguments.parse([*common, *more, "--logging_steps", "1"], AlignArguments)
         training.output_dir = str(tmp_path)
-        samples = align_basemodel.training_samples(args, 42, base.load_tokenizer(args.base_model))
-        make = align_basemodel.mixture_trainer if args.moe_flag else align_basemodel.expert_trainer
+        samples = alignment.training_samples(args, 42, base.load_tokenizer(args.base_model))
+        make = alignment.mixture_trainer if args.moe_flag else alignment.expert_trainer
         trainer = make(args, training, samples)
         seen = []
         watch_autocast(trainer.model, seen)
