@@ -52,6 +52,7 @@ def commands_of(script, flags, folder):
     return [line.split("\x1f")[:-1] for line in log.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "flags", "count"),
     [
