@@ -8,6 +8,7 @@ more steps are then counted and timed by torch.profiler, which slows each of the
 LoRA of rank 8 on the FFN, ours with three experts. The figures go to benchmarks/results/profile.json.
 """
 
+import math
 import re
 import statistics
 import sys
@@ -34,6 +35,7 @@ from workspace.run_dir import environment
 FORMS = ("dense base", "ours")
 KEPT = ROOT / "benchmarks" / "results" / "profile.json"
 RANK, PROMPT_TOKENS = 8, 64
+LOW_RANKS = {len(TASKS) * RANK, 2 * len(TASKS) * RANK, len(TASKS)}  # the sizes that only products of ours have
 SIZES = {"decoding": "1,8,64", "training": "4x128,8x256"}
 STEPS = {"decoding": (4, 48, 16), "training": (1, 5, 2)}  # not counted, timed, profiled
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::mkldnn_linear")
@@ -75,18 +77,16 @@ def kind(part: str, name: str, shapes: list, narrow: set[int], vocabulary: int) 
 
 def steps_of(part: str, form: str, model, size: str) -> tuple[Callable[[], None], set[int]]:
     """(one step of a part at a size, the sizes that only its low-rank products have)."""
-    columns = len(TASKS) * RANK
     if part == "training":
         rows, tokens = map(int, size.split("x"))
-        narrow = {columns, 2 * columns, len(TASKS)} if form == "ours" else {RANK}
-        return training_step(form, model, (rows, tokens)), narrow
+        return training_step(form, model, (rows, tokens)), LOW_RANKS if form == "ours" else {RANK}
     prompt = random_ids(model, int(size), PROMPT_TOKENS)
     cache = model(input_ids=prompt, use_cache=True).past_key_values
 
     def step() -> None:
         model(input_ids=prompt[:, -1:], past_key_values=cache, use_cache=True)
 
-    return step, {columns, 2 * columns, len(TASKS)}
+    return step, LOW_RANKS
 
 
 def measure(part: str, form: str, folder: Path, base_model: str, dtype: str, size: str, steps: int | None) -> dict:
@@ -147,6 +147,10 @@ def main(argv: list[str] | None = None) -> None:
     check_at_least(1, steps=args.steps)
     sizes, one = args.sizes or SIZES[args.part], r"\d+" if args.part == "decoding" else r"\d+x\d+"
     check("sizes", sizes, re.fullmatch(f"{one}(,{one})*", sizes) is not None, f"like {SIZES[args.part]}")
+    narrow = LOW_RANKS if args.part == "decoding" else LOW_RANKS | {RANK}
+    for size in sizes.split(","):
+        tokens = math.prod(map(int, size.split("x")))
+        check("sizes", sizes, tokens not in narrow, f"of other tokens than {tokens}, a low-rank size")
     with tempfile.TemporaryDirectory() as folder:
         make_fusion(Path(folder), args.base_model)
         given = Path(folder), args.base_model, args.dtype

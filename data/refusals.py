@@ -48,7 +48,7 @@ from workspace.run_dir import open_partial
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, RefusalArguments)
     source, output = source_dir(args.data_source), Path(args.output)
-    made_by = {"data_sha256": data_sha256(sorted(source.glob("*.jsonl")))}
+    made_by = {"data_sha256": data_sha256(sorted(source.glob("*.jsonl"))), "without": XSTEST}
     if already_dealt(output, made_by):
         return
     pairs = read_jsonl(source / PAIRS, COLUMNS["safety_pairs"])

@@ -114,10 +114,10 @@ def outcomes(rows: list[dict], what: str) -> str:
         difference = row["paired"]["mean_nll_per_token"]
         certain = difference["p_holm"] < SIGNIFICANT
         (undecided if not certain else better if difference["difference"] < 0 else worse).append(row["run"])
-    parts = [f"better than {len(better) or 'none'} of {len(rows)} {what}"]
+    parts = [f"better than {len(better)} of {len(rows)} {what}"] if better or not undecided + worse else []
     parts += [f"not certainly better or worse than {', '.join(undecided)}"] * bool(undecided)
     parts += [f"worse than {', '.join(worse)}"] * bool(worse)
-    return ", ".join(parts)
+    return ", and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
 
 
 def beside_table(comparison: dict, records: dict, other: dict, others_runs: dict[str, RunScores]) -> dict:
@@ -250,7 +250,7 @@ def least_detectable_text(comparison: dict, columns: list) -> str:
         tested = [row["paired"][one.name] for row in comparison["rows"] if one.name in row["paired"]]
         least = [difference["least_detectable"] for difference in tested if difference["least_detectable"]]
         if least:
-            parts.append(f"{one.heading} {min(least):.3f} to {max(least):.3f}")
+            parts.append(f"{one.heading} {min(least):.3f} to {max(least):.3f} ({one.unit})")
     return ", ".join(parts)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest, norm, t
+from scipy.stats import norm, t
 
 Numbers = NDArray[np.float64]
 Groups = Sequence[Hashable] | None
@@ -17,6 +17,7 @@ Groups = Sequence[Hashable] | None
 CONFIDENCE_TAILS = (0.025, 0.975)
 NUM_RESAMPLES, BATCH = 2000, 200  # of resamples, BATCH are in memory at once
 FLAT = 1e-9  # a resample's variance, as a part of the items' own, below which it shows no spread
+LIKELY_BEYOND = 0.95  # of draws beyond a share's end above which a judge's error is not corrected
 LEAST_INFORMEDNESS = 0.05  # sensitivity + specificity - 1 below which a judge's error is not corrected
 
 
@@ -142,8 +143,8 @@ def corrected_share(
     of the labelled rows. known: which items' verdicts are not the judge's but certain (an empty answer's); they stay
     as they are. For the others, value = (p + specificity - 1) / (sensitivity + specificity - 1), clipped to [0, 1].
     The 95 % interval comes from draws of p, sensitivity and specificity from their posteriors under Jeffreys' prior.
-    Value and interval are None, and `reason` says why, with sensitivity + specificity - 1 <= 0.05, and where the judge
-    says yes so often, or so seldom, that no true share would have it do so (beyond_errors).
+    Value and interval are None, and `reason` says why, with sensitivity + specificity - 1 <= 0.05, and where more than
+    95 % of the draws lie beyond the same end of what a share can be: the answers are not like the labelled ones.
     """
     judged, labels, predictions = (np.asarray(array, dtype=float) for array in (judged, labels, predictions))
     codes, _ = number_questions(groups, len(labels))
@@ -156,14 +157,11 @@ def corrected_share(
     certain = np.zeros(len(judged)) if known is None else np.asarray(known, dtype=float)
     # how many items have the judge's yes, the judge's no, a certain yes, a certain no
     counts = np.array([(x * y).sum() for y in (1 - certain, certain) for x in (judged, 1 - judged)])
-    beyond = beyond_errors(int(counts[0]), int(counts[0] + counts[1]), float(sensitivity), float(false_alarms))
-    if beyond is not None:
-        return {**result, "value": None, "interval": None, "reason": beyond}
 
-    def correct(shares: Numbers, sensitivity: Any, false_alarms: Any) -> Numbers:  # shares (..., 4): counts / n
-        by_judge, informedness = shares[..., 0] + shares[..., 1], sensitivity - false_alarms
-        positives = (shares[..., 0] - false_alarms * by_judge) / np.maximum(informedness, LEAST_INFORMEDNESS)
-        return np.clip(positives, 0, by_judge) + shares[..., 2]
+    def by_judge(shares: Numbers, sensitivity: Any, false_alarms: Any) -> tuple[Numbers, Numbers]:
+        """Of shares (..., 4), counts / n: the true yes among what the judge was asked, and the share that it was."""
+        asked, informedness = shares[..., 0] + shares[..., 1], sensitivity - false_alarms
+        return (shares[..., 0] - false_alarms * asked) / np.maximum(informedness, LEAST_INFORMEDNESS), asked
 
     rng = np.random.default_rng(seed)
 
@@ -174,21 +172,14 @@ def corrected_share(
 
     prior = np.repeat([0.5 * (1 - certain).any(), 0.5 * certain.any()], 2)
     shares = rng.dirichlet(counts + prior, NUM_RESAMPLES)
-    interval = np.quantile(correct(shares, draw_rate(1), draw_rate(0)), CONFIDENCE_TAILS)
-    value = correct(counts / len(judged), sensitivity, false_alarms)
-    return {**result, "value": float(value), "interval": interval.tolist()}
-
-
-def beyond_errors(yes: int, num_judged: int, sensitivity: float, false_alarms: float) -> str | None:
-    """Why a judge's `yes` among `num_judged` items cannot come from its rates on labelled rows, whatever the items are:
-    more than the sensitivity or fewer than the false alarms explain (each by an exact binomial test at 0.025); None
-    where it can. Then the items are not like the labelled ones."""
-    for rate, side in ((sensitivity, "greater"), (false_alarms, "less")):
-        if num_judged and binomtest(yes, num_judged, rate, side).pvalue < CONFIDENCE_TAILS[0]:
-            of = "sensitivity" if side == "greater" else "rate of false alarms"
-            said = f"it says yes to {yes / num_judged:.3f} of these, and its {of} is {rate:.3f}"
-            return f"{said}: they are not like what it learnt"
-    return None
+    draws, asked = by_judge(shares, draw_rate(1), draw_rate(0))
+    for beyond, often in ((draws > asked, "more often"), (draws < 0, "less often")):
+        if asked.any() and beyond.mean() > LIKELY_BEYOND:
+            reason = f"the judge says yes {often} than its errors on labelled answers can explain"
+            return {**result, "value": None, "interval": None, "reason": reason}
+    interval = np.quantile(np.clip(draws, 0, asked) + shares[..., 2], CONFIDENCE_TAILS)
+    value, asked = by_judge(counts / len(judged), sensitivity, false_alarms)
+    return {**result, "value": float(np.clip(value, 0, asked) + counts[2] / len(judged)), "interval": interval.tolist()}
 
 
 def number_questions(groups: Groups, num_rows: int) -> tuple[NDArray[np.int64], dict[str, int]]:

@@ -43,7 +43,8 @@ def dense_weight(linear: nn.Linear) -> Tensor:
             "adds to them: leave gate_proj, up_proj and down_proj out (of LoRA's target_modules)"
         )
     if not is_quantized(linear):
-        if not linear.weight.is_floating_point() or linear.weight.is_meta:
+        dense = linear.weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        if linear.weight.is_meta or not dense:
             form = "are offloaded" if linear.weight.is_meta else f"are {linear.weight.dtype}"
             raise ValueError(
                 f"the weights of the mixture's base {form}: with gradients only dense ones and NF4 are taken"

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from config import TASKS
 from data.prompts import WITHOUT_INPUT
+from models.loading import weights_sha256
 from models.mixture import MixtureConfig
 from workspace import run_dir
 from workspace.files import read_json
@@ -23,7 +24,7 @@ def model_card(
     place, which is not told; results_dir: where the run's scores are, if there are any."""
     record = run_dir.read_run(run_folder)
     arguments = record["run"]["arguments"] if record else {}
-    tasks = [expert["task"] for expert in mixture.experts if expert["task"]]
+    tasks = list(dict.fromkeys(expert["task"] for expert in mixture.experts if expert["task"]))
     of_hub = arguments.get("data_source") == "hub"
     datasets = [HUB_DATASETS[task] for task in tasks if task in HUB_DATASETS] if of_hub else []
     head = [f"base_model: {base_model}"] if not Path(base_model).exists() and "/" in base_model else []
@@ -37,7 +38,7 @@ def model_card(
         f"top-{mixture.num_experts_per_tok} of {mixture.num_experts} experts per token.",
         experts,
         "## How it was made\n" + how_made(record, arguments, datasets),
-        scores(run_folder.name, tuple(tasks) or TASKS, results_dir),
+        scores(run_folder, tuple(tasks) or TASKS, results_dir),
         "The licence of the base model applies to it, and those of the data it was trained on.",
         f"The prompt it was aligned on, answers ending at EOS:\n\n```\n{WITHOUT_INPUT}\n```\n",
     ]
@@ -46,8 +47,10 @@ def model_card(
 
 def how_made(record: dict | None, arguments: dict, datasets: list[str]) -> str:
     """The fused run's own record, in words."""
+    if record and record["run"]["script"] == "llama_moe.py":
+        return "The experts were fused; the fusion was not aligned."
     if not arguments.get("moe_flag"):
-        return "The experts were fused; the fusion was not aligned." if record else "It is not recorded."
+        return "It is not recorded."
     source = arguments.get("data_source") or "data that are not recorded"
     data = ", ".join(datasets) if datasets else "a folder of its own" if Path(source).is_absolute() else source
     drift = [f"{task} {value}" for task in TASKS if (value := arguments.get(f"{task}_weight")) is not None]
@@ -67,11 +70,17 @@ def how_made(record: dict | None, arguments: dict, datasets: list[str]) -> str:
     return f"The experts, each aligned on its own task, were fused, and the fusion was aligned on {data}: {listed}."
 
 
-def scores(run: str, tasks: tuple[str, ...], results_dir: Path | None) -> str:
-    """The run's likelihoods of held-out answers, as evaluator/evaluate_likelihood.py has written them; "" without."""
+def scores(run_folder: Path, tasks: tuple[str, ...], results_dir: Path | None) -> str:
+    """The likelihoods of held-out answers by these weights, as evaluator/evaluate_likelihood.py has written them; ""
+    without."""
     lines = []
     for task in tasks if results_dir is not None else ():
-        path = results_dir / "evaluation" / task / "test" / run / "likelihood" / "metrics.json"
-        if path.exists() and (score := read_json(path)["metrics"].get(NLL)):
-            lines.append(f"- {task}: {score['value']:.3f} nats per token of held-out answers (n = {score['n']})")
+        folder = results_dir / "evaluation" / task / "test" / run_folder.name / "likelihood"
+        record = run_dir.read_run(folder)
+        if record is None or record["run"]["arguments"].get("weights_sha256") != weights_sha256(run_folder):
+            continue  # not scored, or another run of this name
+        score = read_json(folder / "metrics.json")["metrics"][NLL]
+        low, high = score["interval"]
+        value = f"{score['value']:.3f} [{low:.3f}, {high:.3f}]"
+        lines.append(f"- {task}: {value} nats per token of held-out answers (n = {score['n']})")
     return "## Scores\n" + "\n".join(lines) if lines else ""

@@ -142,7 +142,7 @@ if [ $QUICK = 1 ]; then
     answered=safety judged=flagged
     judges() { python evaluator/train_judge.py --kind safety --num_samples 40 --num_held_out 40 $JUDGE; }
 else
-    answered="$TASKS xstest" judged=flagged,over_refusal,truth,information${JUDGE_URL:+,win_rate} SELECTED="$SELECTED more_agents best_of_3"
+    answered="$TASKS xstest" judged=flagged,over_refusal,truth,information SELECTED="$SELECTED more_agents best_of_3"
     judges() {  # of half the labelled rows each: one judge selects, another scores
         for kind in safety truth information; do python evaluator/train_judge.py --kind $kind --half second $JUDGE; done
         for kind in safety truth; do
@@ -174,7 +174,7 @@ answers_to_sample() {  # the page shows these: data/sample's texts may be handed
 }
 all_answered=$(echo $ANSWERED $SELECTED | tr ' ' ',')
 answers_reused() {
-    [ -n "$REUSE" ] || return 1
+    [ -n "$REUSE" ] && [ -z "$JUDGE_URL" ] || return 1  # a server's judge is not compared: it is asked anew
     local name status=0
     for name in $ANSWERED; do case "$anew," in *",$name,"*) return 1 ;; esac; done  # of other runs
     python evaluator/reuse.py --run $all_answered --saved "$REUSE" $SCORE --num_answered $NUM_ANSWERED --max_new_tokens $NEW_TOKENS --judged $judged || status=$?

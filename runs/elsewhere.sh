@@ -3,10 +3,10 @@
 # Fusion, one LoRA from the base, one that goes on from a merge (an adapter of the same size), a merge tuned on these
 # questions: nats against their number.
 #
-#   bash runs/elsewhere.sh --data_source DIR [--seeds 42,43,44]
+#   bash runs/elsewhere.sh --data_source DIR
 #
 # For each number of mixed questions every method tries three numbers of epochs; which one counts is chosen on questions
-# held apart (one seed, `--half held_apart`, the first run), then scored on the test half (`--half test --epochs EPOCHS`).
+# held apart (one seed, `--half held_apart`, the first run), then scored on the test half (`--half test --seeds 42,43,44 --epochs EPOCHS`).
 # Run it again to resume it where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,6 +14,7 @@ cd "$(dirname "$0")/.."
 . runs/rows.sh
 take_flags "base_model=smollm2 data_source=sample num_expert_samples=200 mixed=10,40,160 num_held_apart=60 num_scored=
     num_train_epochs=2 batch_size=4 dtype=auto seeds=42 half=held_apart epochs= save= reuse= results_dir=results/elsewhere" "$@"
+case $HALF:$SEEDS in held_apart:*,*) refuse "--seeds $SEEDS: on questions held apart one seed; another holds others apart" ;; esac
 case $HALF:$EPOCHS in held_apart: | test:?*) ;; *) refuse "--half test takes --epochs, METHOD_NUMBER=EPOCHS with commas (mixed_10=8,...); held_apart does not" ;; esac
 R="--results_dir $RESULTS_DIR" AT_ONCE=1 own_experts=""
 if [ $HALF = held_apart ]; then
@@ -23,9 +24,9 @@ else
     HALF=""
     : "${NUM_SCORED:=200}"
 fi
-dealt() {  # the questions of $seed: every seed deals them anew
+dealt() {  # the training questions of $seed: every seed deals them anew; what is scored is the first one's
     DATA=$RESULTS_DIR/data$s
-    SCORE="--base_model $BASE_MODEL --data_source $DATA/experts $HALF --num_samples $NUM_SCORED --dtype $DTYPE"
+    SCORE="--base_model $BASE_MODEL --data_source $RESULTS_DIR/data/experts $HALF --num_samples $NUM_SCORED --dtype $DTYPE"
     python data/split.py --data_source $DATA_SOURCE --output $DATA --mixed $MIXED --num_held_apart $NUM_HELD_APART --seed $seed
 }
 

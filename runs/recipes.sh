@@ -43,7 +43,7 @@ experts_are() {  # NAME [FLAG...]: what is fused from here on: experts whose nam
 }
 router_starts() {  # random, prototype or arrow: how their routers start
     moe=moe$suffix start="--seed $seed"
-    if [ $1 != random ]; then moe=${moe}_$1 start="$start --router_init $1 --num_trained $NUM_SAMPLES --dtype $DTYPE"; fi
+    if [ $1 != random ]; then moe=${moe}_$1 start="$start --router_init $1 --dtype $DTYPE $([ $NUM_SAMPLES = -1 ] || echo --num_trained $NUM_SAMPLES)"; fi
 }
 expert() {  # TASK
     echo python align_basemodel.py --moe_flag 0 --task_name $1 --run_name $1$suffix --seed $seed --base_model $BASE_MODEL $TRAIN $expert_flags

@@ -159,3 +159,6 @@ def test_sizes_that_are_none_are_refused(capsys):
     with pytest.raises(SystemExit):
         profile_model.main(["--part", "training", "--sizes", "8"])
     assert "--sizes 8: must be like 4x128,8x256" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        profile_model.main(["--sizes", "8,24"])
+    assert "must be of other tokens than 24, a low-rank size" in capsys.readouterr().err

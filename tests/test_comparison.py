@@ -129,13 +129,13 @@ def test_the_answer_tells_rivals_from_the_other_fusions():
 
     rows = [row("fused", "fused"), row("raw", "raw", -0.8, 0.001), row("mixed", "mixed", 0.1, 0.049)]
     assert verdict({"reference": "fused", "rows": rows}) == (
-        "By the likelihood of held-out answers the fused model (fused) is better than 1 of 2 rivals, worse than mixed "
-        "(paired, p < 0.05 after Holm's correction)."
+        "By the likelihood of held-out answers the fused model (fused) is better than 1 of 2 rivals, and worse than "
+        "mixed (paired, p < 0.05 after Holm's correction)."
     )
     rows += [row("top_1", "fused", -0.1, 0.001), row("top_3", "fused", -0.1, 0.05), row("consensus", "ensemble")]
     assert verdict({"reference": "fused", "rows": rows}) == (
-        "By the likelihood of held-out answers the fused model (fused) is better than 1 of 2 rivals, worse than mixed; "
-        "and better than 1 of 2 other fusions, not certainly better or worse than top_3 "
+        "By the likelihood of held-out answers the fused model (fused) is better than 1 of 2 rivals, and worse than "
+        "mixed; and better than 1 of 2 other fusions, and not certainly better or worse than top_3 "
         "(paired, p < 0.05 after Holm's correction)."
     )
     assert verdict({"reference": "mixed", "rows": [row("mixed", "mixed"), row("mixed_8", "mixed", -0.1, 0.01)]}) == (

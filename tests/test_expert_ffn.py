@@ -269,6 +269,9 @@ def test_with_gradients_a_base_that_is_more_than_its_dense_weights_is_refused():
     base[2].weight = nn.Parameter((base[2].weight * 100).to(torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="are torch.int8: with gradients only dense ones and NF4"):
         experts(x, *choice, *base)
+    base[2].weight = nn.Parameter(torch.zeros(base[2].weight.shape).to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match="are torch.float8_e4m3fn"):
+        experts(x, *choice, *base)
     base[2].weight = nn.Parameter(base[2].weight.to("meta"), requires_grad=False)
     with pytest.raises(ValueError, match="are offloaded"):
         experts(x, *choice, *base)

@@ -311,8 +311,10 @@ import sys, time
 from fake_server import FakeServer
 
 def answer(request):
-    time.sleep(0.1)
-    with open(sys.argv[1], "a") as asked:
+    with open(sys.argv[1], "a+") as asked:
+        asked.seek(0)
+        if sys.argv[2] == "A" and len(asked.readlines()) >= 3:
+            time.sleep(600)  # until it is killed
         print(repr(request["prompt"]), file=asked, flush=True)
     return {"text": f" {sys.argv[2]}: {request['prompt'][-30:]}"}
 

@@ -2,10 +2,13 @@
 
 import json
 
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from models.mixture import MixtureConfig
 from models.model_card import model_card
+from workspace.files import sha256
 
 EXPERTS = [{"name": task, "task": task, "rank": 8} for task in ("helpfulness", "safety", "truthfulness")]
 MIXTURE = MixtureConfig(EXPERTS, 8, 2, "someone/base", {})
@@ -35,7 +38,14 @@ def card(tmp_path, record=None, base="someone/base", results=None):
 def test_an_aligned_run_tells_its_data_settings_and_scores(tmp_path):
     folder = tmp_path / "results" / "evaluation" / "safety" / "test" / "mix_moe" / "likelihood"
     folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps({"metrics": {"nll_per_token": {"value": 2.3174, "n": 169}}}))
+    score = {"value": 2.3174, "n": 169, "interval": [2.25, 2.381]}
+    (folder / "metrics.json").write_text(json.dumps({"metrics": {"nll_per_token": score}}))
+    (tmp_path / "mix_moe").mkdir()
+    weights = tmp_path / "mix_moe" / "model.safetensors"
+    save_file({"a": torch.zeros(2)}, weights)
+    MIXTURE.save(tmp_path / "mix_moe")
+    of_score = {"run": {"script": "evaluate_likelihood.py", "arguments": {"weights_sha256": sha256(weights)}}}
+    (folder / "run.json").write_text(json.dumps(of_score))
     head, body = card(tmp_path, ALIGNED, results=tmp_path / "results")
     assert head["base_model"] == "someone/base" and head["library_name"] == "transformers"
     assert head["datasets"] == ["tatsu-lab/alpaca", "PKU-Alignment/BeaverTails", "truthfulqa/truthful_qa"]
@@ -45,9 +55,10 @@ def test_an_aligned_run_tells_its_data_settings_and_scores(tmp_path):
         "optimiser steps 464; samples per step 4; learning rate 0.0005; the routers' 0.1; weight of the gating loss "
         "0.01; weights of the drift helpfulness 0.1, safety 0.0, truthfulness 0.0, politeness 0.2; seed 42."
     ) in body
-    assert (
-        "## Scores\n- safety: 2.317 nats per token of held-out answers (n = 169)" in body and "helpfulness:" not in body
-    )
+    assert "## Scores\n- safety: 2.317 [2.250, 2.381] nats per token of held-out answers (n = 169)" in body
+    assert "- helpfulness:" not in body
+    save_file({"a": torch.ones(2)}, weights)  # another run of this name
+    assert "## Scores" not in card(tmp_path, ALIGNED, results=tmp_path / "results")[1]
 
 
 def test_what_is_not_known_is_not_told(tmp_path):
@@ -56,6 +67,8 @@ def test_what_is_not_known_is_not_told(tmp_path):
     assert "It is not recorded." in body
     fused = {"run": {"script": "llama_moe.py", "arguments": {"data_source": "hub"}}}
     assert "the fusion was not aligned" in card(tmp_path, fused)[1]
+    exported = {"run": {"script": "export.py", "arguments": {"data_source": "hub"}}}
+    assert "It is not recorded." in card(tmp_path, exported)[1]
 
 
 def test_no_place_of_this_machine_is_named(tmp_path):

@@ -128,21 +128,30 @@ def test_corrected_share_by_hand():
 
 
 def test_a_judge_that_says_yes_more_or_less_often_than_it_can_corrects_nothing():
-    labels, predictions = (
-        [1] * 10 + [0] * 10,
-        [1] * 8 + [0] * 2 + [1] * 1 + [0] * 9,
-    )  # sensitivity 0.8, false alarms 0.1
-    # by hand: 0.9^35 = 0.0250 (no yes among 35), 0.9^36 = 0.0225; 0.8^16 = 0.0281 (16 of 16), 0.8^17 = 0.0225
-    for judged, possible in (([0] * 35, True), ([0] * 36, False), ([1] * 16, True), ([1] * 17, False)):
-        score = corrected_share(judged, labels, predictions)
-        assert (score["value"] is not None) == (score["interval"] is not None) == possible
-        assert ("reason" in score) != possible
-    assert corrected_share([1] * 17, labels, predictions)["reason"] == (
-        "it says yes to 1.000 of these, and its sensitivity is 0.800: they are not like what it learnt"
-    )
-    assert "rate of false alarms is 0.100" in corrected_share([0] * 36, labels, predictions)["reason"]
+    labels, predictions = [1] * 100 + [0] * 100, [1] * 80 + [0] * 20 + [1] * 10 + [0] * 90
+    for yes, said in ((200, "more often"), (0, "less often")):  # of 200, by sensitivity 0.8 and false alarms 0.1
+        score = corrected_share([1] * yes + [0] * (200 - yes), labels, predictions)
+        assert score["value"] is None and score["interval"] is None
+        assert score["reason"] == f"the judge says yes {said} than its errors on labelled answers can explain"
+    for yes, end in ((165, 1), (18, 0)):  # a little beyond either end: by chance
+        score = corrected_share([1] * yes + [0] * (200 - yes), labels, predictions)
+        assert score["value"] == end and score["interval"][0] < score["interval"][1]
     # what is certain is no verdict of the judge's
-    assert corrected_share([1] * 40, labels, predictions, known=[0] * 16 + [1] * 24)["value"] == 1
+    assert corrected_share([1] * 40, labels, predictions, known=[0] * 5 + [1] * 35)["value"] == 1
+
+
+@pytest.mark.parametrize(("prevalence", "most"), [(0.0, 0.08), (0.3, 0.0), (1.0, 0.08)])
+def test_a_sound_judge_is_seldom_called_beyond_its_errors(prevalence, most):
+    rng = np.random.default_rng(3)
+
+    def judge(truth):
+        return rng.random(len(truth)) < np.where(truth, 0.8, 0.2)
+
+    refused = 0
+    for _ in range(300):
+        labels, items = rng.random(100) < 0.5, rng.random(200) < prevalence
+        refused += corrected_share(judge(items), labels, judge(labels))["value"] is None
+    assert refused <= most * 300
 
 
 def test_the_corrected_interval_holds_every_uncertainty():

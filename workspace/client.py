@@ -193,7 +193,7 @@ def complete_by_any(
                     continue
                 waiting.put(prompt)
                 is_gone = isinstance(error, ServerGone) or in_a_row[address] >= FAILURES_IN_A_ROW
-                if is_gone and gone.setdefault(address, error) is error:
+                if is_gone and gone.setdefault(address, error) is error and len(gone) < len(addresses):
                     print(f"warning: {error}; the others go on", file=sys.stderr)
             except Exception as error:
                 answers.put((prompt, error))
@@ -218,7 +218,7 @@ def complete_by_any(
         finally:
             stop.set()
     if left:
-        raise failure or next(iter(gone.values()))
+        raise failure or list(gone.values())[-1]
 
 
 def yes_probabilities(client: Client, model: str, texts: list[str]) -> Iterator[tuple[str, float]]:
@@ -260,7 +260,8 @@ def complete(api: openai.OpenAI, **request) -> ChatCompletion | Completion:
     try:
         completion = create(**request)
     except (openai.APITimeoutError, openai.InternalServerError, openai.RateLimitError) as error:
-        raise ServerFailed(_explain(error, api, request["model"])) from error
+        kind = ServerGone if never_connected(error) else ServerFailed
+        raise kind(_explain(error, api, request["model"])) from error
     except openai.APIConnectionError as error:
         raise ServerGone(_explain(error, api, request["model"])) from error
     except (openai.APIError, ValueError) as error:  # not the body asked for
@@ -277,6 +278,12 @@ def complete(api: openai.OpenAI, **request) -> ChatCompletion | Completion:
             "name that one if it is the one you want (what was answered is kept)"
         )
     return completion
+
+
+def never_connected(error: Exception) -> bool:
+    """Whether a time-out is one of connecting, which says nothing of the prompt. (The openai package's HTTP library has
+    had several names.)"""
+    return type(error.__cause__).__name__ == "ConnectTimeout"
 
 
 def is_model(asked: str, answered: str) -> bool:
@@ -351,7 +358,7 @@ def _ask_all(client: Client, texts: list[str], ask: Callable[[str], object]) -> 
 
 def _explain(error: Exception, api: openai.OpenAI, model: str) -> str:
     """One line: which server, what is wrong, what to do; never the key, whatever the server echoes."""
-    if isinstance(error, openai.APITimeoutError):
+    if isinstance(error, openai.APITimeoutError) and not never_connected(error):
         problem = f"no whole answer within {api.timeout:g} s, {api.max_retries + 1} times; is it overloaded?"
     elif isinstance(error, openai.APIConnectionError):
         problem = f"cannot be reached, or hangs up ({error.__cause__ or error}); is it running?"
