@@ -2,14 +2,17 @@
 
 import argparse
 import dataclasses
+import json
+import os
 import re
+import sys
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import ROOT
+from conftest import ROOT, run_script
 from scripts import FLAGS
 
 import align_basemodel
@@ -46,14 +49,40 @@ def test_zero3_is_read_by_accelerate():
     assert args.use_deepspeed and str(args.zero_stage) == "3"
 
 
-def test_zero3_is_read_by_deepspeed(monkeypatch):
+@pytest.mark.slow
+def test_zero3_is_read_by_deepspeeds_own_parser():
+    """In a process of its own, which pretends to be on a GPU no more than the parser needs."""
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: runs/zero3.yaml has not been run")
-    from accelerate.utils import DeepSpeedPlugin
-    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+    result = run_script("-c", ZERO3, DS_ACCELERATOR="cpu", PYTHONPATH=os.pathsep.join([str(ROOT / "tests"), *sys.path]))
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1]) == {
+        "stage": 3,
+        "whole": True,
+        "bf16": True,
+        "offload": ["none", "none"],
+    }
 
-    for name, value in prepare_deepspeed_cmd_env(launch_arguments("zero3.yaml"))[1].items():
-        monkeypatch.setenv(name, value)
-    assert DeepSpeedPlugin().deepspeed_config["zero_optimization"]["stage"] == 3
+
+ZERO3 = """
+import json, os
+from accelerate.utils import DeepSpeedPlugin
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
+from deepspeed.runtime.config import DeepSpeedConfig
+from test_launch_files import launch_arguments
+
+args = launch_arguments("zero3.yaml")
+args.deepspeed_fields_from_accelerate_config = ""
+os.environ.update(prepare_deepspeed_cmd_env(args)[1])
+plugin = DeepSpeedPlugin()
+plugin.set_mixed_precision(args.mixed_precision)
+of_trainer = {"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 1}  # which fills in what says auto
+settings = {name: value for name, value in plugin.deepspeed_config.items() if value != "auto"} | of_trainer
+read = DeepSpeedConfig(settings)
+zero = read.zero_config
+offload = [zero.offload_optimizer and zero.offload_optimizer.device, zero.offload_param and zero.offload_param.device]
+print(json.dumps({"stage": read.zero_optimization_stage, "whole": zero.gather_16bit_weights_on_model_save,
+                  "bf16": read.bfloat16_config.enabled, "offload": offload}))
+"""
 
 
 def test_the_fusion_under_deepspeed_is_refused(fused_dir, monkeypatch):
