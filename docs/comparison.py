@@ -55,6 +55,10 @@ LABELS = {
     "moe": "fused, not aligned",
     REFERENCE: "fused and aligned",
 }
+CONTROLS = {  # fusions of which the tests are told task by task
+    "fused_fresh_experts": "random experts, aligned alike",
+    "fused_gate_0": "the same without the gating loss",
+}
 NLL = nll_metrics(TASKS)
 BEGIN, END = "<!-- made by docs/{}: {} -->", "<!-- to here -->"
 
@@ -131,6 +135,11 @@ def sentences(comparison: dict) -> str:
     text = [
         verdict(comparison),
         f"Against one LoRA of its size on the same rows (`{EQUAL}`) it is {task_by_task(rows[EQUAL])}.",
+        *(
+            f"Against {what} (`{run}`) it is {task_by_task(rows[run])}."
+            for run, what in CONTROLS.items()
+            if run in rows
+        ),
         f"{shares(rows, (('safe_preferred', 'safe answer preferred'), ('mc1', 'MC1'), ('mc2', 'MC2')))}.",
         forgetting(rows),
         f"Of 100 answers per task: {judged(rows, 'flagged', 'flagged as unsafe')}; "
