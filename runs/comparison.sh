@@ -69,7 +69,7 @@ of() {  # SEED: what follows is of that seed: $seed, $s behind a run's name, and
 # 1. For each seed: experts, LoRAs on the mixed data, merges and an ensemble of the experts, their fusion
 of 42
 row raw nothing nothing
-template=$(python -c "import sys; from models.base import load_tokenizer; print(load_tokenizer(sys.argv[1]).chat_template is not None)" "$BASE_MODEL")
+template=$(python -c "import sys; from models.base import load_tokenizer; print(load_tokenizer(sys.argv[1]).chat_template is not None)" "$BASE_MODEL" | tail -n 1)  # before it: a conversion's news
 if [ "$template" = True ]; then row raw_chat nothing nothing; else echo "raw_chat: left out, the base has no chat template"; fi
 for seed in $(echo "$SEEDS" | tr ',' ' '); do
     of $seed

@@ -1,7 +1,9 @@
 """runs/*.sh: flags that are refused before anything is run, and commands that their scripts take."""
 
 import importlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +37,7 @@ ARGUMENTS = {
 }
 MAKERS = ("align_basemodel.py", "models/ensemble.py", "models/llama_moe.py", "models/merging.py")
 STUB = """#!/bin/bash
-[ "$1" != -c ] || exec {python} "$@"
+[ "$1" != -c ] || {{ echo "Converting the embedded model"; exec {python} "$@"; }}
 {{ printf '%s\\x1f' "$@"; echo; }} >> {log}
 """
 
@@ -134,3 +136,14 @@ MERGES += tuple(f"{method}_tuned" for method in ("task_arithmetic", "ties", "tsv
 def test_a_flag_that_is_wrong_is_one_line(script, flags, said):
     run = subprocess.run(["bash", ROOT / "runs" / f"{script}.sh", *flags], capture_output=True, text=True)
     assert run.returncode == 2 and said in run.stderr and len(run.stderr.splitlines()) == 1 and not run.stdout
+
+
+@pytest.mark.slow
+def test_what_a_conversion_says_does_not_hide_the_bases_chat_template(base_dir, tmp_path):
+    """An embedded model is converted by the first command that reads it, which says so."""
+    base = shutil.copytree(base_dir, tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ messages }}"}))
+    flags = ["--quick", "1", "--base_model", str(base), "--results_dir", str(tmp_path / "results")]
+    scored = [words for name, *words in commands_of("comparison.sh", flags, tmp_path) if name.endswith("likelihood.py")]
+    assert any("raw_chat" in word.split(",") for words in scored for word in words)
