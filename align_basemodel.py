@@ -1,7 +1,6 @@
 """Align one LoRA expert on one task (--moe_flag 0), or the fused mixture on all three (--moe_flag 1)."""
 
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +201,6 @@ SCRIPT = "align_basemodel.py"
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     args, training = training_arguments.parse(argv, AlignArguments)
-    check_sharding(args, training)
     resolve_sources(args)
     if args.estimate:
         print(estimate(args, training))
@@ -239,13 +237,6 @@ def main(argv: list[str] | None = None) -> None:
         meta |= {"init": init["run"]["arguments"], "experts": init["meta"].get("experts")}
     run_dir.finish(folder, SCRIPT, arguments, train, meta)
     print(f"Aligned on {args.task_name} in {train['seconds']:.0f} s: {folder}")
-
-
-def check_sharding(args: AlignArguments, training: TrainArguments) -> None:
-    """UserError for a fusion under DeepSpeed: ZeRO-3 gathers a layer's weights when the layer is called, and the
-    mixture's kernel reads the weights of its base alone."""
-    if args.moe_flag and (training.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"):
-        raise UserError("--moe_flag 1: the mixture does not run under DeepSpeed; take runs/fsdp.yaml")
 
 
 def resolve_sources(args: AlignArguments) -> None:

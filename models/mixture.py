@@ -2,6 +2,7 @@
 (models/causal_lm.py)."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import cache, reduce
@@ -190,16 +191,28 @@ class MixtureForCausalLM(AnswerLoss):
         projections. Of sharded experts each process gathers all, and has the gradient of its shard."""
         changes = []
         for block, then in zip(self.blocks, start, strict=True):
-            now = {name: whole(parameter) for name, parameter in block.experts.named_parameters()}
-            for i, p in enumerate(PROJECTIONS):
-                matrices = now[f"{p}_A"], now[f"{p}_B"].mT, then[f"{p}_A"], then[f"{p}_B"].mT
-                changes.append(low_rank_change(*matrices, block.experts.scaling[i]))
+            with gathered(block.experts):
+                now = {name: whole(parameter) for name, parameter in block.experts.named_parameters()}
+                for i, p in enumerate(PROJECTIONS):
+                    matrices = now[f"{p}_A"], now[f"{p}_B"].mT, then[f"{p}_A"], then[f"{p}_B"].mT
+                    changes.append(low_rank_change(*matrices, block.experts.scaling[i]))
         return torch.stack([change.to(changes[0].device) for change in changes]).mean(0)
 
 
 def whole(parameter: Tensor) -> Tensor:
     """A parameter, gathered from all processes where each holds a shard of it (FSDP2)."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def gathered(module: nn.Module) -> AbstractContextManager:
+    """Where a module's parameters are whole, if DeepSpeed's ZeRO-3 has dealt them to processes. A result must keep none
+    of them for its gradient: they are dealt again at its end."""
+    parameters = list(module.parameters())
+    if not hasattr(parameters[0], "ds_id"):
+        return nullcontext()
+    from deepspeed.runtime.zero import GatheredParameters
+
+    return GatheredParameters(parameters)
 
 
 @cache

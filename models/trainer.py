@@ -183,6 +183,13 @@ class MixtureTrainer(AlignmentTrainer):
         **kwargs,
     ):
         super().__init__(model, **kwargs)
+        if self.is_deepspeed_enabled:
+            from deepspeed.runtime.zero import register_external_parameter
+
+            for block in model.blocks:  # for ZeRO-3: the kernel reads the base's weights without calling their layers
+                for linear in (block.gate_proj, block.up_proj, block.down_proj):
+                    for parameter in linear.parameters():
+                        register_external_parameter(block.experts, parameter)
         self.gate_loss_weight, self.gate_schedule = gate_loss_weight, gate_schedule
         self.router_learning_rate = router_learning_rate
         expert_of_task = model.mixture.expert_of_task

@@ -1,7 +1,9 @@
 """Two processes by torchrun (gloo, on the CPU) against one, with the scripts as a user runs them."""
 
 import json
+import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -47,8 +49,8 @@ def stage_flags(stage, base_dir, source, fused):
     ]  # fmt: skip
 
 
-def run(launcher, *flags):
-    return run_script(*launcher, *ALIGN, *flags, OMP_NUM_THREADS="1")
+def run(launcher, *flags, **environment):
+    return run_script(*launcher, *ALIGN, *flags, OMP_NUM_THREADS="1", **environment)
 
 
 def outcome(results, name):
@@ -85,6 +87,17 @@ def results(tmp_path_factory, base_dir, source, fused):
     return folder
 
 
+def take_back_to_first_checkpoint(folder):
+    """Leave of a finished fusion of two epochs what it had after the first; returns that checkpoint."""
+    first, second = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    shutil.rmtree(second)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").unlink()
+    (folder / "model.safetensors").unlink()
+    (folder / "arguments.json").write_text(json.dumps({"run": record["run"]}))
+    return first
+
+
 @pytest.mark.parametrize("stage", ["expert", "fusion"])
 def test_two_processes_learn_what_one_learns(results, stage):
     """Loss terms, drift, routing accuracy and weights of two epochs, whose last step fills one process only."""
@@ -100,16 +113,33 @@ def test_a_run_goes_on_with_another_number_of_processes(results, base_dir, sourc
     """Two processes until the end of the first epoch, then one."""
     folder = tmp_path / "outputs" / "fusion_two"
     shutil.copytree(results / "outputs" / "fusion_two", folder)
-    first, second = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    shutil.rmtree(second)
-    record = json.loads((folder / "run.json").read_text())
-    (folder / "run.json").unlink()
-    (folder / "model.safetensors").unlink()
-    (folder / "arguments.json").write_text(json.dumps({"run": record["run"]}))
+    first = take_back_to_first_checkpoint(folder)
     flags = [*stage_flags("fusion", base_dir, source, fused), *ONE, "--run_name", "fusion_two"]
     resumed = run([], *flags, "--results_dir", tmp_path)
     assert resumed.returncode == 0 and f"Resuming from {first}" in resumed.stdout, resumed.stderr
     assert_alike(outcome(results, "fusion_one"), outcome(tmp_path, "fusion_two"))
+
+
+@pytest.fixture
+def deepspeed():
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: ZeRO has not been run")
+    return dict(DS_ACCELERATOR="cpu", PYTHONPATH=os.pathsep.join(sys.path))
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("stage", ["expert", "fusion"])
+def test_two_shards_of_zero_learn_what_one_process_learns(deepspeed, results, base_dir, source, fused, stage, zero):
+    """Loss terms, drift, routing accuracy and weights; a fusion by ZeRO-3 also when it is resumed."""
+    launcher, name = [*TORCHRUN, "tests/on_deepspeed.py", zero], f"{stage}_zero_{zero}"
+    flags = [*stage_flags(stage, base_dir, source, fused), *TWO, "--results_dir", results, "--run_name", name]
+    trained = run(launcher, *flags, **deepspeed)
+    assert trained.returncode == 0, trained.stderr
+    assert_alike(outcome(results, f"{stage}_one"), outcome(results, name))
+    if (stage, zero) == ("fusion", 3):
+        first = take_back_to_first_checkpoint(results / "outputs" / name)
+        resumed = run(launcher, *flags, **deepspeed)
+        assert resumed.returncode == 0 and f"Resuming from {first}" in resumed.stdout, resumed.stderr
+        assert_alike(outcome(results, f"{stage}_one"), outcome(results, name))
 
 
 def test_a_mistake_is_told_once_and_ends_every_process(results, base_dir, source, fused):
