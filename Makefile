@@ -10,9 +10,10 @@ demo: setup
 comparison: setup
 	bash runs/comparison.sh $(FLAGS)
 
+# two files at a time, each by one thread
 test: setup
-	python -m pytest -m "not slow"
-	python -m pytest -m slow
+	python -m pytest -n 2 --dist loadfile -m "not slow"
+	python -m pytest -n 2 --dist loadfile -m slow
 
 lint: setup
 	ruff check .

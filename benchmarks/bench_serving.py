@@ -64,16 +64,16 @@ class ServingArguments:
             raise UserError(f'--vllm {self.vllm}: is no command; give its path, or "" to leave vLLM out')
 
 
-def export_forms(run: Path, folder: Path, forms: list[str]) -> dict[str, Path]:
-    """The forms as checkpoints in bfloat16."""
+def export_forms(run: Path, folder: Path, forms: list[str], dtype: str = "bfloat16") -> dict[str, Path]:
+    """The forms as checkpoints."""
     folders = {form: folder / form.replace(" ", "_") for form in forms}
     for form, path in folders.items():
         if form == "dense base":
             base_model = resolve_base(run, None)
-            base.load_base(base_model, "bfloat16", lambda of_family: of_family).save_pretrained(path)
+            base.load_base(base_model, dtype, lambda of_family: of_family).save_pretrained(path)
             base.load_tokenizer(base_model).save_pretrained(path)
         else:
-            arguments = ["--cross_task", str(run), "--to", form, "--output", str(path), "--dtype", "bfloat16"]
+            arguments = ["--cross_task", str(run), "--to", form, "--output", str(path), "--dtype", dtype]
             export.main([*arguments, "--verify", "0"])
     return folders
 
@@ -82,10 +82,10 @@ def bytes_of_weights(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def serve_by_vllm(command: str, folder: Path, shared: bool) -> tuple[subprocess.Popen, str]:
-    """(the server's process, its address) once it answers."""
+def serve_by_vllm(command: str, folder: Path, shared: bool, *more: str) -> tuple[subprocess.Popen, str]:
+    """(the server's process, its address) once it answers. more: flags of vLLM's."""
     port = free_port()
-    flags = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16"]
+    flags = ["--host", "127.0.0.1", "--port", str(port), *more]
     flags += ["--max-model-len", str(2 * (PROMPT_TOKENS + NEW_TOKENS))]
     flags += ["--trust-remote-code", "--model-impl", "transformers"] if shared else []
     settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         for number in range(args.rounds):
             for form, folder in folders.items():
                 if args.vllm:
-                    server, address = serve_by_vllm(args.vllm, folder, form == "shared")
+                    server, address = serve_by_vllm(args.vllm, folder, form == "shared", "--dtype", "bfloat16")
                     try:
                         figures = measure_server(address, str(folder), server.pid, vocabulary, at_once)
                     finally:

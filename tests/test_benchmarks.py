@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import run_script
 
-from benchmarks import bench_moe, bench_serving, growth, profile_model, whole_model
+from benchmarks import bench_moe, bench_serving, growth, profile_model, profile_serving, whole_model
 from config import ROOT, UserError
 from workspace.files import read_json
 
@@ -137,6 +137,25 @@ def test_an_operation_is_of_one_kind():
     assert kind("training", "aten::bmm", [36, 128, 64], [36, 64, 128]) == profile_model.OF_ATTENTION
     assert kind("decoding", "aten::cat", []) == profile_model.JOINING
     assert kind("training", "aten::cat", []) == kind("training", "aten::mul", [512, 24]) == profile_model.ELSE
+
+
+def test_a_served_operation_counts_for_its_kind_less_what_is_within_it():
+    def event(name, begins, lasts, *shapes, thread=1):
+        args = {"Input Dims": [list(shape) for shape in shapes]}
+        return {"ph": "X", "cat": "cpu_op", "name": name, "tid": thread, "ts": begins, "dur": lasts, "args": args}
+
+    events = [
+        event("CompiledFxGraph", 0, 9e6),
+        event("_C::onednn_mm", 1e6, 2e6, (64, 3072), (64, 576)),
+        event("_C::onednn_mm", 3e6, 1e6, (64, 576), (64, 576)),
+        event("aten::mm", 4e6, 5e5, (64, 576), (576, 48)),
+        event("_C::cpu_attention_with_kv_cache", 5e6, 3e6, (64, 9, 64)),
+        event("aten::slice", 6e6, 1e6),
+        event("_C::cpu_fused_moe", 2e6, 4e6, (64, 576), thread=2),
+        {"ph": "X", "cat": "python_function", "name": "forward", "tid": 1, "ts": 0, "dur": 9e6},
+    ]
+    seconds, count = profile_serving.seconds_by_kind(events, 1536, 576)
+    assert count == 7 and [seconds[name] for name in profile_serving.KINDS] == [6.0, 0.5, 1.0, 2.0, 9.0 - 6.5 + 1.0]
 
 
 @pytest.mark.slow

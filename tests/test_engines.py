@@ -18,12 +18,13 @@ import torch
 from conftest import ROOT, free_port, make_tokenizer, save_adapter, tiny_config
 from transformers import LlamaForCausalLM
 
-from benchmarks import bench_serving
+from benchmarks import bench_serving, profile_serving
 from data.prompts import render_prompt
 from data.sources import truthfulness_comparisons
 from evaluator import evaluate_likelihood
 from models import export, llama_moe
 from models.loading import load_run
+from workspace.files import read_json
 
 VLLM = shutil.which(os.environ.get("H3FUSION_VLLM", "vllm"))
 LM_EVAL = shutil.which(os.environ.get("H3FUSION_LM_EVAL", "lm_eval"))
@@ -171,6 +172,20 @@ def test_the_benchmark_serves_every_form(exports, capsys):
     assert [row["form"] for row in kept["results"] if row["engine"] == "vLLM"] == ["dense base", "shared", "mixtral"]
     assert all(value > 0 for row in kept["results"] for value in row.values() if not isinstance(value, str))
     assert set(kept["vllm"]) == {"vllm", "torch", "transformers"}
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_served_step_is_profiled(exports, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(profile_serving, "KEPT", tmp_path / "profile.json")
+    profile_serving.main(["--cross_task", str(exports["shared"].with_name("moe")), "--vllm", VLLM])
+    figures = read_json(tmp_path / "profile.json")["results"]
+    assert list(figures) == ["dense base", "shared", "mixtral"]
+    for form, one in figures.items():
+        assert set(one["profiled_s"]) == set(profile_serving.KINDS) and one["tokens_per_s"] > 0
+        assert all(one["profiled_s"][name] > 0 for name in (profile_serving.FFN, profile_serving.ATTENTION)), form
+        assert (one["profiled_s"][profile_serving.LOW_RANK] > 0) == (form == "shared")
+    assert profile_serving.table(figures) in capsys.readouterr().out
 
 
 TASK = """task: {name}
