@@ -33,7 +33,7 @@ KEPT = ROOT / "benchmarks" / "results" / "profile_serving.json"
 REQUESTS = 64
 FFN, LOW_RANK, OTHER, ATTENTION, ELSE = (
     "products with FFN weights",
-    "low-rank products and the router's",
+    "low-rank products",  # the router's among them
     "other products",
     "attention",
     "all else",
