@@ -129,18 +129,7 @@ class Pipeline:
         align, fuse, merge = "align_basemodel.py", "models/llama_moe.py", "models/merging.py"
         evaluate, select = "evaluator/evaluate_", "evaluator/select_answers.py"
         compared = ("--quick", 1, "--base_model", self.llama, "--data_source", self.source, "--dtype", "float32")
-        compared += (
-            "--num_samples",
-            8,
-            "--num_scored",
-            4,
-            "--save",
-            "{results}/kept",
-            "--other_merges",
-            0,
-            "--answers",
-            0,
-        )
+        compared += ("--num_samples", 8, "--num_scored", 4, "--save", "{results}/kept")
         chosen = ("--task_name", "safety", "--name", "consensus", "--answers", answers)
         return [
             Stage("expert training", align, (*expert, *self.training, *self.saving)),

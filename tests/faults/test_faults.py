@@ -1,6 +1,7 @@
 """The campaign's short form: each stage killed in one life of it, each other fault once. `make faults` does more."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from fake_server import FakeServer
@@ -50,7 +51,10 @@ def test_the_campaign_strikes_all_of_these(faults):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_killed_stage_ends_as_an_undisturbed_one(faults, name):
-    check(faults.killed(faults.stage[name], 0))
+    stage = faults.stage[name]
+    if name == "comparison":  # with fewer rows than the campaign's
+        stage = replace(stage, flags=(*stage.flags, "--other_merges", 0, "--answers", 0))
+    check(faults.killed(stage, 0))
 
 
 @pytest.mark.parametrize("name", OTHERS)
