@@ -4,13 +4,20 @@ import builtins
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SHARED_DATA
 from fake_server import FakeServer
+from faults.stages import make_bases
 from scripts import FLAGS, MAINS, exists, script_of
+
+from config import TASKS
 
 COMMAND = re.compile(r"^ {0,4}\(?(?:cd (\w+) && )?(python [\w/]+\.py\b.*?)\)?$", re.M)
 RUN = "mix_moe_reg_00000_00000_00000_gate_00100"
@@ -36,6 +43,21 @@ def test_every_script_and_flag_that_is_shown_exists(path):
         assert flags <= {
             field.name for arguments in FLAGS.get(script, ()) for field in dataclasses.fields(arguments)
         }, argv
+
+
+@pytest.mark.slow
+def test_the_demo_ends_in_its_report(tmp_path):
+    """runs/demo.sh as it is, on a tiny base."""
+    base_dir, _ = make_bases(tmp_path)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    command = ["bash", ROOT / "runs" / "demo.sh", base_dir, tmp_path / "demo"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = json.loads((tmp_path / "demo" / "report" / "table.json").read_text())
+    runs = ["raw", *TASKS, "mixed", "merge_ties", "ensemble_probabilities", "mix_moe_reg_00010_00010_00010_gate_10000"]
+    assert [row["run"] for row in table["rows"]] == runs
+    assert all(row["metrics"]["mean_nll_per_token"] for row in table["rows"])
+    assert "flagged" in (tmp_path / "demo" / "report" / "index.html").read_text()
 
 
 def test_the_readme_is_short():
