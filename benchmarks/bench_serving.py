@@ -60,8 +60,12 @@ class ServingArguments:
         cli.check_at_least(1, rounds=self.rounds)
         for form in self.forms.split(","):
             cli.check("forms", form, form in FORMS, f"one of {', '.join(FORMS)}")
-        if self.vllm and shutil.which(self.vllm) is None:
-            raise UserError(f'--vllm {self.vllm}: is no command; give its path, or "" to leave vLLM out')
+        if self.vllm:
+            check_vllm(self.vllm)
+
+
+def check_vllm(command: str) -> None:
+    cli.check("vllm", command, shutil.which(command) is not None, "a command: give its path")
 
 
 def export_forms(run: Path, folder: Path, forms: list[str], dtype: str = "bfloat16") -> dict[str, Path]:

@@ -22,7 +22,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import openai
 
 import cli
-from benchmarks.bench_serving import FORMS, ask, export_forms, random_prompts, serve_by_vllm, stop, vllm_versions
+from benchmarks.bench_serving import (
+    FORMS,
+    ask,
+    check_vllm,
+    export_forms,
+    random_prompts,
+    serve_by_vllm,
+    stop,
+    vllm_versions,
+)
 from cli import flag
 from config import RESULTS_DIR, ROOT, UserError
 from models import base
@@ -45,12 +54,13 @@ KINDS = (FFN, LOW_RANK, OTHER, ATTENTION, ELSE)
 class ProfileArguments:
     cross_task: str | None = flag(None, "the fused run: a name under results/outputs, or its folder")
     vllm: str = flag("vllm", "the vllm command")
-    dtype: str = flag("float32", "of the checkpoints: float32, or bfloat16 where the processor has it")
+    dtype: str = flag("float32", "of the checkpoints", choices=["float32", "bfloat16"])
     results_dir: str = flag(str(RESULTS_DIR), "the folder that the run is read from (default: results)")
 
     def __post_init__(self):
         if not self.cross_task:
             raise UserError("--cross_task: name the fused run to serve")
+        check_vllm(self.vllm)
 
 
 def kind(name: str, shapes: list, intermediate: int, hidden: int) -> str:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from functools import cache, reduce
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -202,6 +202,15 @@ class MixtureForCausalLM(AnswerLoss):
 def whole(parameter: Tensor) -> Tensor:
     """A parameter, gathered from all processes where each holds a shard of it (FSDP2)."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def gather_with_experts(model: MixtureForCausalLM) -> None:
+    """Tell DeepSpeed's ZeRO-3 that the experts' kernel reads the base's FFN weights, whose layers are never called."""
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for block in model.blocks:
+        for parameter in chain.from_iterable(p.parameters() for p in (block.gate_proj, block.up_proj, block.down_proj)):
+            register_external_parameter(block.experts, parameter)
 
 
 def gathered(module: nn.Module) -> AbstractContextManager:

@@ -13,7 +13,7 @@ from config import UserError
 from data.sampling import PaddedSamples, StepSampler
 from models.cost import TrainingCost
 from models.losses import gate_loss, mean_routing_probs, routing_hits
-from models.mixture import MixtureForCausalLM
+from models.mixture import MixtureForCausalLM, gather_with_experts
 from models.training_arguments import TrainArguments
 from workspace import checkpoints, run_dir
 
@@ -184,12 +184,7 @@ class MixtureTrainer(AlignmentTrainer):
     ):
         super().__init__(model, **kwargs)
         if self.is_deepspeed_enabled:
-            from deepspeed.runtime.zero import register_external_parameter
-
-            for block in model.blocks:  # for ZeRO-3: the kernel reads the base's weights without calling their layers
-                for linear in (block.gate_proj, block.up_proj, block.down_proj):
-                    for parameter in linear.parameters():
-                        register_external_parameter(block.experts, parameter)
+            gather_with_experts(model)
         self.gate_loss_weight, self.gate_schedule = gate_loss_weight, gate_schedule
         self.router_learning_rate = router_learning_rate
         expert_of_task = model.mixture.expert_of_task

@@ -1,5 +1,6 @@
 """A script of the project under DeepSpeed on CPUs, by runs/zero3.yaml in float32: STAGE SCRIPT FLAGS...
 
+DeepSpeed builds its CPU communication at its first run, which takes minutes and a C++ compiler.
 accelerate has no backend for DeepSpeed on a CPU; here it gets gloo. No parameter is small enough to stay whole, as it
 would be with a tiny model by DeepSpeed's own threshold.
 """
