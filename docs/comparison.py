@@ -41,6 +41,7 @@ MAIN = (
     REFERENCE,
 )
 EQUAL = "mixed_rank_24"  # one LoRA with the fused model's trained parameters and steps
+TWICE = "mixed_rank_24_twice"  # with the steps of experts and fusion together
 LABELS = {
     "raw": "the raw base",
     "raw_chat": "the raw base, its own chat template",
@@ -51,7 +52,7 @@ LABELS = {
     "merge_ties": "the TIES merge",
     "ensemble_probabilities": "the ensemble of probabilities",
     EQUAL: "one LoRA of its size on the same data",
-    "mixed_rank_24_twice": "one LoRA, twice the steps",
+    TWICE: "one LoRA, twice the steps",
     "moe": "fused, not aligned",
     REFERENCE: "fused and aligned",
 }
