@@ -279,17 +279,19 @@ def trained_in_all(name: str, rows: dict[str, dict]) -> float:
 
 def documents(comparison: dict, beside: dict) -> dict[Path, str]:
     """{file: what it must hold} of all that is made from a comparison, and the one on another base, but the page."""
-    figure = picture(comparison)
-    figure = figure.replace("<svg", '<svg color="#1b1f24"', 1)  # an image of its own brings its ink and its paper
-    figure = figure.replace('style="', 'style="background: #ffffff; ', 1)
     readme, pages = ROOT / "README.md", ROOT / "docs" / "comparison.md"
     all_rows = f"{sentences(comparison)}\n\n{table(comparison)}"
     others = f"{verdict(beside)} Against `{EQUAL}` it is {task_by_task(row_of(beside, EQUAL))}.\n\n{table(beside)}"
     return {
         readme: put(readme.read_text(encoding="utf-8"), "headline", headline(comparison)),
         pages: put(put(pages.read_text(encoding="utf-8"), "all rows", all_rows), "another base", others),
-        ROOT / "docs" / "figures" / "comparison.svg": figure,
+        ROOT / "docs" / "figures" / "comparison.svg": as_image(picture(comparison)),
     }
+
+
+def as_image(svg: str) -> str:
+    """A page's figure as an image of its own, which brings its ink and its paper."""
+    return svg.replace("<svg", '<svg color="#1b1f24"', 1).replace('style="', 'style="background: #ffffff; ', 1)
 
 
 def main() -> None:

@@ -61,6 +61,9 @@ class LikelihoodArguments(AnsweringArguments):
         OF_HELD_APART, None, "the runs' --num_samples (default: the folder is data/split.py's; take all it held apart)"
     )
     seed: int | None = flag_with(OF_HELD_APART, 42, "the runs' --seed")
+    comparisons: int = flag(
+        1, "0: the likelihoods of good answers alone; no safe_preferred, MC1 and MC2, half of the work", choices=[0, 1]
+    )
     max_length: int | None = flag(
         None, "longest sample in tokens; a longer one loses the beginning of its prompt (default: the model's window)"
     )
@@ -81,6 +84,8 @@ class LikelihoodArguments(AnsweringArguments):
         if self.task_name != "all":
             check_default(self, f"has no effect with --task_name {self.task_name}", "tasks")
         read_tasks(self.tasks)
+        if self.dataset_type == HELD_APART:
+            check_default(self, f"has no effect with --dataset_type {HELD_APART}", "comparisons")
         if self.task_name == GENERAL and self.dataset_type != "test":
             raise UserError(f"--dataset_type {self.dataset_type}: {GENERAL} has a test half only")
 
@@ -177,7 +182,8 @@ def settings_of(args: LikelihoodArguments, task: str, base_model: str, source: s
         "num_samples": args.num_samples,
         "max_length": args.max_length,
         "dtype": base.dtype_name(args.dtype),
-        "data_sha256": sources.data_sha256(sources.source_files(task, split, source, comparisons=True)),
+        "data_sha256": sources.data_sha256(sources.source_files(task, split, source, bool(args.comparisons))),
+        **({} if args.comparisons else {"comparisons": 0}),
         **effective_flags(args),
     }
 
@@ -188,7 +194,8 @@ def run_label(name: str, checkpoint: int | None) -> str:
 
 
 def task_items(task: str, args, source: str) -> tuple[list[Record], dict[str, list[Comparison]]]:
-    """(good answers, comparisons by metric) of a task's half; rows held apart are not compared."""
+    """(good answers, comparisons by metric) of a task's half; rows held apart are not compared, nor any others with
+    --comparisons 0."""
     if args.dataset_type == HELD_APART and args.num_trained is not None:
         return held_apart_records((task,), source, args.num_trained, args.num_samples, args.seed)[task], {}
     if args.dataset_type == HELD_APART and not sources.source_files(task, HELD_APART, source):
@@ -198,7 +205,7 @@ def task_items(task: str, args, source: str) -> tuple[list[Record], dict[str, li
         )
     rows = sources.read_rows(task, args.dataset_type, source)
     records = sources.spread(sources.answer_records(task, rows), args.num_samples)
-    if args.dataset_type == HELD_APART:
+    if args.dataset_type == HELD_APART or not args.comparisons:
         return records, {}
     if task == "safety":
         comparisons = {"safe_preferred": sources.safety_comparisons(args.dataset_type, source)}

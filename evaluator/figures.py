@@ -91,6 +91,8 @@ def differences(rows: list[dict], reference: str, kinds: tuple[str, ...]) -> str
     if len(compared) < 2:
         return None
     compared.sort(key=lambda row: row["paired"]["mean_nll_per_token"]["difference"], reverse=True)
+    kind_of = {row["run"]: row["kind"] for row in rows}
+    own = "fused" if kind_of[reference] == "fused" else short(reference)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7, 0.6 + 0.24 * len(compared)), layout="constrained")
         for kind in [kind for kind in kinds if kind in {row["kind"] for row in compared}]:
@@ -102,7 +104,7 @@ def differences(rows: list[dict], reference: str, kinds: tuple[str, ...]) -> str
             axes.errorbar(values, places, xerr=ends, fmt="o", markersize=4, color=colour, label=kind)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(compared)), [short(row["run"]) for row in compared], fontsize=8)
-        axes.set_xlabel("fused − run, mean NLL per token in nats (left of 0: fused is better)", fontsize=9)
+        axes.set_xlabel(f"{own} − run, mean NLL per token in nats (left of 0: {own} is better)", fontsize=9)
         axes.legend(fontsize=8, loc="best")
         return to_svg(figure, f"Paired differences in mean NLL per token between {reference} and {len(compared)} runs")
 

@@ -48,6 +48,7 @@ class ReuseArguments:
     num_samples: int = flag(-1, "rows per score, as evaluate_likelihood.py takes them")
     num_trained: int | None = flag_with(OF_HELD_APART, None, "as evaluate_likelihood.py takes it")
     seed: int | None = flag_with(OF_HELD_APART, 42, "as evaluate_likelihood.py takes it")
+    comparisons: int = flag(1, "as evaluate_likelihood.py takes it", choices=[0, 1])
     tasks: str = flag(",".join(TASKS), TASKS_HELP)
     dtype: str = flag("auto", "precision of the base in scoring and answering", choices=list(DTYPES))
     num_answered: int | None = flag(None, "also ask for judged answers to that many prompts per task")
@@ -147,13 +148,14 @@ def likelihood_differs(args: ReuseArguments, run: RunScores) -> str | None:
     for one in (*nll_metrics(tasks), *(() if args.dataset_type == HELD_APART else (nll_metric(GENERAL),))):
         if one.name not in run.metrics:
             return f"it has no {one.name}"
-    scored_by = {name: getattr(args, name) for name in ("num_samples", "dataset_type", "dtype")} | effective_flags(args)
+    names = ("num_samples", "dataset_type", "dtype", "comparisons")
+    scored_by = {name: getattr(args, name) for name in names} | effective_flags(args)
     scoring = LikelihoodArguments(**scored_by)
     base_sha256 = None if run.record is None else run.record["run"]["arguments"].get("base_sha256")
     for one in likelihood_metrics(tasks):
         if one.name in run.metrics:
-            asked = settings_of(scoring, one.task, args.base_model, args.data_source)
-            scored = run.metrics[one.name].settings
+            asked = {"comparisons": 1, **settings_of(scoring, one.task, args.base_model, args.data_source)}
+            scored = {"comparisons": 1, **run.metrics[one.name].settings}
             if base_sha256:  # a merge is scored as a base of its own; what counts is what it was made from
                 scored = scored | {"base_sha256": base_sha256}
             if differing := first_difference(scored, asked):

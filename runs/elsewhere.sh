@@ -5,37 +5,41 @@
 #
 #   bash runs/elsewhere.sh --data_source DIR
 #
-# For each number of mixed questions every method tries three numbers of epochs; which one counts is chosen on questions
-# held apart (one seed, `--half held_apart`, the first run), then scored on the test half (`--half test --seeds 42,43,44 --epochs EPOCHS`).
-# Run it again to resume it where it was stopped.
+# For each number of mixed questions (--mixed; --run_mixed: some of them alone) every method tries two numbers of epochs;
+# which one counts is chosen on questions held apart (one seed, `--half held_apart`, the first run), then scored on the
+# test half (`--half test --seeds 42,43,44 --epochs EPOCHS`). Run it again to resume it where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 . runs/rows.sh
-take_flags "base_model=smollm2 data_source=sample num_expert_samples=200 mixed=10,40,160 num_held_apart=60 num_scored=
-    num_train_epochs=2 batch_size=4 dtype=auto seeds=42 half=held_apart epochs= save= reuse= results_dir=results/elsewhere" "$@"
+take_flags "base_model=smollm2 data_source=sample num_expert_samples=160 mixed=10,40,160 run_mixed= num_held_apart=60
+    num_scored= num_train_epochs=2 batch_size=4 dtype=auto seeds=42 half=held_apart epochs= save= reuse= results_dir=results/elsewhere" "$@"
 case $HALF:$SEEDS in held_apart:*,*) refuse "--seeds $SEEDS: on questions held apart one seed; another holds others apart" ;; esac
 case $HALF:$EPOCHS in held_apart: | test:?*) ;; *) refuse "--half test takes --epochs, METHOD_NUMBER=EPOCHS with commas (mixed_10=8,...); held_apart does not" ;; esac
+: "${RUN_MIXED:=$MIXED}"
+for number in $(echo "$RUN_MIXED" | tr ',' ' '); do
+    case ",$MIXED," in *",$number,"*) ;; *) refuse "--run_mixed $RUN_MIXED: $number is none of --mixed $MIXED" ;; esac
+done
 R="--results_dir $RESULTS_DIR" AT_ONCE=1 own_experts=""
 if [ $HALF = held_apart ]; then
-    HALF="--dataset_type held_apart"
+    HALF="--dataset_type held_apart" SCORED_ON="--dataset_type held_apart"
     : "${NUM_SCORED:=-1}"
 else
-    HALF=""
+    HALF="" SCORED_ON="--comparisons 0"
     : "${NUM_SCORED:=200}"
 fi
 dealt() {  # the training questions of $seed: every seed deals them anew; what is scored is the first one's
     DATA=$RESULTS_DIR/data$s
-    SCORE="--base_model $BASE_MODEL --data_source $RESULTS_DIR/data/experts $HALF --num_samples $NUM_SCORED --dtype $DTYPE"
+    SCORE="--base_model $BASE_MODEL --data_source $RESULTS_DIR/data/experts $SCORED_ON --num_samples $NUM_SCORED --dtype $DTYPE"
     python data/split.py --data_source $DATA_SOURCE --output $DATA --mixed $MIXED --num_held_apart $NUM_HELD_APART --seed $seed
 }
 
 if [ -n "$EPOCHS" ]; then  # every method's, and no other
-    for number in $(echo "$MIXED" | tr ',' ' '); do
+    for number in $(echo "$RUN_MIXED" | tr ',' ' '); do
         for method in mixed merged fused; do case ",$EPOCHS," in *",${method}_$number="*) ;; *) refuse "--epochs $EPOCHS: says nothing of ${method}_$number" ;; esac; done
     done
     for one in $(echo "$EPOCHS" | tr ',' ' '); do
-        case ",$MIXED," in *",$(echo ${one%=*} | sed 's/^[a-z]*_//'),"*) ;; *) refuse "--epochs $EPOCHS: $one is of no method here" ;; esac
+        case ",$RUN_MIXED," in *",$(echo ${one%=*} | sed 's/^[a-z]*_//'),"*) ;; *) refuse "--epochs $EPOCHS: $one is of no method here" ;; esac
     done
 fi
 LORA="python align_basemodel.py --moe_flag 0 --batch_size $BATCH_SIZE --dtype $DTYPE $R"
@@ -76,8 +80,8 @@ for seed in $(echo "$SEEDS" | tr ',' ' '); do
     row ensemble_probabilities$s experts python models/ensemble.py --experts $named_experts --output $RESULTS_DIR/outputs/ensemble_probabilities$s $R
     row moe$s experts $FUSE
 
-    for number in $(echo "$MIXED" | tr ',' ' '); do
-        case $number in ? | ??) TRIED="2 4 8" ;; *) TRIED="1 2 4" ;; esac
+    for number in $(echo "$RUN_MIXED" | tr ',' ' '); do
+        case $number in ? | 1?) TRIED="4 8" ;; ??) TRIED="2 4" ;; *) TRIED="1 2" ;; esac
         data="--data_source $DATA/mixed_$number"
         tries mixed_$number nothing $LORA --task_name mix --rank 24 --alpha 12 --seed $seed --base_model $BASE_MODEL $data
         tries merged_$number merge $LORA --task_name mix --init_adapter merge_tsv_m$s --rank 24 --alpha 24 --seed $seed --base_model $BASE_MODEL $data

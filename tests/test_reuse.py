@@ -132,6 +132,15 @@ def test_rows_scored_on_questions_held_apart_are_known(base_dir, tmp_path, capsy
         assert end.value.code == reuse.NOT_ALIKE and said in capsys.readouterr().out
 
 
+def test_rows_scored_without_comparisons_are_no_others(check, base_dir, tmp_path):
+    score = ["--base_model", base_dir, "--data_source", "sample", "--num_samples", 3, "--dtype", "float32"]
+    call(evaluate_likelihood, "--run", "raw", *score, "--comparisons", 0, "--results_dir", tmp_path / "results")
+    call(report, "--runs", "raw", "--save", tmp_path, "--only_save", 1, "--results_dir", tmp_path / "results")
+    assert check("raw", None, "--comparisons", 0, saved=tmp_path)[0] == 0
+    assert check("raw", None, saved=tmp_path)[0] == reuse.NOT_ALIKE
+    assert check("raw", None, "--comparisons", 0)[0] == reuse.NOT_ALIKE
+
+
 def test_what_was_made_from_other_experts_is_not(check, kept, tmp_path):
     """The merge is of the kept expert and of an adapter from elsewhere, of which nothing is recorded."""
     code, text = check("merge_iso_c", MERGE, "--experts", "safety")

@@ -130,6 +130,7 @@ MERGES += tuple(f"{method}_tuned" for method in ("task_arithmetic", "ties", "tsv
         ("recipes", ["--rows", "fused"], "--reference mixed: is none of --rows"),
         ("elsewhere", ["--half", "test"], "--half test takes --epochs"),
         ("elsewhere", ["--seeds", "42,43"], "on questions held apart one seed"),
+        ("elsewhere", ["--run_mixed", "10,20"], "20 is none of --mixed 10,40,160"),
         ("conflict", [], "name a folder that has safety_pairs.jsonl"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -191,6 +192,27 @@ def test_settings_can_be_chosen_on_unseen_training_questions(tmp_path, base_dir,
         with pytest.raises(SystemExit):
             evaluate_likelihood.main([*place, "--run", "raw", *refused, "--results_dir", str(tmp_path / "other")])
         assert said in capsys.readouterr().err
+
+
+def test_without_comparisons_the_likelihoods_are_the_same(tmp_path, base_dir, tiny_source, capsys):
+    place = ["--base_model", str(base_dir), "--data_source", str(tiny_source), "--run", "raw", "--dtype", "float32"]
+    (tiny_source / "safety_pairs.jsonl").unlink(missing_ok=True)  # not needed then
+    for name, more in (("with", ["--task_name", "helpfulness"]), ("without", ["--comparisons", "0"])):
+        evaluate_likelihood.main([*place, "--results_dir", str(tmp_path / name), *more])
+    folder = Path("evaluation/helpfulness/test/raw/likelihood/metrics.json")
+    whole, alone = (json.loads((tmp_path / name / folder).read_text())["metrics"] for name in ("with", "without"))
+    assert whole == alone
+    for task in ("safety", "truthfulness"):
+        folder = tmp_path / "without" / "evaluation" / task / "test" / "raw" / "likelihood"
+        assert set(json.loads((folder / "metrics.json").read_text())["metrics"]) == {"nll_per_token"}
+        assert json.loads((folder / "run.json").read_text())["run"]["arguments"]["comparisons"] == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        evaluate_likelihood.main([*place, "--results_dir", str(tmp_path / "without")])
+    assert "holds a run with comparisons=0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate_likelihood.main([*place, "--dataset_type", "held_apart", "--comparisons", "0"])
+    assert "--comparisons 0: has no effect with --dataset_type held_apart" in capsys.readouterr().err
 
 
 def test_a_reference_that_is_empty_is_counted(tmp_path, base_dir, tiny_source):
