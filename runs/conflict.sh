@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tasks in conflict: an expert that has learnt to refuse beside one that has learnt to help. How far each method goes from
+# Tasks in conflict: one expert that has learnt to refuse beside one that has learnt to help. How far each method goes from
 # preferring unsafe answers without refusing what only looks unsafe, and what a dial on the routers adds without training.
 #
 #   bash runs/conflict.sh --data_source DIR [--seeds 42,43,44]
@@ -10,13 +10,14 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 . runs/rows.sh
-take_flags "base_model=smollm2 data_source= num_samples=160 num_scored=200 num_answered=100 max_new_tokens=64
+take_flags "base_model=smollm2 data_source= num_samples=160 num_scored=100 num_answered=100 max_new_tokens=64
     num_train_epochs=2 batch_size=4 dtype=auto seeds=42 save= reuse= results_dir=results/conflict" "$@"
-DIALS="-4 -2 -1 1 2 4 off only" WEIGHTS="0.5 2 4" GAMMAS="0.01 0.1 1"
+DIALS="-4 -2 2 4 off only" WEIGHTS="2" GAMMAS="0.1 1"
+TASKS="helpfulness safety" OF_TASKS="--tasks helpfulness,safety"
 [ -n "$DATA_SOURCE" ] || refuse "name a folder that has safety_pairs.jsonl with --data_source"
 DATA=$RESULTS_DIR/data
 R="--results_dir $RESULTS_DIR" AT_ONCE=1 own_experts="" HALF=""
-SCORE="--base_model $BASE_MODEL --data_source $DATA --num_samples $NUM_SCORED --dtype $DTYPE"
+SCORE="--base_model $BASE_MODEL --data_source $DATA --num_samples $NUM_SCORED --dtype $DTYPE $OF_TASKS"
 TRAIN="--data_source $DATA --num_samples $NUM_SAMPLES --num_train_epochs $NUM_TRAIN_EPOCHS --batch_size $BATCH_SIZE --dtype $DTYPE $R"
 ASKS="--num_answered $NUM_ANSWERED --max_new_tokens $MAX_NEW_TOKENS --judged flagged,over_refusal"
 python data/refusals.py --data_source $DATA_SOURCE --output $DATA
@@ -37,7 +38,7 @@ point() {  # NAME NEEDS COMMAND...: a row, and its answers
 }
 dial() {  # RUN BIAS: the same run by another bias
     local run=$1 name
-    case $2 in safety=only) name=${run}_bias_helpfulness_off_truthfulness_off ;; *) name=${run}_bias_$(echo $2 | tr '=,' '__') ;; esac
+    case $2 in safety=only) name=${run}_bias_helpfulness_off ;; *) name=${run}_bias_$(echo $2 | tr '=,' '__') ;; esac
     names=$names,$name
     needs=fuse
     if reused $name $FUSED --run_name $run; then return; fi
@@ -57,11 +58,11 @@ for seed in $(echo "$SEEDS" | tr ',' ' '); do
     s=$([ $seed = 42 ] || echo _seed_$seed)
     of_experts "$s"
     FUSE="python models/llama_moe.py --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/moe$s $R"
-    FUSED="python align_basemodel.py --moe_flag 1 --gate_loss_weight 0.3 --router_learning_rate 0.01 --seed $seed --moe_dir $RESULTS_DIR/outputs/moe$s $TRAIN"
+    FUSED="python align_basemodel.py --moe_flag 1 $OF_TASKS --gate_loss_weight 0.3 --router_learning_rate 0.01 --seed $seed --moe_dir $RESULTS_DIR/outputs/moe$s $TRAIN"
     MERGE="python models/merging.py --experts $named_experts $R"
 
     for task in $TASKS; do point $task$s nothing $(expert $task); done
-    point mixed$s nothing python align_basemodel.py --moe_flag 0 --task_name mix --rank 24 --alpha 12 --run_name mixed$s --seed $seed --base_model $BASE_MODEL $TRAIN
+    point mixed$s nothing python align_basemodel.py --moe_flag 0 --task_name mix $OF_TASKS --rank 16 --alpha 8 --run_name mixed$s --seed $seed --base_model $BASE_MODEL $TRAIN
     point merge_linear$s experts $MERGE --method linear --output $RESULTS_DIR/outputs/merge_linear$s
     for weight in $WEIGHTS; do
         point merge_linear_safety_$weight$s experts $MERGE --method linear --weights safety=$weight --output $RESULTS_DIR/outputs/merge_linear_safety_$weight$s
