@@ -7,41 +7,37 @@ python docs/comparison.py       after runs/comparison.sh --save docs/results
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import matplotlib.pyplot as plt
+from committed import (
+    DOCS,
+    EQUAL,
+    MAIN,
+    NLL,
+    REFERENCE,
+    RESULTS,
+    TABLE,
+    TWICE,
+    as_image,
+    difference_text,
+    kept_runs,
+    minus,
+    put,
+    row_of,
+    task_by_task,
+)
 
 from config import TASKS
 from evaluator import figures
-from evaluator.comparison import KINDS, as_table, compare, split_seed
-from evaluator.kept_runs import DUPLICATES, read_kept
+from evaluator.comparison import KINDS, as_table, compare
+from evaluator.kept_runs import DUPLICATES
 from evaluator.page import SIGNIFICANT, verdict, write_page
 from evaluator.page_answers import SHOWN
-from evaluator.run_scores import RunScores, nll_metrics
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
 
-RESULTS = ROOT / "docs" / "results"
 BESIDE = RESULTS / "gemma3"
-TABLE = ROOT / "docs" / "report" / "table.json"  # the comparison in numbers, beside the page
-REFERENCE = "mix_moe_reg_00000_00000_00000_gate_03000"
-MAIN = (
-    "raw",
-    "raw_chat",
-    "helpfulness",
-    "safety",
-    "truthfulness",
-    "merge_linear",
-    "merge_ties",
-    "ensemble_probabilities",
-    "mixed_rank_24",
-    "mixed_rank_24_twice",
-    "moe",
-    REFERENCE,
-)
-EQUAL = "mixed_rank_24"  # one LoRA with the fused model's trained parameters and steps
-TWICE = "mixed_rank_24_twice"  # with the steps of experts and fusion together
 LABELS = {
     "raw": "the raw base",
     "raw_chat": "the raw base, its own chat template",
@@ -60,28 +56,6 @@ CONTROLS = {  # fusions of which the tests are told task by task
     "fused_fresh_experts": "random experts, aligned alike",
     "fused_gate_0": "the same without the gating loss",
 }
-NLL = nll_metrics(TASKS)
-BEGIN, END = "<!-- made by docs/{}: {} -->", "<!-- to here -->"
-
-
-def kept_runs(folder: Path) -> dict[str, RunScores]:
-    """A folder's kept runs: the main ones first, in this order, each with its seeds, then the others by name."""
-    names = [path.stem for path in folder.glob("*.json") if path.name not in (DUPLICATES, SHOWN)]
-
-    def place(name: str) -> tuple:
-        run, seed = split_seed(name)
-        return (MAIN.index(run) if run in MAIN else len(MAIN), run, seed)
-
-    return {name: read_kept(folder, name) for name in sorted(names, key=place)}
-
-
-def difference_text(row: dict) -> str:
-    """fused - run, its interval and p."""
-    paired = row["paired"].get("mean_nll_per_token")
-    if paired is None:
-        return "–"
-    low, high = paired["interval"]
-    return f"{paired['difference']:+.3f} [{low:+.3f}, {high:+.3f}], p = {paired['p_holm']:.2g}".replace("-", "−")
 
 
 def headline(comparison: dict) -> str:
@@ -177,25 +151,6 @@ def judged(rows: dict[str, dict], name: str, heading: str) -> str:
     )
 
 
-def task_by_task(row: dict) -> str:
-    """On which tasks the fused model is better or worse than a row."""
-    tasks = []
-    for one in NLL:
-        paired = row["paired"][one.name]
-        certain = paired["p_holm"] < SIGNIFICANT
-        word = "not certainly different" if not certain else "better" if paired["difference"] < 0 else "worse"
-        tasks.append(f"{word} on {one.task} ({minus(paired['difference'])})")
-    return ", ".join(tasks)
-
-
-def row_of(comparison: dict, run: str) -> dict:
-    return next(row for row in comparison["rows"] if row["run"] == run)
-
-
-def minus(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
-
-
 def table(comparison: dict) -> str:
     """The markdown table of all of a comparison's rows."""
     lines = [
@@ -219,16 +174,6 @@ def table(comparison: dict) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def put(document: str, name: str, text: str, script: str = "comparison.py") -> str:
-    """A document with `text` between the marks of that name and script."""
-    begin = BEGIN.format(script, name)
-    before, _, rest = document.partition(begin)
-    _, _, after = rest.partition(END)
-    if not after:
-        raise SystemExit(f"error: a document has no {begin} … {END}")
-    return f"{before}{begin}\n\n{text}\n\n{END}{after}"
 
 
 def picture(comparison: dict) -> str:
@@ -279,19 +224,14 @@ def trained_in_all(name: str, rows: dict[str, dict]) -> float:
 
 def documents(comparison: dict, beside: dict) -> dict[Path, str]:
     """{file: what it must hold} of all that is made from a comparison, and the one on another base, but the page."""
-    readme, pages = ROOT / "README.md", ROOT / "docs" / "comparison.md"
+    readme, pages = DOCS.parent / "README.md", DOCS / "comparison.md"
     all_rows = f"{sentences(comparison)}\n\n{table(comparison)}"
     others = f"{verdict(beside)} Against `{EQUAL}` it is {task_by_task(row_of(beside, EQUAL))}.\n\n{table(beside)}"
     return {
         readme: put(readme.read_text(encoding="utf-8"), "headline", headline(comparison)),
         pages: put(put(pages.read_text(encoding="utf-8"), "all rows", all_rows), "another base", others),
-        ROOT / "docs" / "figures" / "comparison.svg": as_image(picture(comparison)),
+        DOCS / "figures" / "comparison.svg": as_image(picture(comparison)),
     }
-
-
-def as_image(svg: str) -> str:
-    """A page's figure as an image of its own, which brings its ink and its paper."""
-    return svg.replace("<svg", '<svg color="#1b1f24"', 1).replace('style="', 'style="background: #ffffff; ', 1)
 
 
 def main() -> None:
@@ -301,13 +241,13 @@ def main() -> None:
     write_json(TABLE.with_name("gemma3.json"), as_table(beside))
     for path, text in documents(comparison, beside).items():
         path.write_text(text, encoding="utf-8")
-        print(path.relative_to(ROOT))
+        print(path.relative_to(DOCS.parent))
     page = TABLE.with_name("index.html")
     answers, duplicates = (
         read_json(RESULTS / name) if (RESULTS / name).exists() else None for name in (SHOWN, DUPLICATES)
     )
     write_page(page, comparison, runs, answers, duplicates, (beside, others))
-    print(page.relative_to(ROOT))
+    print(page.relative_to(DOCS.parent))
 
 
 if __name__ == "__main__":

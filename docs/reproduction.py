@@ -10,7 +10,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
-import comparison
+from committed import difference_text, put
 
 from config import TASKS
 from evaluator.statistics import interval_text
@@ -35,7 +35,7 @@ def demo_differences() -> str:
     for row in table["rows"]:
         own = row["run"] == table["reference"]
         score = f"{row['metrics']['mean_nll_per_token']['value']:.3f}"
-        lines.append(f"| {row['run']} | {score} | {'' if own else comparison.difference_text(row)} |")
+        lines.append(f"| {row['run']} | {score} | {'' if own else difference_text(row)} |")
     return "\n".join(lines)
 
 
@@ -94,7 +94,7 @@ def document() -> str:
     """docs/reproduction.md as it must be."""
     text = PAGE.read_text(encoding="utf-8")
     for make in (demo_scores, demo_differences, routing, judges, router_rates):
-        text = comparison.put(text, make.__name__.replace("_", " "), make(), script="reproduction.py")
+        text = put(text, make.__name__.replace("_", " "), make(), script="reproduction.py")
     return text
 
 
