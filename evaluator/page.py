@@ -4,11 +4,12 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from config import TASKS
 from evaluator import figures
 from evaluator.comparison import KINDS, split_seed
 from evaluator.page_figures import confusion, draw_figures, expert_names
 from evaluator.results import INTERVALS
-from evaluator.run_scores import JUDGED, MEAN_NLL, RunScores, scored_tasks, table_metrics
+from evaluator.run_scores import JUDGED, MEAN_NLL, RunScores, nll_metrics, scored_tasks, table_metrics
 from evaluator.statistics import interval_text
 from workspace.files import write_text
 
@@ -36,10 +37,12 @@ def write_page(
     answers: dict | None,
     duplicates: dict[str, dict] | None,
     beside: tuple[dict, dict[str, RunScores]] | None = None,
+    others: tuple[tuple[str, str, dict], ...] = (),
 ) -> None:
     """Write the page of a comparison (comparison.compare); answers: page_answers.shown_answers, where they may be
     shown; duplicates: data.near_duplicates.near_duplicates, where they were counted; beside: a comparison of runs of
-    the same names on another base, and those runs."""
+    the same names on another base, and those runs; others: heading, text and comparison of more sections, a table of
+    likelihoods each."""
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -70,7 +73,10 @@ def write_page(
         figures=drawn,
         confusion=confusion(runs[own].routing, expert_names(runs[own])),
         gains=relative_gains(comparison),
-        beside=beside_table(comparison, records, *beside) if beside else None,
+        sections=[
+            *([beside_section(comparison, records, *beside)] if beside else []),
+            *(section_of(*one) for one in others),
+        ],
         answers=answers,
         colours=figures.COLOURS,
         duplicates=duplicates,
@@ -120,24 +126,50 @@ def outcomes(rows: list[dict], what: str) -> str:
     return ", and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
 
 
-def beside_table(comparison: dict, records: dict, other: dict, others_runs: dict[str, RunScores]) -> dict:
-    """The mean NLL of the rows that both comparisons have: the bases' names, each row's two scores as `score_cell` has
-    them, and what the second comparison says, in words."""
+def beside_section(comparison: dict, records: dict, other: dict, others_runs: dict[str, RunScores]) -> dict:
+    """The mean NLL of the rows that both comparisons have, as the template shows a section: heading, text, columns and
+    rows of `score_cell`; the text says what the second comparison says."""
     others_records = {name: scores.record for name, scores in others_runs.items()}
-    bases = [base_name(records), base_name(others_records)]
     by_run = {row["run"]: row for row in other["rows"]}
-    both = [row for row in comparison["rows"] if row["run"] in by_run]
     rows = [
         {
             "run": row["run"],
+            "own": row["run"] == comparison["reference"],
             "cells": [
                 score_cell(row, comparison["rows"], MEAN_NLL),
                 score_cell(by_run[row["run"]], other["rows"], MEAN_NLL),
             ],
         }
-        for row in both
+        for row in comparison["rows"]
+        if row["run"] in by_run
     ]
-    return {"bases": bases, "rows": rows, "text": f"{setting_text(others_records, alone=False)} {verdict(other)}"}
+    return {
+        "heading": "The same rows on another base",
+        "text": f"{setting_text(others_records, alone=False)} {verdict(other)}",
+        "reference": comparison["reference"],
+        "columns": [f"mean NLL/token ↓, {base_name(some)}" for some in (records, others_records)],
+        "rows": rows,
+    }
+
+
+def section_of(heading: str, text: str, comparison: dict) -> dict:
+    """Another comparison's likelihoods, the best row first, in the form of `beside_section`."""
+    rows = [row for row in comparison["rows"] if MEAN_NLL.name in row["metrics"]]
+    shown = [MEAN_NLL, *(one for one in nll_metrics(TASKS) if all(one.name in row["metrics"] for row in rows))]
+    return {
+        "heading": heading,
+        "text": text,
+        "reference": comparison["reference"],
+        "columns": [f"{one.heading} ↓" for one in shown],
+        "rows": [
+            {
+                "run": row["run"],
+                "own": row["run"] == comparison["reference"],
+                "cells": [score_cell(row, rows, one) for one in shown],
+            }
+            for row in sorted(rows, key=lambda row: row["metrics"][MEAN_NLL.name]["value"])
+        ],
+    }
 
 
 def base_name(records: dict[str, dict | None]) -> str:
