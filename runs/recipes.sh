@@ -36,28 +36,43 @@ mixed() {  # NAME [FLAG...]: one LoRA on all tasks' rows
     shift
     if wanted $name; then row $name$s nothing $MIXED --run_name $name$s "$@"; fi
 }
-experts_are() {  # NAME [FLAG...]: what is fused from here on: experts whose names end in NAME, aligned with these flags
-    suffix=$1$s expert_flags="${*:2}"
-    of_experts "$suffix"
+experts_are() {  # SUFFIX, or one for each task: what is fused from here on, experts whose names end so
+    suffixes=("$@") together=$1 own_experts="" named_experts=""
+    [ $# = 3 ] && together=_each_its_own || suffixes=("$1" "$1" "$1")
+    for task in $TASKS; do
+        own_experts=${own_experts:+$own_experts,}$(expert_of $task) named_experts=${named_experts:+$named_experts,}$task=$(expert_of $task)
+    done
     router_starts random
 }
 router_starts() {  # random, prototype or arrow: how their routers start
-    moe=moe$suffix start="--seed $seed"
+    moe=moe$together$s start="--seed $seed"
     if [ $1 != random ]; then moe=${moe}_$1 start="$start --router_init $1 --dtype $DTYPE $([ $NUM_SAMPLES = -1 ] || echo --num_trained $NUM_SAMPLES)"; fi
 }
+suffix_of() {  # TASK
+    case $1 in helpfulness) echo "${suffixes[0]}" ;; safety) echo "${suffixes[1]}" ;; *) echo "${suffixes[2]}" ;; esac
+}
+expert_of() { echo $1$(suffix_of $1)$s; }  # TASK
+flags_of() {  # SUFFIX: how an expert of this name is aligned
+    case $1 in
+        _1_epoch) echo --num_train_epochs $((NUM_TRAIN_EPOCHS - 1)) ;;
+        _3_epochs) echo --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) ;;
+        _rank_16) echo --rank 16 --alpha 8 ;;
+    esac
+}
 expert() {  # TASK
-    echo python align_basemodel.py --moe_flag 0 --task_name $1 --run_name $1$suffix --seed $seed --base_model $BASE_MODEL $TRAIN $expert_flags
+    echo python align_basemodel.py --moe_flag 0 --task_name $1 --run_name $(expert_of $1) --seed $seed --base_model $BASE_MODEL $TRAIN $(flags_of "$(suffix_of $1)")
 }
 experts() {  # also as rows: what is reused must be of these
-    local task
+    local task name
     for task in $TASKS; do
-        case ",$names," in *",$task$suffix,"*) continue ;; esac
-        row $task$suffix nothing $(expert $task)
+        name=$(expert_of $task)
+        case ",$names," in *",$name,"*) continue ;; esac
+        row $name nothing $(expert $task)
     done
 }
 fuse() {
     local task
-    for task in $TASKS; do once $task$suffix $(expert $task); done
+    for task in $TASKS; do once $(expert_of $task) $(expert $task); done
     once $moe python models/llama_moe.py --experts $named_experts --output $RESULTS_DIR/outputs/$moe $start $R
 }
 fusion() {  # NAME [FLAG...]: their fusion, aligned
@@ -81,6 +96,7 @@ all_tries() {  # of $seed
     mixed mixed_1_epoch --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
     mixed mixed_3_epochs --num_train_epochs $((NUM_TRAIN_EPOCHS + 1))
     mixed mixed_3_epochs_dropout_0.3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --lora_dropout 0.3
+    mixed mixed_twice_dropout_0.3 --num_train_epochs $((2 * NUM_TRAIN_EPOCHS)) --lora_dropout 0.3
     mixed mixed_twice --num_train_epochs $((2 * NUM_TRAIN_EPOCHS))  # the steps of experts and fusion together
 
     # 2. The fusion of experts with half of the steps: what trains it, and how
@@ -99,19 +115,22 @@ all_tries() {  # of $seed
     for by in prototype arrow; do router_starts $by; fusion fused_$by; done
 
     # 3. Other shares of the steps
-    experts_are _1_epoch --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
+    experts_are _1_epoch
     fusion fused_1_then_1 --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
     fusion fused_1_then_1_dropout_0.1 --num_train_epochs $((NUM_TRAIN_EPOCHS - 1)) --expert_dropout 0.1
     fusion fused_1_then_2 --expert_dropout 0.1
     fusion fused_1_then_3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1
     experts_are ""
     fusion fused_2_then_3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1
-    experts_are _3_epochs --num_train_epochs $((NUM_TRAIN_EPOCHS + 1))
+    fusion fused_2_then_4 --num_train_epochs $((2 * NUM_TRAIN_EPOCHS)) --expert_dropout 0.1
+    experts_are _3_epochs
     fusion fused_3_then_1 --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
+    experts_are "" "" _1_epoch  # the task with the most rows has had enough of them sooner
+    fusion fused_each_its_own_then_3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1
 
     # 4. Twice the rank, of both
     mixed mixed_rank_48 --rank 48 --alpha 24
-    experts_are _rank_16 --rank 16 --alpha 8
+    experts_are _rank_16
     fusion fused_rank_16
 }
 
