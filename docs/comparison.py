@@ -27,6 +27,7 @@ from committed import (
     row_of,
     task_by_task,
 )
+from when_to_fuse import sections
 
 from config import TASKS
 from evaluator import figures
@@ -246,7 +247,7 @@ def main() -> None:
     answers, duplicates = (
         read_json(RESULTS / name) if (RESULTS / name).exists() else None for name in (SHOWN, DUPLICATES)
     )
-    write_page(page, comparison, runs, answers, duplicates, (beside, others))
+    write_page(page, comparison, runs, answers, duplicates, (beside, others), sections())
     print(page.relative_to(DOCS.parent))
 
 

@@ -115,14 +115,17 @@ def committed():
     return loaded("comparison")
 
 
+def same_drawing(path: Path, text: str) -> str:
+    """A document; of a picture without the last digits of its places, which are the processor's."""
+    return re.sub(r"\d+\.\d+", lambda x: f"{float(x[0]):.0f}", text) if path.suffix == ".svg" else text
+
+
 def test_the_documents_say_what_the_committed_comparison_says(committed):
     comparison = json.loads(committed.TABLE.read_text())
     beside = json.loads(committed.TABLE.with_name("gemma3.json").read_text())
     for path, text in committed.documents(comparison, beside).items():
         written = path.read_text(encoding="utf-8")
-        if path.suffix == ".svg":  # drawn by the same numbers; their last digits are the processor's
-            written, text = (re.sub(r"\d+\.\d+", lambda x: f"{float(x[0]):.0f}", svg) for svg in (written, text))
-        assert written == text, f"{path}: run python docs/comparison.py"
+        assert same_drawing(path, written) == same_drawing(path, text), f"{path}: run python docs/comparison.py"
     page = committed.TABLE.with_name("index.html").read_text()
     for row in comparison["rows"]:
         assert row["run"] in page and all(f"{one['value']:.3f}" in page for one in row["metrics"].values() if one)
@@ -143,6 +146,13 @@ def test_the_committed_comparisons_are_those_of_the_kept_rows(committed, name):
             assert (one["difference"], one["p_holm"]) == pytest.approx(
                 (theirs["paired"][name]["difference"], theirs["paired"][name]["p_holm"])
             )
+
+
+@pytest.mark.slow
+def test_when_to_fuse_says_what_the_kept_rows_say():
+    page = loaded("when_to_fuse")
+    for path, text in page.documents().items():
+        assert same_drawing(path, text) == same_drawing(path, path.read_text("utf-8")), "run python docs/when_to_fuse.py"
 
 
 @pytest.mark.slow

@@ -1,0 +1,193 @@
+"""docs/when_to_fuse.md: its sentences, tables and pictures, from the rows kept in docs/results.
+
+python docs/when_to_fuse.py       after new rows: runs/recipes.sh --save docs/results/recipes
+"""
+
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).parent
+sys.path[:0] = [str(DOCS), str(DOCS.parent)]
+
+from committed import (
+    EQUAL,
+    NLL,
+    REFERENCE,
+    RESULTS,
+    TABLE,
+    TWICE,
+    as_image,
+    difference_text,
+    kept_runs,
+    put,
+    row_of,
+    task_by_task,
+)
+
+from config import TASKS
+from evaluator import figures
+from evaluator.comparison import KINDS, compare, split_seed
+from evaluator.run_scores import MEAN_NLL, RunScores
+from evaluator.statistics import interval_text
+from evaluator.sweeps import OF_A_MACHINE
+from workspace.files import read_json
+
+PAGE = DOCS / "when_to_fuse.md"
+TRIES = RESULTS / "recipes" / "held_apart"
+ENSEMBLE = "ensemble_probabilities"
+WITHOUT_ROWS = (*TASKS, "merge_linear", "merge_ties", ENSEMBLE, "moe")  # of three seeds each
+
+
+def mean_of(row: dict) -> float:
+    return row["metrics"][MEAN_NLL.name]["value"]
+
+
+def equal_steps() -> str:
+    """The fused model against one LoRA of its size: with the steps of experts and fusion together, and with half."""
+    table = read_json(TABLE)
+    fused, equal, twice = (row_of(table, name) for name in (REFERENCE, EQUAL, TWICE))
+    percent = -100 * twice["paired"][MEAN_NLL.name]["difference"] / mean_of(twice)
+    all_steps, half = (f"{row['cost']['optimiser_steps']:.0f}" for row in (twice, equal))
+    return (
+        f"With the steps of experts and fusion together ({all_steps}), one LoRA of the fused model's size comes to "
+        f"{mean_of(twice):.3f} nats per token and the fused model to {mean_of(fused):.3f}: {difference_text(twice)}, "
+        f"{percent:.1f} % below it; it is {task_by_task(twice)}. But the same LoRA with half of these steps ({half}) "
+        f"comes to {mean_of(equal):.3f}: there the difference is {difference_text(equal)}; the fused model is "
+        f"{task_by_task(equal)}."
+    )
+
+
+def without_rows() -> str:
+    """What three experts give without any training row of whoever joins them, against the ensemble."""
+    runs = {name: run for name, run in kept_runs(RESULTS).items() if split_seed(name)[0] in WITHOUT_ROWS}
+    lines = [f"| run | mean NLL/token ↓ | `{ENSEMBLE}` − run, paired | cost of a token |", "| --- | --- | --- | --- |"]
+    for row in sorted(compare(runs, ENSEMBLE)["rows"], key=mean_of):
+        paired = difference_text(row) if row["paired"] else ""
+        lines.append(
+            f"| {row['run']} | {mean_of(row):.3f} | {paired} | {row['cost']['relative_cost_of_a_token']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def own_tasks() -> str:
+    """One LoRA on all tasks' rows against each expert, on the expert's own task."""
+    runs = {name: run for name, run in kept_runs(RESULTS).items() if split_seed(name)[0] in (*TASKS, EQUAL)}
+    table = compare(runs, EQUAL)
+    lines = [
+        f"| task | its own expert ↓ | one LoRA on all three (`{EQUAL}`) ↓ | LoRA − expert, paired |",
+        "| --- | --- | --- | --- |",
+    ]
+    for one in NLL:
+        expert, mixed = (row_of(table, name)["metrics"][one.name]["value"] for name in (one.task, EQUAL))
+        paired = difference_text(row_of(table, one.task), one.name)
+        lines.append(f"| {one.task} | {expert:.3f} | {mixed:.3f} | {paired} |")
+    return "\n".join(lines)
+
+
+def best_tries() -> str:
+    """The best fusion of the tries against the best one LoRA of them, in words."""
+    runs = kept_runs(TRIES)
+    fused, mixed = best_of(runs, "fused"), best_of(runs, "mixed")
+    rival = row_of(compare({name: runs[name] for name in (fused, mixed)}, fused), mixed)
+    own = sum(runs[fused].metrics[one.name].score["value"] for one in NLL) / len(NLL)
+    return (
+        f"The best fusion (`{fused}`, {steps_in_all(runs, fused):.0f} steps in all) comes to {own:.3f}, the best LoRA "
+        f"(`{mixed}`, {steps_in_all(runs, mixed):.0f} steps) to {mean_of(rival):.3f}: {difference_text(rival)}. The "
+        f"fusion is {task_by_task(rival)}. Both were chosen on these questions, which flatters both; p is of one test."
+    )
+
+
+def tries() -> str:
+    """Every recipe that was tried, on questions held apart, against the best one LoRA."""
+    runs = kept_runs(TRIES)
+    best = best_of(runs, "mixed")
+    lines = [
+        f"| run | what is changed | steps in all | mean NLL/token ↓ | {best} − run, paired | "
+        + " | ".join(f"{one.task} ↓" for one in NLL)
+        + " |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in sorted(compare_tries(runs, best)["rows"], key=mean_of):
+        scores = [row["metrics"][one.name]["value"] for one in NLL]
+        cells = [
+            row["run"],
+            changes(runs, row["run"]),
+            f"{steps_in_all(runs, row['run']):.0f}",
+            interval_text(row["metrics"][MEAN_NLL.name]),
+            difference_text(row) if row["paired"] else "",
+            *(f"{score:.3f}" for score in scores),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def compare_tries(runs: dict[str, RunScores], reference: str) -> dict:
+    """The tries without the experts that they were fused from."""
+    return compare({name: run for name, run in runs.items() if name.startswith(("fused", "mixed"))}, reference)
+
+
+def best_of(runs: dict[str, RunScores], prefix: str) -> str:
+    """The run of the least mean loss among those whose names begin so."""
+    named = [name for name in runs if name.startswith(prefix)]
+    return min(named, key=lambda name: sum(runs[name].metrics[one.name].score["value"] for one in NLL))
+
+
+def steps_in_all(runs: dict[str, RunScores], name: str) -> float:
+    """A run's own optimiser steps and those of the experts that it was fused from."""
+    experts = runs[name].record["meta"].get("experts", {})
+    made_so = {task: expert_of(runs, arguments) for task, arguments in experts.items()}
+    return sum(runs[one].cost["optimiser_steps"] for one in (name, *made_so.values()))
+
+
+def expert_of(runs: dict[str, RunScores], arguments: dict) -> str:
+    """The kept expert that was aligned with these arguments."""
+    return next(name for name, run in runs.items() if run.record and run.record["run"]["arguments"] == arguments)
+
+
+def changes(runs: dict[str, RunScores], name: str) -> str:
+    """The settings of a try, its experts and its start that differ from those of `mixed` or `fused`."""
+    ours, theirs = (settings_of(runs[one]) for one in (name, name.split("_")[0]))
+    return ", ".join(f"{key} {ours[key]}" for key in ours if ours[key] != theirs.get(key))
+
+
+def settings_of(run: RunScores) -> dict[str, str]:
+    """What decided a run, as a user would say it: its flags, those of its experts, and how its routers began."""
+    record = run.record
+    settings = {k: v for k, v in record["run"]["arguments"].items() if k not in OF_A_MACHINE and "sha256" not in k}
+    experts = record["meta"].get("experts", {})
+    for key in ("num_train_epochs", "rank"):
+        of_tasks = {task: arguments[key] for task, arguments in experts.items()}
+        if len(set(of_tasks.values())) == 1:
+            settings[f"experts' {key}"] = of_tasks.popitem()[1]
+        else:
+            settings |= {f"{task} expert's {key}": value for task, value in of_tasks.items()}
+    settings |= {k: v for k, v in record["meta"].get("fused", {}).items() if k == "router_init"}
+    return {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in settings.items()}
+
+
+def picture() -> str:
+    """Every try's paired difference from the best one LoRA."""
+    runs = kept_runs(TRIES)
+    best = best_of(runs, "mixed")
+    return as_image(figures.differences(compare_tries(runs, best)["rows"], best, KINDS))
+
+
+def sections() -> tuple[tuple[str, str, dict], ...]:
+    """What the report's page shows of it: heading, text and comparison of each section."""
+    runs = kept_runs(TRIES)
+    text = f"Forty training questions per task, one seed, training questions held apart. {best_tries()}"
+    return (("Recipes, to choose by", text.replace("`", ""), compare_tries(runs, best_of(runs, "mixed"))),)
+
+
+def documents() -> dict[Path, str]:
+    """{file: what it must hold}."""
+    text = PAGE.read_text(encoding="utf-8")
+    for make in (without_rows, equal_steps, own_tasks, best_tries, tries):
+        text = put(text, make.__name__.replace("_", " "), make(), script="when_to_fuse.py")
+    return {PAGE: text, DOCS / "figures" / "tries.svg": picture()}
+
+
+if __name__ == "__main__":
+    for path, text in documents().items():
+        path.write_text(text, encoding="utf-8")
+        print(path.name)
