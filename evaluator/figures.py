@@ -104,7 +104,7 @@ def differences(rows: list[dict], reference: str, kinds: tuple[str, ...]) -> str
             axes.errorbar(values, places, xerr=ends, fmt="o", markersize=4, color=colour, label=kind)
         axes.axvline(0, color=INK, linewidth=0.8)
         axes.set_yticks(range(len(compared)), [short(row["run"]) for row in compared], fontsize=8)
-        axes.set_xlabel(f"{own} − run, mean NLL per token in nats (left of 0: {own} is better)", fontsize=9)
+        axes.set_xlabel(f"{own} − run: mean NLL per token in nats\n(left of 0: {own} is better)", fontsize=9)
         axes.legend(fontsize=8, loc="best")
         return to_svg(figure, f"Paired differences in mean NLL per token between {reference} and {len(compared)} runs")
 

@@ -152,7 +152,8 @@ def test_the_committed_comparisons_are_those_of_the_kept_rows(committed, name):
 def test_when_to_fuse_says_what_the_kept_rows_say():
     page = loaded("when_to_fuse")
     for path, text in page.documents().items():
-        assert same_drawing(path, text) == same_drawing(path, path.read_text("utf-8")), "run python docs/when_to_fuse.py"
+        written = path.read_text(encoding="utf-8")
+        assert same_drawing(path, written) == same_drawing(path, text), f"{path}: run python docs/when_to_fuse.py"
 
 
 @pytest.mark.slow
