@@ -169,6 +169,8 @@ def alignment_of(path: Path, args: PromptRoutingArguments) -> tuple:
     run = run_dir.read_run(path)
     if run is None or run["run"]["script"] != align_basemodel.SCRIPT or not run["run"]["arguments"]["moe_flag"]:
         raise UserError(f"--run {args.run}: is no aligned fusion of this project")
+    if run["meta"].get("command") is None:
+        raise UserError(f"--run {args.run}: does not record the command that made it; align it by align_basemodel.py")
     flags = shlex.split(run["meta"]["command"])[2:]
     moved = {"moe_dir": args.moe_dir, "data_source": args.data_source}
     for name, place in moved.items():

@@ -4,6 +4,7 @@ python docs/when_to_fuse.py       after new rows: runs/recipes.sh --save docs/re
 """
 
 import sys
+from functools import cache
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -36,6 +37,15 @@ PAGE = DOCS / "when_to_fuse.md"
 TRIES = RESULTS / "recipes" / "held_apart"
 ENSEMBLE = "ensemble_probabilities"
 WITHOUT_ROWS = (*TASKS, "merge_linear", "merge_ties", ENSEMBLE, "moe")  # of three seeds each
+SINGLE_CHANGES = (  # words, the try without the change, the try with it
+    ("fusion: a third epoch of alignment, experts of one epoch", "fused_1_then_2", "fused_1_then_3"),
+    ("LoRA: a third epoch", "mixed", "mixed_3_epochs"),
+    ("LoRA: a fourth epoch", "mixed_3_epochs", "mixed_twice"),
+    ("LoRA: twice the rate", "mixed", "mixed_rate_1e-3"),
+    ("fusion: dropout of 0.3", "fused", "fused_dropout_0.3"),
+    ("fusion: less than half the rate", "fused", "fused_rate_2e-4"),
+    ("fusion: three experts per token in training, two after", "fused", "fused_top_3_then_2"),
+)
 
 
 def mean_of(row: dict) -> float:
@@ -84,30 +94,37 @@ def own_tasks() -> str:
     return "\n".join(lines)
 
 
-def best_tries() -> str:
-    """The best fusion of the tries against the best one LoRA of them, in words."""
+@cache
+def compared_tries() -> tuple[dict[str, RunScores], str, dict]:
+    """(the kept tries and their experts, the best one LoRA, the comparison of the tries with it)."""
     runs = kept_runs(TRIES)
-    fused, mixed = best_of(runs, "fused"), best_of(runs, "mixed")
-    rival = row_of(compare({name: runs[name] for name in (fused, mixed)}, fused), mixed)
-    own = sum(runs[fused].metrics[one.name].score["value"] for one in NLL) / len(NLL)
+    best = best_of(runs, "mixed")
+    return runs, best, compare({name: run for name, run in runs.items() if name.startswith(("fused", "mixed"))}, best)
+
+
+def best_tries() -> str:
+    """The best one LoRA of the tries against the best fusion of them, in words."""
+    runs, mixed, table = compared_tries()
+    fused = best_of(runs, "fused")
+    of_mixed, of_fused = row_of(table, mixed), row_of(table, fused)
     return (
-        f"The best fusion (`{fused}`, {steps_in_all(runs, fused):.0f} steps in all) comes to {own:.3f}, the best LoRA "
-        f"(`{mixed}`, {steps_in_all(runs, mixed):.0f} steps) to {mean_of(rival):.3f}: {difference_text(rival)}. The "
-        f"fusion is {task_by_task(rival)}. Both were chosen on these questions, which flatters both; p is of one test."
+        f"The best LoRA (`{mixed}`, {steps_in_all(runs, mixed):.0f} steps) comes to {mean_of(of_mixed):.3f}, the best "
+        f"fusion (`{fused}`, {steps_in_all(runs, fused):.0f} steps in all) to {mean_of(of_fused):.3f}. LoRA − fusion: "
+        f"{difference_text(of_fused)}; the LoRA is {task_by_task(of_fused)}. Both were chosen on these questions, "
+        "which flatters both."
     )
 
 
 def tries() -> str:
     """Every recipe that was tried, on questions held apart, against the best one LoRA."""
-    runs = kept_runs(TRIES)
-    best = best_of(runs, "mixed")
+    runs, best, table = compared_tries()
     lines = [
         f"| run | what is changed | steps in all | mean NLL/token ↓ | {best} − run, paired | "
         + " | ".join(f"{one.task} ↓" for one in NLL)
         + " |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in sorted(compare_tries(runs, best)["rows"], key=mean_of):
+    for row in sorted(table["rows"], key=mean_of):
         scores = [row["metrics"][one.name]["value"] for one in NLL]
         cells = [
             row["run"],
@@ -121,9 +138,14 @@ def tries() -> str:
     return "\n".join(lines)
 
 
-def compare_tries(runs: dict[str, RunScores], reference: str) -> dict:
-    """The tries without the experts that they were fused from."""
-    return compare({name: run for name, run in runs.items() if name.startswith(("fused", "mixed"))}, reference)
+def single_changes() -> str:
+    """Tries that differ in one thing, each pair tested for itself."""
+    runs, _, _ = compared_tries()
+    lines = ["| what is changed | before | after | after − before, paired |", "| --- | --- | --- | --- |"]
+    for words, before, after in SINGLE_CHANGES:
+        row = row_of(compare({name: runs[name] for name in (before, after)}, after), before)
+        lines.append(f"| {words} | {before} | {after} | {difference_text(row)} |")
+    return "\n".join(lines)
 
 
 def best_of(runs: dict[str, RunScores], prefix: str) -> str:
@@ -167,22 +189,20 @@ def settings_of(run: RunScores) -> dict[str, str]:
 
 def picture() -> str:
     """Every try's paired difference from the best one LoRA."""
-    runs = kept_runs(TRIES)
-    best = best_of(runs, "mixed")
-    return as_image(figures.differences(compare_tries(runs, best)["rows"], best, KINDS))
+    _, best, table = compared_tries()
+    return as_image(figures.differences(table["rows"], best, KINDS))
 
 
 def sections() -> tuple[tuple[str, str, dict], ...]:
     """What the report's page shows of it: heading, text and comparison of each section."""
-    runs = kept_runs(TRIES)
     text = f"Forty training questions per task, one seed, training questions held apart. {best_tries()}"
-    return (("Recipes, to choose by", text.replace("`", ""), compare_tries(runs, best_of(runs, "mixed"))),)
+    return (("Recipes, to choose by", text.replace("`", ""), compared_tries()[2]),)
 
 
 def documents() -> dict[Path, str]:
     """{file: what it must hold}."""
     text = PAGE.read_text(encoding="utf-8")
-    for make in (without_rows, equal_steps, own_tasks, best_tries, tries):
+    for make in (without_rows, equal_steps, own_tasks, best_tries, tries, single_changes):
         text = put(text, make.__name__.replace("_", " "), make(), script="when_to_fuse.py")
     return {PAGE: text, DOCS / "figures" / "tries.svg": picture()}
 

@@ -34,6 +34,7 @@ from cli import (
 from config import GENERAL, HELD_APART, RAW_CHAT, TASKS, UserError
 
 OF_HELD_APART = {"dataset_type": HELD_APART}
+COMPARED = ("safety", "truthfulness")  # tasks that have scores by comparison, too
 
 
 @dataclass
@@ -62,7 +63,7 @@ class LikelihoodArguments(AnsweringArguments):
     )
     seed: int | None = flag_with(OF_HELD_APART, 42, "the runs' --seed")
     comparisons: int = flag(
-        1, "0: the likelihoods of good answers alone; no safe_preferred, MC1 and MC2, half of the work", choices=[0, 1]
+        1, "0: the likelihoods of good answers alone, without safe_preferred, MC1 and MC2", choices=[0, 1]
     )
     max_length: int | None = flag(
         None, "longest sample in tokens; a longer one loses the beginning of its prompt (default: the model's window)"
@@ -86,6 +87,8 @@ class LikelihoodArguments(AnsweringArguments):
         read_tasks(self.tasks)
         if self.dataset_type == HELD_APART:
             check_default(self, f"has no effect with --dataset_type {HELD_APART}", "comparisons")
+        if not set(COMPARED) & set(self.scored_tasks):
+            check_default(self, f"has no effect on {', '.join(self.scored_tasks)}", "comparisons")
         if self.task_name == GENERAL and self.dataset_type != "test":
             raise UserError(f"--dataset_type {self.dataset_type}: {GENERAL} has a test half only")
 
@@ -183,7 +186,7 @@ def settings_of(args: LikelihoodArguments, task: str, base_model: str, source: s
         "max_length": args.max_length,
         "dtype": base.dtype_name(args.dtype),
         "data_sha256": sources.data_sha256(sources.source_files(task, split, source, bool(args.comparisons))),
-        **({} if args.comparisons else {"comparisons": 0}),
+        **({"comparisons": 0} if task in COMPARED and not args.comparisons else {}),
         **effective_flags(args),
     }
 

@@ -125,7 +125,7 @@ all_tries() {  # of $seed
     fusion fused_2_then_4 --num_train_epochs $((2 * NUM_TRAIN_EPOCHS)) --expert_dropout 0.1
     experts_are _3_epochs
     fusion fused_3_then_1 --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
-    experts_are "" "" _1_epoch  # the task with the most rows has had enough of them sooner
+    experts_are "" "" _1_epoch  # fewer for the task with the most rows
     fusion fused_each_its_own_then_3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1
 
     # 4. Twice the rank, of both

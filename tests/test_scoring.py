@@ -202,6 +202,10 @@ def test_without_comparisons_the_likelihoods_are_the_same(tmp_path, base_dir, ti
     folder = Path("evaluation/helpfulness/test/raw/likelihood/metrics.json")
     whole, alone = (json.loads((tmp_path / name / folder).read_text())["metrics"] for name in ("with", "without"))
     assert whole == alone
+    arguments = [
+        json.loads((tmp_path / name / folder.with_name("run.json")).read_text()) for name in ("with", "without")
+    ]
+    assert arguments[0]["run"] == arguments[1]["run"]  # a task without comparisons is scored alike
     for task in ("safety", "truthfulness"):
         folder = tmp_path / "without" / "evaluation" / task / "test" / "raw" / "likelihood"
         assert set(json.loads((folder / "metrics.json").read_text())["metrics"]) == {"nll_per_token"}
@@ -213,6 +217,9 @@ def test_without_comparisons_the_likelihoods_are_the_same(tmp_path, base_dir, ti
     with pytest.raises(SystemExit):
         evaluate_likelihood.main([*place, "--dataset_type", "held_apart", "--comparisons", "0"])
     assert "--comparisons 0: has no effect with --dataset_type held_apart" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate_likelihood.main([*place, "--task_name", "helpfulness", "--comparisons", "0"])
+    assert "--comparisons 0: has no effect on helpfulness" in capsys.readouterr().err
 
 
 def test_a_reference_that_is_empty_is_counted(tmp_path, base_dir, tiny_source):
