@@ -177,7 +177,7 @@ def settings_of(run: RunScores) -> dict[str, str]:
     record = run.record
     settings = {k: v for k, v in record["run"]["arguments"].items() if k not in OF_A_MACHINE and "sha256" not in k}
     experts = record["meta"].get("experts", {})
-    for key in ("num_train_epochs", "rank"):
+    for key in ("num_train_epochs", "learning_rate", "rank"):
         of_tasks = {task: arguments[key] for task, arguments in experts.items()}
         if len(set(of_tasks.values())) == 1:
             settings[f"experts' {key}"] = of_tasks.popitem()[1]

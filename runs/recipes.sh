@@ -20,7 +20,7 @@ if [ $HALF = held_apart ]; then
     HALF="--dataset_type held_apart" SCORED_ON="--dataset_type held_apart --num_trained $NUM_SAMPLES"
     : "${NUM_SCORED:=100}"
 else
-    HALF="" SCORED_ON=""
+    HALF="" SCORED_ON="--comparisons 0"
     : "${NUM_SCORED:=200}"
 fi
 SCORE="--base_model $BASE_MODEL --data_source $DATA_SOURCE $SCORED_ON --num_samples $NUM_SCORED --dtype $DTYPE"
@@ -56,6 +56,7 @@ flags_of() {  # SUFFIX: how an expert of this name is aligned
     case $1 in
         _1_epoch) echo --num_train_epochs $((NUM_TRAIN_EPOCHS - 1)) ;;
         _3_epochs) echo --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) ;;
+        _rate_1e-3) echo --learning_rate 1e-3 ;;
         _rank_16) echo --rank 16 --alpha 8 ;;
     esac
 }
@@ -90,11 +91,12 @@ all_tries() {  # of $seed
 
     # 1. One LoRA with the fused model's parameters: its rate, dropout, rank and epochs
     mixed mixed
-    for rate in 2e-4 1e-3; do mixed mixed_rate_$rate --learning_rate $rate; done
+    for rate in 2e-4 1e-3 2e-3; do mixed mixed_rate_$rate --learning_rate $rate; done
     for dropout in 0 0.3; do mixed mixed_dropout_$dropout --lora_dropout $dropout; done
     mixed mixed_rank_8 --rank 8 --alpha 4
     mixed mixed_1_epoch --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
     mixed mixed_3_epochs --num_train_epochs $((NUM_TRAIN_EPOCHS + 1))
+    mixed mixed_3_epochs_rate_1e-3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --learning_rate 1e-3
     mixed mixed_3_epochs_dropout_0.3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --lora_dropout 0.3
     mixed mixed_twice_dropout_0.3 --num_train_epochs $((2 * NUM_TRAIN_EPOCHS)) --lora_dropout 0.3
     mixed mixed_twice --num_train_epochs $((2 * NUM_TRAIN_EPOCHS))  # the steps of experts and fusion together
@@ -103,7 +105,7 @@ all_tries() {  # of $seed
     experts_are ""
     fusion fused
     for dropout in 0.1 0.3; do fusion fused_dropout_$dropout --expert_dropout $dropout; done
-    for rate in 1e-4 2e-4 1e-3; do fusion fused_rate_$rate --learning_rate $rate; done
+    for rate in 1e-4 2e-4 1e-3 2e-3; do fusion fused_rate_$rate --learning_rate $rate; done
     for gamma in 0.01 0.1; do fusion fused_gamma_$gamma --helpfulness_weight $gamma --safety_weight $gamma --truthfulness_weight $gamma; done
     fusion fused_gate_falls --gate_schedule linear
     fusion fused_no_gate --gate_loss_weight 0
@@ -122,11 +124,15 @@ all_tries() {  # of $seed
     fusion fused_1_then_3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1
     experts_are ""
     fusion fused_2_then_3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1
+    fusion fused_2_then_3_rate_1e-3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1 --learning_rate 1e-3
     fusion fused_2_then_4 --num_train_epochs $((2 * NUM_TRAIN_EPOCHS)) --expert_dropout 0.1
     experts_are _3_epochs
     fusion fused_3_then_1 --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
     experts_are "" "" _1_epoch  # fewer for the task with the most rows
     fusion fused_each_its_own_then_3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1
+
+    experts_are _rate_1e-3  # the LoRA's best rate, from the first step on
+    fusion fused_all_at_1e-3 --learning_rate 1e-3
 
     # 4. Twice the rank, of both
     mixed mixed_rank_48 --rank 48 --alpha 24
