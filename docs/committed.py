@@ -51,6 +51,10 @@ def row_of(comparison: dict, run: str) -> dict:
     return next(row for row in comparison["rows"] if row["run"] == run)
 
 
+def mean_of(row: dict) -> float:
+    return row["metrics"][MEAN_NLL.name]["value"]
+
+
 def difference_text(row: dict, metric: str = MEAN_NLL.name) -> str:
     """A row's paired difference from the reference, reference - row, its interval and p."""
     paired = row["paired"].get(metric)

@@ -20,6 +20,7 @@ from committed import (
     as_image,
     difference_text,
     kept_runs,
+    mean_of,
     put,
     row_of,
     task_by_task,
@@ -34,7 +35,9 @@ from evaluator.sweeps import OF_A_MACHINE
 from workspace.files import read_json
 
 PAGE = DOCS / "when_to_fuse.md"
-TRIES = RESULTS / "recipes" / "held_apart"
+CONFIRMED = RESULTS / "recipes"  # the test half, three seeds
+TRIES = CONFIRMED / "held_apart"
+TRIED = ("fused", "mixed")  # how their names begin; the others are their experts
 ENSEMBLE = "ensemble_probabilities"
 WITHOUT_ROWS = (*TASKS, "merge_linear", "merge_ties", ENSEMBLE, "moe")  # of three seeds each
 SINGLE_CHANGES = (  # words, the try without the change, the try with it
@@ -46,10 +49,6 @@ SINGLE_CHANGES = (  # words, the try without the change, the try with it
     ("fusion: less than half the rate", "fused", "fused_rate_2e-4"),
     ("fusion: three experts per token in training, two after", "fused", "fused_top_3_then_2"),
 )
-
-
-def mean_of(row: dict) -> float:
-    return row["metrics"][MEAN_NLL.name]["value"]
 
 
 def equal_steps() -> str:
@@ -99,7 +98,7 @@ def compared_tries() -> tuple[dict[str, RunScores], str, dict]:
     """(the kept tries and their experts, the best one LoRA, the comparison of the tries with it)."""
     runs = kept_runs(TRIES)
     best = best_of(runs, "mixed")
-    return runs, best, compare({name: run for name, run in runs.items() if name.startswith(("fused", "mixed"))}, best)
+    return runs, best, compare({name: run for name, run in runs.items() if name.startswith(TRIED)}, best)
 
 
 def best_tries() -> str:
@@ -117,9 +116,18 @@ def best_tries() -> str:
 
 def tries() -> str:
     """Every recipe that was tried, on questions held apart, against the best one LoRA."""
-    runs, best, table = compared_tries()
+    return table_of_tries(*compared_tries())
+
+
+def confirmed() -> str:
+    """The recipes that were chosen on questions held apart, on the test half."""
+    runs, best = kept_runs(CONFIRMED), compared_tries()[1]
+    return table_of_tries(runs, best, compare({name: runs[name] for name in runs if name.startswith(TRIED)}, best))
+
+
+def table_of_tries(runs: dict[str, RunScores], reference: str, table: dict) -> str:
     lines = [
-        f"| run | what is changed | steps in all | mean NLL/token ↓ | {best} − run, paired | "
+        f"| run | what is changed | steps in all | mean NLL/token ↓ | {reference} − run, paired | "
         + " | ".join(f"{one.task} ↓" for one in NLL)
         + " |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -128,7 +136,7 @@ def tries() -> str:
         scores = [row["metrics"][one.name]["value"] for one in NLL]
         cells = [
             row["run"],
-            changes(runs, row["run"]),
+            changes(row["run"]),
             f"{steps_in_all(runs, row['run']):.0f}",
             interval_text(row["metrics"][MEAN_NLL.name]),
             difference_text(row) if row["paired"] else "",
@@ -166,8 +174,9 @@ def expert_of(runs: dict[str, RunScores], arguments: dict) -> str:
     return next(name for name, run in runs.items() if run.record and run.record["run"]["arguments"] == arguments)
 
 
-def changes(runs: dict[str, RunScores], name: str) -> str:
+def changes(name: str) -> str:
     """The settings of a try, its experts and its start that differ from those of `mixed` or `fused`."""
+    runs, _, _ = compared_tries()
     ours, theirs = (settings_of(runs[one]) for one in (name, name.split("_")[0]))
     return ", ".join(f"{key} {ours[key]}" for key in ours if ours[key] != theirs.get(key))
 

@@ -164,6 +164,24 @@ def sweep(points: list[tuple[float, float, str]], heading: str, measure: str) ->
         return to_svg(figure, f"{measure} over {heading}")
 
 
+def curves(lines: dict[str, list[tuple[float, float]]], levels: dict[str, float], heading: str, measure: str) -> str:
+    """A measure over a setting, a line for each of several methods; levels: methods that the setting does not change,
+    each a dashed line."""
+    places = {x: place for place, x in enumerate(sorted({x for points in lines.values() for x, _ in points}))}
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+        for number, (label, points) in enumerate(lines.items()):
+            xs, ys = zip(*sorted(points), strict=True)
+            axes.plot([places[x] for x in xs], ys, "os^Dv"[number % 5] + "-", color=COLOURS[number], label=label)
+        for number, (label, y) in enumerate(levels.items(), len(lines)):
+            axes.axhline(y, linestyle="--", linewidth=1, color=COLOURS[number % len(COLOURS)], label=label)
+        axes.set_xticks(range(len(places)), [f"{x:g}" for x in places])
+        axes.set_xlabel(heading)
+        axes.set_ylabel(measure)
+        axes.legend(fontsize=8)
+        return to_svg(figure, f"{measure} over {heading}, for {len(lines) + len(levels)} methods")
+
+
 def weight_histograms(probs_of_run: dict[str, list[list[float]]], experts: list[str]) -> str | None:
     """Histograms over prompts of each expert's mean routing weight, one panel per run: the paper's figure."""
     if not probs_of_run:
