@@ -29,6 +29,7 @@ from committed import (
 from config import TASKS
 from evaluator import figures
 from evaluator.comparison import KINDS, compare, split_seed
+from evaluator.page import Section
 from evaluator.run_scores import MEAN_NLL, RunScores
 from evaluator.statistics import interval_text
 from evaluator.sweeps import OF_A_MACHINE
@@ -202,10 +203,10 @@ def picture() -> str:
     return as_image(figures.differences(table["rows"], best, KINDS))
 
 
-def sections() -> tuple[tuple[str, str, dict], ...]:
-    """What the report's page shows of it: heading, text and comparison of each section."""
+def sections() -> tuple[Section, ...]:
+    """What the report's page shows of it."""
     text = f"Forty training questions per task, one seed, training questions held apart. {best_tries()}"
-    return (("Recipes, to choose by", text.replace("`", ""), compared_tries()[2]),)
+    return (Section("Recipes, to choose by", text.replace("`", ""), compared_tries()[2]),)
 
 
 def documents() -> dict[Path, str]:

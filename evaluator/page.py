@@ -1,5 +1,6 @@
 """The comparison as one self-contained page: what evaluator/comparison.py worked out, put into page.html.j2."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -30,6 +31,17 @@ SIGNIFICANT = 0.05
 PAPER_GAINS = {"expert": 11.37, "ensemble": 13.77, "merge": 6.18}  # percent, by the paper's own metrics
 
 
+@dataclass(frozen=True)
+class Section:
+    """Another comparison on the page: a table of likelihoods, the best row first, and figures of page_figures'
+    form."""
+
+    heading: str
+    text: str
+    comparison: dict
+    figures: tuple[dict, ...] = ()
+
+
 def write_page(
     path: Path,
     comparison: dict,
@@ -37,12 +49,11 @@ def write_page(
     answers: dict | None,
     duplicates: dict[str, dict] | None,
     beside: tuple[dict, dict[str, RunScores]] | None = None,
-    others: tuple[tuple[str, str, dict], ...] = (),
+    others: tuple[Section, ...] = (),
 ) -> None:
     """Write the page of a comparison (comparison.compare); answers: page_answers.shown_answers, where they may be
     shown; duplicates: data.near_duplicates.near_duplicates, where they were counted; beside: a comparison of runs of
-    the same names on another base, and those runs; others: heading, text and comparison of more sections, a table of
-    likelihoods each."""
+    the same names on another base, and those runs; others: more comparisons."""
     folder = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(folder),
@@ -73,14 +84,16 @@ def write_page(
         figures=drawn,
         confusion=confusion(runs[own].routing, expert_names(runs[own])),
         gains=relative_gains(comparison),
-        sections=[
-            *([beside_section(comparison, records, *beside)] if beside else []),
-            *(section_of(*one) for one in others),
-        ],
+        sections=[*([beside_section(comparison, records, *beside)] if beside else []), *map(section_of, others)],
         answers=answers,
         colours=figures.COLOURS,
         duplicates=duplicates,
-        missing=absent + missing_text(rows, columns, shown, answers is not None, duplicates),
+        missing=[
+            f"{heading}: no runs here to draw it from."
+            for heading in absent
+            if heading not in {figure["heading"] for section in others for figure in section.figures}
+        ]
+        + missing_text(rows, columns, shown, answers is not None, duplicates),
         made_by=made_by(records),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,6 +158,7 @@ def beside_section(comparison: dict, records: dict, other: dict, others_runs: di
     ]
     return {
         "heading": "The same rows on another base",
+        "figures": (),
         "text": f"{setting_text(others_records, alone=False)} {verdict(other)}",
         "reference": comparison["reference"],
         "columns": [f"mean NLL/token ↓, {base_name(some)}" for some in (records, others_records)],
@@ -152,13 +166,15 @@ def beside_section(comparison: dict, records: dict, other: dict, others_runs: di
     }
 
 
-def section_of(heading: str, text: str, comparison: dict) -> dict:
-    """Another comparison's likelihoods, the best row first, in the form of `beside_section`."""
+def section_of(section: Section) -> dict:
+    """A section in the form of `beside_section`."""
+    comparison = section.comparison
     rows = [row for row in comparison["rows"] if MEAN_NLL.name in row["metrics"]]
     shown = [MEAN_NLL, *(one for one in nll_metrics(TASKS) if all(one.name in row["metrics"] for row in rows))]
     return {
-        "heading": heading,
-        "text": text,
+        "heading": section.heading,
+        "text": section.text,
+        "figures": section.figures,
         "reference": comparison["reference"],
         "columns": [f"{one.heading} ↓" for one in shown],
         "rows": [

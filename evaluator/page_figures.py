@@ -8,7 +8,7 @@ from evaluator.sweeps import Alike, embedding_drift, mean_nll, safe_preferred
 
 
 def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tuple[list[dict], list[str]]:
-    """(figures for the page, sentences on those that could not be drawn); own: the reference with its seed."""
+    """(figures for the page, the headings of those that could not be drawn); own: the reference with its seed."""
     reference, rows = comparison["reference"], comparison["rows"]
     log = ((runs[own].record or {}).get("train") or {}).get("log", [])
     usage = runs[own].usage
@@ -75,7 +75,7 @@ def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tupl
         ),
     ]
     drawn = [{"heading": h, "svg": svg, "caption": caption} for h, svg, caption in candidates if svg]
-    return drawn, [f"{heading}: no runs here to draw it from." for heading, svg, _ in candidates if not svg]
+    return drawn, [heading for heading, svg, _ in candidates if not svg]
 
 
 def expert_names(run: RunScores) -> list[str]:

@@ -3,6 +3,7 @@
 #
 #   bash runs/comparison.sh --base_model smollm2 --data_source DIR --num_samples 160 --seeds 42,43,44
 #   bash runs/comparison.sh --quick 1        all kinds of row on smollm2 and data/sample, few rows, one seed: minutes
+#   bash runs/comparison.sh --rivals 0       the method and its ablations alone: experts, fusions, no answers
 #
 # Run it again to resume it where it was stopped: what is done says so and is skipped. --save DIR keeps each row there as
 # soon as it is scored; --reuse DIR takes over the rows of such a folder whose settings are these.
@@ -11,10 +12,12 @@ cd "$(dirname "$0")/.."
 
 . runs/rows.sh
 take_flags "base_model=smollm2 data_source=sample num_samples= num_scored= num_answered= num_train_epochs= batch_size=4
-    num_held_apart=30 seeds=42 dtype=auto other_merges=1 ablations= answers=1 judge_url= judge_model= quick=0 save= reuse= results_dir=" "$@"
-for one in "$QUICK" "$ANSWERS" "${ABLATIONS:-0}" "$OTHER_MERGES"; do
-    case $one in 0 | 1) ;; *) refuse "--quick, --answers, --ablations and --other_merges are 0 or 1" ;; esac
+    num_held_apart=30 seeds=42 dtype=auto rivals=1 other_merges= ablations= answers= judge_url= judge_model= quick=0 save= reuse= results_dir=" "$@"
+for one in "$QUICK" "$RIVALS" "${ANSWERS:-0}" "${ABLATIONS:-0}" "${OTHER_MERGES:-0}"; do
+    case $one in 0 | 1) ;; *) refuse "--quick, --rivals, --answers, --ablations and --other_merges are 0 or 1" ;; esac
 done
+case $RIVALS:$ANSWERS:$OTHER_MERGES in 0:*1*) refuse "--rivals 0: leaves out the answers and all merges; --answers and --other_merges are 0 then" ;; esac
+: "${ANSWERS:=$RIVALS}" "${OTHER_MERGES:=$RIVALS}"
 case $NUM_TRAIN_EPOCHS in *[!0-9]*) refuse "--num_train_epochs $NUM_TRAIN_EPOCHS: is a whole number here" ;; esac
 case $JUDGE_URL:$JUDGE_MODEL in : | ?*:?*) ;; *) refuse "--judge_url and --judge_model go together" ;; esac
 [ $QUICK = 0 ] || [ -z "$JUDGE_URL" ] || refuse "--judge_url: --quick 1 answers no prompt of helpfulness"
@@ -36,13 +39,13 @@ count() { echo $#; }
 num_seeds=$(count $(echo "$SEEDS" | tr ',' ' '))
 num_ablations=$((5 + $(count $TOP_KS) + $(count $GATES) + 4 * $(count $GAMMAS)))
 echo "The comparison on $BASE_MODEL and $DATA_SOURCE, $NUM_SAMPLES questions per task, seeds $SEEDS, into $RESULTS_DIR:"
-echo "  $((3 * num_seeds)) experts, $((num_seeds * (2 - QUICK) + ABLATIONS)) LoRAs on the mixed data, $num_seeds fusions; of the first seed $((ABLATIONS * num_ablations)) other fusions"
-echo "  linear and TIES merges and an averaging ensemble of each seed, $((OTHER_MERGES * $(count $MERGES $TUNED))) other merges and $OTHER_MERGES more ensembles"
+echo "  $((3 * num_seeds)) experts, $((RIVALS * (num_seeds * (2 - QUICK) + ABLATIONS))) LoRAs on the mixed data, $num_seeds fusions; of the first seed $((ABLATIONS * num_ablations)) other fusions"
+[ $RIVALS = 0 ] || echo "  linear and TIES merges and an averaging ensemble of each seed, $((OTHER_MERGES * $(count $MERGES $TUNED))) other merges and $OTHER_MERGES more ensembles"
 echo "  likelihoods of $NUM_SCORED held-out rows per task and run; answers, and 2 to 4 ways to select among them: $([ $ANSWERS = 1 ] && echo "$NUM_ANSWERED prompts per task" || echo none)"
 if [ $QUICK = 1 ]; then
     echo "On two CPU cores: about ten minutes."
 else
-    echo "On two CPU cores with SmolLM2-135M and 160 questions per task: an hour and a quarter for each seed$(
+    echo "On two CPU cores with SmolLM2-135M and 160 questions per task: $([ $RIVALS = 1 ] && echo "an hour and a quarter" || echo "about three quarters of an hour") for each seed$(
         [ $OTHER_MERGES = 0 ] || echo ", 40 minutes for the other merges")$(
         [ $ANSWERS = 0 ] || echo ", two hours for the answers and their judges")$(
         [ $ABLATIONS = 0 ] || echo ", seven for the ablations")."
@@ -68,19 +71,22 @@ of() {  # SEED: what follows is of that seed: $seed, $s behind a run's name, and
 
 # 1. For each seed: experts, LoRAs on the mixed data, merges and an ensemble of the experts, their fusion
 of 42
-row raw nothing nothing
-template=$(python -c "import sys; from models.base import load_tokenizer; print(load_tokenizer(sys.argv[1]).chat_template is not None)" "$BASE_MODEL" | tail -n 1)  # before it: a conversion's news
-if [ "$template" = True ]; then row raw_chat nothing nothing; else echo "raw_chat: left out, the base has no chat template"; fi
+if [ $RIVALS = 1 ]; then
+    row raw nothing nothing
+    template=$(python -c "import sys; from models.base import load_tokenizer; print(load_tokenizer(sys.argv[1]).chat_template is not None)" "$BASE_MODEL" | tail -n 1)  # before it: a conversion's news
+    if [ "$template" = True ]; then row raw_chat nothing nothing; else echo "raw_chat: left out, the base has no chat template"; fi
+fi
+rival() { [ $RIVALS = 0 ] || row "$@"; }
 for seed in $(echo "$SEEDS" | tr ',' ' '); do
     of $seed
     for task in $TASKS; do row $task$s nothing $(expert $task); done
-    row mixed_rank_24$s nothing $MIXED_24
-    row merge_linear$s experts $LINEAR
-    row merge_ties$s experts $TIES
-    row ensemble_probabilities$s experts $ENSEMBLE
+    rival mixed_rank_24$s nothing $MIXED_24
+    rival merge_linear$s experts $LINEAR
+    rival merge_ties$s experts $TIES
+    rival ensemble_probabilities$s experts $ENSEMBLE
     row moe$s experts $FUSE
     row $RUN$s fuse $FUSED
-    if [ $QUICK = 0 ]; then row mixed_rank_24_twice$s nothing $MIXED_24_TWICE; fi
+    if [ $QUICK = 0 ]; then rival mixed_rank_24_twice$s nothing $MIXED_24_TWICE; fi
     score
 done
 of 42
@@ -97,7 +103,7 @@ fi
 
 # 3. Fusions that differ in one thing
 if [ $ABLATIONS = 1 ]; then
-    row mixed_rank_8 nothing $MIXED --run_name mixed_rank_8
+    rival mixed_rank_8 nothing $MIXED --run_name mixed_rank_8
     fusion() { local name=$1 needs=$2; shift 2; row $name $needs $FUSED --run_name $name "$@"; }
     PROTOTYPE="python models/llama_moe.py --router_init prototype --dtype $DTYPE --output $RESULTS_DIR/outputs/moe_prototype $R"
     fuse_fresh() { once moe_fresh python models/llama_moe.py --fresh_rank 8 --base_model $BASE_MODEL --output $RESULTS_DIR/outputs/moe_fresh $R; }

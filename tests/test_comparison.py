@@ -14,7 +14,7 @@ import inference
 from config import TASKS, UserError
 from evaluator import comparison, evaluate_likelihood, report, select_answers
 from evaluator.kept_runs import read_kept
-from evaluator.page import section_of, verdict, write_page
+from evaluator.page import Section, section_of, verdict, write_page
 from evaluator.run_scores import RunScores, check_score, cost_of_run, read_run_scores, read_usage
 from models import ensemble, llama_moe, merging
 
@@ -86,25 +86,25 @@ def test_the_same_rows_on_another_base_stand_beside_these(results, tmp_path, cap
 
 
 def test_other_comparisons_are_sections_of_the_page(results, table, tmp_path):
-    """The best row first; what selects among answers has no likelihood and is left out."""
+    """The best row first; what selects among answers has no likelihood and is left out. What a section draws is not
+    missing."""
     runs = {name: read_run_scores(results, name, "test", None) for name in ("raw", "safety", FUSED)}
     compared = comparison.compare(runs, "safety")
-    write_page(
-        tmp_path / "page.html",
-        comparison.compare(runs, FUSED),
-        runs,
-        None,
-        None,
-        others=(("More", "Said <so>.", compared),),
-    )
-    section = (tmp_path / "page.html").read_text().split("More</h2>")[1].split("<h2>")[0]
+    drawn = {"heading": "Sweep over k", "svg": "<svg></svg>", "caption": "Fusions & <others>."}
+    more = Section("More", "Said <so>.", compared, (drawn,))
+    write_page(tmp_path / "page.html", comparison.compare(runs, FUSED), runs, None, None, others=(more,))
+    page = (tmp_path / "page.html").read_text()
+    section = page.split("More</h2>")[1].split("<h2>")[0]
+    assert "<h3>Sweep over k</h3>\n<figure><svg></svg><figcaption>Fusions &amp; &lt;others&gt;." in section
+    missing = page.split("What is missing</h2>")[1]
+    assert "Sweep over λ: no runs here to draw it from." in missing and "Sweep over k" not in missing
     value = {row["run"]: row["metrics"]["mean_nll_per_token"]["value"] for row in compared["rows"]}
     assert re.findall(r'scope="row">([^<]+)<', section) == sorted(value, key=value.get)
     assert "Said &lt;so&gt;." in section and section.count("below: safety − run, paired") == 1 + len(TASKS)
     assert all(f"{one:.3f} [" in section for one in value.values()) and section.count("p = ") == 2 * (1 + len(TASKS))
     only = {**table, "rows": [row for row in table["rows"] if row["run"] in ("consensus", FUSED)]}
     only["rows"] = [{**row, "metrics": {k: v for k, v in row["metrics"].items() if v}} for row in only["rows"]]
-    assert [row["run"] for row in section_of("", "", only)["rows"]] == [FUSED]
+    assert [row["run"] for row in section_of(Section("", "", only))["rows"]] == [FUSED]
 
 
 def row_of(table, run):

@@ -60,6 +60,7 @@ def commands_of(script, flags, folder):
     [
         ("comparison.sh", ["--judge_url", "http://localhost:1/v1", "--judge_model", "m"], 180),
         ("comparison.sh", ["--quick", "1"], 40),
+        ("comparison.sh", ["--rivals", "0"], 40),
         ("recipes.sh", [], 80),
         ("recipes.sh", ["--half", "test", "--seeds", "42,43,44", "--rows", "mixed,fused_arrow"], 20),
         ("elsewhere.sh", [], 60),
@@ -113,8 +114,9 @@ MERGES += tuple(f"{method}_tuned" for method in ("task_arithmetic", "ties", "tsv
 @pytest.mark.parametrize(
     ("script", "flags", "said"),
     [
-        ("comparison", ["--quick", "10"], "--quick, --answers, --ablations and --other_merges are 0 or 1"),
+        ("comparison", ["--quick", "10"], "--quick, --rivals, --answers, --ablations and --other_merges are 0 or 1"),
         ("comparison", ["--ablations", "2"], "are 0 or 1"),
+        ("comparison", ["--rivals", "0", "--answers", "1"], "leaves out the answers and all merges"),
         ("comparison", ["--answers", "0", "--judge_url", "U", "--judge_model", "M"], "--answers 0 makes none"),
         ("comparison", ["--judge_url", "U"], "--judge_url and --judge_model go together"),
         ("comparison", ["--quick", "1", "--judge_url", "U", "--judge_model", "M"], "answers no prompt of helpfulness"),
