@@ -5,9 +5,9 @@
 #
 #   bash runs/elsewhere.sh --data_source DIR
 #
-# For each number of mixed questions (--mixed; --run_mixed: some of them alone) every method tries two numbers of epochs;
-# which one counts is chosen on questions held apart (one seed, `--half held_apart`, the first run), then scored on the
-# test half (`--half test --seeds 42,43,44 --epochs EPOCHS`). Run it again to resume it where it was stopped.
+# For each number of mixed questions (--mixed; --run_mixed: some of them alone) every method tries several numbers of
+# epochs; which one counts is chosen on questions held apart (one seed, `--half held_apart`, the first run), then scored
+# on the test half (`--half test --seeds 42,43,44 --epochs EPOCHS`). Run it again to resume it where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -81,7 +81,7 @@ for seed in $(echo "$SEEDS" | tr ',' ' '); do
     row moe$s experts $FUSE
 
     for number in $(echo "$RUN_MIXED" | tr ',' ' '); do
-        case $number in ? | 1?) TRIED="4 8" ;; ??) TRIED="2 4" ;; *) TRIED="1 2" ;; esac
+        case $number in ? | 1?) TRIED="1 2 4 8" ;; ??) TRIED="1 2 3" ;; *) TRIED="1 2" ;; esac
         data="--data_source $DATA/mixed_$number"
         tries mixed_$number nothing $LORA --task_name mix --rank 24 --alpha 12 --seed $seed --base_model $BASE_MODEL $data
         tries merged_$number merge $LORA --task_name mix --init_adapter merge_tsv_m$s --rank 24 --alpha 24 --seed $seed --base_model $BASE_MODEL $data
