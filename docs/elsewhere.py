@@ -1,28 +1,36 @@
 """Experts from elsewhere, docs/when_to_fuse.md: the methods that use few mixed questions, from the rows of
 runs/elsewhere.sh."""
 
+import re
 from functools import cache
 
-from committed import NLL, RESULTS, difference_text, kept_runs, mean_of, row_of
+from committed import NLL, RESULTS, difference_text, kept_runs, mean_of, row_of, task_by_task
 
 from evaluator import figures
 from evaluator.comparison import compare, split_seed
 from evaluator.run_scores import RunScores
 from evaluator.sweeps import mean_nll
 
-FOLDER = RESULTS / "elsewhere"
-CHOSEN_ON = FOLDER / "held_apart"  # one seed, every number of epochs; FOLDER itself: the test half, three seeds
+FOLDER = RESULTS / "elsewhere" / "held_apart"  # one seed, every number of epochs
+CAPTION = (
+    "Mean NLL per token over the number of mixed questions of each task, each method with the best of its numbers of "
+    "epochs. At 0: what it begins with, if that is of the experts. Dashed: what uses no mixed question."
+)
 METHODS = {  # prefix of the rows on some mixed questions: (words, the row that it begins with)
     "fused": ("fusion of the experts, aligned on them", "moe"),
     "merged": ("one LoRA that begins with a merge (TSV-M)", "merge_tsv_m"),
-    "mixed": ("one LoRA from the base", "raw"),
+    "mixed": ("one LoRA from the base", None),  # the raw base is off the picture
+    "ungated": ("the same without the gating loss", "moe"),
+    "initialised": ("the same, its routers' start made from them", "moe"),
     "tuned": ("task arithmetic, its coefficients tuned on them", None),
     "prototype": ("fusion, its routers' start made from them, not aligned", "moe"),
 }
-REST = {  # what no mixed question can change, and is not begun from either
-    "ensemble_probabilities": "ensemble of probabilities, not trained",
-    "merge_ties": "TIES, not tuned",
+WITHOUT = {  # rows that need no mixed question
+    "ensemble_probabilities": "ensemble of probabilities",
+    "merge_ties": "TIES merge",
     "merge_linear": "uniform merge",
+    "merge_tsv_m": "TSV-M merge",
+    "moe": "fusion, not aligned",
 }
 
 
@@ -40,20 +48,20 @@ def numbers(runs: dict[str, RunScores]) -> list[int]:
 
 
 @cache
-def compared(folder) -> tuple[dict[str, RunScores], dict[int, dict]]:
+def compared() -> tuple[dict[str, RunScores], dict[int, dict]]:
     """(a half's kept rows, {number of mixed questions: the comparison of what uses them with the fusion})."""
-    runs = kept_runs(folder)
+    runs = kept_runs(FOLDER)
     tables = {}
     for number in numbers(runs):
-        used = {on_questions(runs, method, number) for method in METHODS} | {*REST}
+        used = {on_questions(runs, method, number) for method in METHODS} | {*WITHOUT}
         of_seeds = {name: run for name, run in runs.items() if split_seed(name)[0] in used}
         tables[number] = compare(of_seeds, on_questions(runs, "fused", number))
     return runs, tables
 
 
-def few_rows(folder=FOLDER) -> str:
-    """A table for each number of mixed questions: every method, and what is not trained, against the fusion."""
-    runs, tables = compared(folder)
+def few_rows() -> str:
+    """For each number of mixed questions: every method, and what needs none, against the fusion."""
+    runs, tables = compared()
     lines = [
         "| mixed questions per task | method | epochs | mean NLL/token ↓ | fusion − method, paired | "
         + " | ".join(f"{one.task} ↓" for one in NLL)
@@ -61,31 +69,60 @@ def few_rows(folder=FOLDER) -> str:
         "| --- " * (5 + len(NLL)) + "|",
     ]
     for number, table in tables.items():
-        words = {on_questions(runs, method, number): words for method, (words, _) in METHODS.items()} | REST
+        words = {on_questions(runs, method, number): words for method, (words, _) in METHODS.items()} | WITHOUT
         for row in sorted(table["rows"], key=mean_of):
             epochs = runs[row["run"]].record["run"]["arguments"]["num_train_epochs"] if "_epochs_" in row["run"] else ""
             cells = [
                 str(number),
                 words[row["run"]],
-                str(epochs),
+                str(epochs).removesuffix(".0"),
                 f"{mean_of(row):.3f}",
                 difference_text(row) if row["paired"] else "",
                 *(f"{row['metrics'][one.name]['value']:.3f}" for one in NLL),
             ]
             lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(against_the_merged(number) for number in tables)])
+
+
+def against_the_merged(number: int) -> str:
+    """The fusion against the LoRA that begins with a merge, task by task."""
+    runs, tables = compared()
+    row = row_of(tables[number], on_questions(runs, "merged", number))
+    return f"On {number} mixed questions per task the fusion is, against {METHODS['merged'][0]}, {task_by_task(row)}."
+
+
+def epochs_tried() -> str:
+    """The mean loss of every number of epochs that was tried."""
+    runs, _ = compared()
+    tried: dict[tuple[str, int], dict[int, float]] = {}
+    for name, run in runs.items():
+        if found := re.fullmatch(r"([a-z]+)_(\d+)_epochs_(\d+)", name):
+            tried.setdefault((found[1], int(found[2])), {})[int(found[3])] = mean_nll(run)
+    columns = sorted({epochs for of_method in tried.values() for epochs in of_method})
+    lines = [
+        "| method | mixed questions | "
+        + " | ".join(f"{epochs} epoch{'s' * (epochs > 1)}" for epochs in columns)
+        + " |",
+        "| --- " * (2 + len(columns)) + "|",
+    ]
+    for (method, number), of_method in sorted(tried.items(), key=lambda item: (item[0][1], min(item[1].values()))):
+        cells = [f"{of_method[epochs]:.3f}" if epochs in of_method else "–" for epochs in columns]
+        lines.append(f"| {METHODS[method][0]} | {number} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def curve(folder=FOLDER) -> str:
+def curve() -> str:
     """Nats per token against the number of mixed questions, a line a method."""
-    runs, tables = compared(folder)
+    runs, tables = compared()
     lines = {}
     for method, (words, begin) in METHODS.items():
         begins = [] if begin is None else [(0, mean_over_seeds(runs, begin))]
-        lines[words] = begins + [
-            (number, mean_of(row_of(table, on_questions(runs, method, number)))) for number, table in tables.items()
-        ]
-    level = {words: mean_over_seeds(runs, name) for name, words in REST.items()}
+        named = {number: on_questions(runs, method, number) for number in tables}
+        points = [(number, mean_of(row_of(tables[number], name))) for number, name in named.items() if name]
+        if points:
+            lines[words] = begins + points
+    begun = {begin for _, begin in METHODS.values()}
+    level = {words: mean_over_seeds(runs, name) for name, words in WITHOUT.items() if name not in begun}
     return figures.curves(lines, level, "mixed questions per task", "mean NLL per token, nats (lower is better)")
 
 

@@ -4,12 +4,14 @@ python docs/when_to_fuse.py       after new rows: runs/recipes.sh --save docs/re
 """
 
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
+import elsewhere
 from committed import (
     EQUAL,
     NLL,
@@ -25,6 +27,7 @@ from committed import (
     row_of,
     task_by_task,
 )
+from elsewhere import epochs_tried, few_rows
 
 from config import TASKS
 from evaluator import figures
@@ -108,13 +111,19 @@ def compared_tries() -> tuple[dict[str, RunScores], str, dict]:
 def best_tries() -> str:
     """The best one LoRA of the tries against the best fusion of them, in words."""
     runs, mixed, table = compared_tries()
-    fused = best_of(runs, "fused")
-    of_mixed, of_fused = row_of(table, mixed), row_of(table, fused)
+    return f"{in_words(runs, mixed, table)} Both were chosen on these questions, which flatters both."
+
+
+def in_words(runs: dict[str, RunScores], mixed: str, table: dict) -> str:
+    """A LoRA against the best fusion of a comparison with it."""
+    of_mixed = row_of(table, mixed)
+    of_fused = min((row for row in table["rows"] if row["kind"] == "fused"), key=mean_of)
+    fused = of_fused["run"]
+    percent = 100 * of_fused["paired"][MEAN_NLL.name]["difference"] / mean_of(of_mixed)
     return (
         f"The best LoRA (`{mixed}`, {steps_in_all(runs, mixed):.0f} steps) comes to {mean_of(of_mixed):.3f}, the best "
         f"fusion (`{fused}`, {steps_in_all(runs, fused):.0f} steps in all) to {mean_of(of_fused):.3f}. LoRA − fusion: "
-        f"{difference_text(of_fused)}; the LoRA is {task_by_task(of_fused)}. Both were chosen on these questions, "
-        "which flatters both."
+        f"{difference_text(of_fused)}, {percent:.1f} % of the LoRA's loss; the LoRA is {task_by_task(of_fused)}."
     )
 
 
@@ -126,7 +135,8 @@ def tries() -> str:
 def confirmed() -> str:
     """The recipes that were chosen on questions held apart, on the test half."""
     runs, best = kept_runs(CONFIRMED), compared_tries()[1]
-    return table_of_tries(runs, best, compare({name: runs[name] for name in runs if name.startswith(TRIED)}, best))
+    table = compare({name: runs[name] for name in runs if name.startswith(TRIED)}, best)
+    return f"{in_words(runs, best, table)}\n\n{table_of_tries(runs, best, table)}"
 
 
 def table_of_tries(runs: dict[str, RunScores], reference: str, table: dict) -> str:
@@ -209,15 +219,37 @@ def picture() -> str:
 def sections() -> tuple[Section, ...]:
     """What the report's page shows of it."""
     text = f"Forty training questions per task, one seed, training questions held apart. {best_tries()}"
-    return (Section("Recipes, to choose by", text.replace("`", ""), compared_tries()[2]),)
+    few = [
+        Section(
+            f"Experts from elsewhere, {number} mixed questions per task",
+            "Experts of 160 questions of their own task; few questions of all tasks that no expert saw. One seed, "
+            "training questions held apart.",
+            table,
+        )
+        for number, table in elsewhere.compared()[1].items()
+    ]
+    curve = {"heading": "Likelihood over mixed questions", "svg": elsewhere.curve(), "caption": elsewhere.CAPTION}
+    few[-1] = replace(few[-1], figures=(curve,))
+    return (Section("Recipes, to choose by", text.replace("`", ""), compared_tries()[2]), *few)
 
 
 def documents() -> dict[Path, str]:
     """{file: what it must hold}."""
     text = PAGE.read_text(encoding="utf-8")
-    for make in (without_rows, equal_steps, own_tasks, best_tries, tries, single_changes):
+    for make in (
+        without_rows,
+        equal_steps,
+        own_tasks,
+        best_tries,
+        confirmed,
+        tries,
+        single_changes,
+        few_rows,
+        epochs_tried,
+    ):
         text = put(text, make.__name__.replace("_", " "), make(), script="when_to_fuse.py")
-    return {PAGE: text, DOCS / "figures" / "tries.svg": picture()}
+    figures_of = {"tries.svg": picture(), "elsewhere.svg": as_image(elsewhere.curve())}
+    return {PAGE: text} | {DOCS / "figures" / name: svg for name, svg in figures_of.items()}
 
 
 if __name__ == "__main__":

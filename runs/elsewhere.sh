@@ -7,7 +7,8 @@
 #
 # For each number of mixed questions (--mixed; --run_mixed: some of them alone) every method tries several numbers of
 # epochs; which one counts is chosen on questions held apart (one seed, `--half held_apart`, the first run), then scored
-# on the test half (`--half test --seeds 42,43,44 --epochs EPOCHS`). Run it again to resume it where it was stopped.
+# on the test half (`--half test --seeds 42,43,44 --epochs EPOCHS`; a method that EPOCHS does not name is left out). Run
+# it again to resume it where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,16 +35,15 @@ dealt() {  # the training questions of $seed: every seed deals them anew; what i
     python data/split.py --data_source $DATA_SOURCE --output $DATA --mixed $MIXED --num_held_apart $NUM_HELD_APART --seed $seed
 }
 
-if [ -n "$EPOCHS" ]; then  # every method's, and no other
-    for number in $(echo "$RUN_MIXED" | tr ',' ' '); do
-        for method in mixed merged fused; do case ",$EPOCHS," in *",${method}_$number="*) ;; *) refuse "--epochs $EPOCHS: says nothing of ${method}_$number" ;; esac; done
-    done
-    for one in $(echo "$EPOCHS" | tr ',' ' '); do
-        case ",$RUN_MIXED," in *",$(echo ${one%=*} | sed 's/^[a-z]*_//'),"*) ;; *) refuse "--epochs $EPOCHS: $one is of no method here" ;; esac
-    done
-fi
+for one in $(echo "$EPOCHS" | tr ',' ' '); do
+    name=${one%=*}
+    case " mixed merged fused initialised ungated ,$RUN_MIXED," in
+        *" ${name%_*} "*",${name##*_},"*) ;;
+        *) refuse "--epochs $EPOCHS: $one is of no method here" ;;
+    esac
+done
 LORA="python align_basemodel.py --moe_flag 0 --batch_size $BATCH_SIZE --dtype $DTYPE $R"
-epochs_of() {  # NAME EPOCHS...: those that are tried, or the one that was chosen
+epochs_of() {  # NAME EPOCHS...: those that are tried, or the one that was chosen, if any
     local name=$1 of_name
     shift
     if [ -z "$EPOCHS" ]; then echo "$@"; return; fi
@@ -62,6 +62,7 @@ expert() {  # TASK
 }
 experts() { local task; for task in $TASKS; do once $task$s $(expert $task); done; }
 fuse() { experts; once moe$s $FUSE; }
+initialise() { experts; once prototype_$number$s $prototype; }
 merge() { experts; once merge_tsv_m$s $TSV_M; }
 
 for seed in $(echo "$SEEDS" | tr ',' ' '); do
@@ -85,12 +86,14 @@ for seed in $(echo "$SEEDS" | tr ',' ' '); do
         data="--data_source $DATA/mixed_$number"
         tries mixed_$number nothing $LORA --task_name mix --rank 24 --alpha 12 --seed $seed --base_model $BASE_MODEL $data
         tries merged_$number merge $LORA --task_name mix --init_adapter merge_tsv_m$s --rank 24 --alpha 24 --seed $seed --base_model $BASE_MODEL $data
-        tries fused_$number fuse python align_basemodel.py --moe_flag 1 --gate_loss_weight 0.3 --router_learning_rate 0.01 \
-            --moe_dir $RESULTS_DIR/outputs/moe$s --seed $seed --batch_size $BATCH_SIZE --dtype $DTYPE $data $R
+        align="python align_basemodel.py --moe_flag 1 --router_learning_rate 0.01 --seed $seed --batch_size $BATCH_SIZE --dtype $DTYPE $data $R"
+        tries fused_$number fuse $align --gate_loss_weight 0.3 --moe_dir $RESULTS_DIR/outputs/moe$s
+        tries ungated_$number fuse $align --gate_loss_weight 0 --moe_dir $RESULTS_DIR/outputs/moe$s
+        prototype="python models/llama_moe.py --router_init prototype --num_prompts $number $data --dtype $DTYPE --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/prototype_$number$s $R"
+        tries initialised_$number initialise $align --gate_loss_weight 0.3 --moe_dir $RESULTS_DIR/outputs/prototype_$number$s
         row tuned_$number$s experts python models/merging.py --method task_arithmetic --num_held_apart -1 $data --dtype $DTYPE \
             --experts $named_experts --output $RESULTS_DIR/outputs/tuned_$number$s $R
-        row prototype_$number$s experts python models/llama_moe.py --router_init prototype --num_prompts $number $data --dtype $DTYPE \
-            --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/prototype_$number$s $R
+        row prototype_$number$s experts $prototype
     done
 done
 

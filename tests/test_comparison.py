@@ -13,6 +13,7 @@ import align_basemodel
 import inference
 from config import TASKS, UserError
 from evaluator import comparison, evaluate_likelihood, report, select_answers
+from evaluator.figures import curves
 from evaluator.kept_runs import read_kept
 from evaluator.page import Section, section_of, verdict, write_page
 from evaluator.run_scores import RunScores, check_score, cost_of_run, read_run_scores, read_usage
@@ -105,6 +106,19 @@ def test_other_comparisons_are_sections_of_the_page(results, table, tmp_path):
     only = {**table, "rows": [row for row in table["rows"] if row["run"] in ("consensus", FUSED)]}
     only["rows"] = [{**row, "metrics": {k: v for k, v in row["metrics"].items() if v}} for row in only["rows"]]
     assert [row["run"] for row in section_of(Section("", "", only))["rows"]] == [FUSED]
+
+
+def test_a_setting_stands_in_its_order_under_every_methods_line():
+    """Numbers in their order, evenly spaced; a line for each method, and one for what the setting does not change."""
+    lines = {"fused": [(40, 2.1), (0, 2.3), (10, 2.2)], "mixed": [(10, 2.4), (40, 2.2)]}
+    svg = curves(lines, {"TIES": 2.25}, "mixed questions", "nats")
+    words = [words.strip() for words in re.findall(r"<text[^>]*>([^<]*)<", svg)]
+    assert [words.index(one) for one in ("0", "10", "40", "mixed questions")] == sorted(
+        words.index(one) for one in ("0", "10", "40", "mixed questions")
+    )
+    places = [float(x) for x in re.findall(r'id="xtick_\d+">.*?<use [^>]*?x="([\d.]+)"', svg, flags=re.S)]
+    assert places[2] - places[1] == pytest.approx(places[1] - places[0])
+    assert {"fused", "mixed", "TIES"} <= {*words} and 'aria-label="nats over mixed questions, for 3 methods"' in svg
 
 
 def row_of(table, run):

@@ -131,6 +131,8 @@ MERGES += tuple(f"{method}_tuned" for method in ("task_arithmetic", "ties", "tsv
         ("recipes", ["--rows", "mixed,fusedd"], "fusedd: is no row"),
         ("recipes", ["--rows", "fused"], "--reference mixed: is none of --rows"),
         ("elsewhere", ["--half", "test"], "--half test takes --epochs"),
+        ("elsewhere", ["--half", "test", "--epochs", "mixed_20=2"], "mixed_20=2 is of no method here"),
+        ("elsewhere", ["--half", "test", "--epochs", "mixd_10=2"], "mixd_10=2 is of no method here"),
         ("elsewhere", ["--seeds", "42,43"], "on questions held apart one seed"),
         ("elsewhere", ["--run_mixed", "10,20"], "20 is none of --mixed 10,40,160"),
         ("conflict", [], "name a folder that has safety_pairs.jsonl"),
