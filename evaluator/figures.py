@@ -169,7 +169,7 @@ def curves(lines: dict[str, list[tuple[float, float]]], levels: dict[str, float]
     each a dashed line."""
     places = {x: place for place, x in enumerate(sorted({x for points in lines.values() for x, _ in points}))}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+        figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
         for number, (label, points) in enumerate(lines.items()):
             xs, ys = zip(*sorted(points), strict=True)
             axes.plot([places[x] for x in xs], ys, "os^Dv"[number % 5] + "-", color=COLOURS[number], label=label)
@@ -178,7 +178,7 @@ def curves(lines: dict[str, list[tuple[float, float]]], levels: dict[str, float]
         axes.set_xticks(range(len(places)), [f"{x:g}" for x in places])
         axes.set_xlabel(heading)
         axes.set_ylabel(measure)
-        axes.legend(fontsize=8)
+        figure.legend(fontsize=8, loc="outside lower center", ncols=2)
         return to_svg(figure, f"{measure} over {heading}, for {len(lines) + len(levels)} methods")
 
 
