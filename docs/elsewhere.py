@@ -20,8 +20,8 @@ METHODS = {  # prefix of the rows on some mixed questions: (words, the row that 
     "fused": ("fusion of the experts, aligned on them", "moe"),
     "merged": ("one LoRA that begins with a merge (TSV-M)", "merge_tsv_m"),
     "mixed": ("one LoRA from the base", None),  # the raw base is off the picture
-    "ungated": ("the same without the gating loss", "moe"),
-    "initialised": ("the same, its routers' start made from them", "moe"),
+    "ungated": ("fusion, aligned on them without the gating loss", "moe"),
+    "initialised": ("fusion, its routers' start made from them, then aligned", "moe"),
     "tuned": ("task arithmetic, its coefficients tuned on them", None),
     "prototype": ("fusion, its routers' start made from them, not aligned", "moe"),
 }
@@ -36,9 +36,7 @@ WITHOUT = {  # rows that need no mixed question
 
 def on_questions(runs: dict[str, RunScores], method: str, number: int) -> str | None:
     """The method's row on this number of mixed questions per task, without its seed: of the numbers of epochs that
-    were tried the best. 0: what it begins with. None: there is none."""
-    if number == 0:
-        return METHODS[method][1]
+    were tried the best. None: there is none."""
     named = [name for name in runs if f"{name}_".startswith(f"{method}_{number}_") and split_seed(name)[0] == name]
     return min(named, key=lambda name: mean_nll(runs[name]), default=None)
 
