@@ -9,8 +9,8 @@ sys.path.insert(0, str(DOCS.parent))
 from config import TASKS
 from evaluator.comparison import split_seed
 from evaluator.kept_runs import DUPLICATES, read_kept
-from evaluator.page import SIGNIFICANT
 from evaluator.page_answers import SHOWN
+from evaluator.page_words import SIGNIFICANT
 from evaluator.run_scores import MEAN_NLL, RunScores, nll_metrics
 
 RESULTS = DOCS / "results"

@@ -33,8 +33,9 @@ from config import TASKS
 from evaluator import figures
 from evaluator.comparison import KINDS, as_table, compare
 from evaluator.kept_runs import DUPLICATES
-from evaluator.page import SIGNIFICANT, verdict, write_page
+from evaluator.page import write_page
 from evaluator.page_answers import SHOWN
+from evaluator.page_words import SIGNIFICANT, verdict
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
 

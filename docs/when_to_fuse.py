@@ -32,7 +32,7 @@ from elsewhere import epochs_tried, few_rows
 from config import TASKS
 from evaluator import figures
 from evaluator.comparison import KINDS, compare, split_seed
-from evaluator.page import Section
+from evaluator.page_sections import Section
 from evaluator.run_scores import MEAN_NLL, RunScores
 from evaluator.statistics import interval_text
 from evaluator.sweeps import OF_A_MACHINE

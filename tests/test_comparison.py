@@ -13,10 +13,11 @@ import align_basemodel
 import inference
 from config import TASKS, UserError
 from evaluator import comparison, evaluate_likelihood, report, select_answers
-from evaluator.figures import curves
 from evaluator.kept_runs import read_kept
-from evaluator.page import Section, section_of, verdict, write_page
-from evaluator.run_scores import RunScores, check_score, cost_of_run, read_run_scores, read_usage
+from evaluator.page import write_page
+from evaluator.page_sections import Section, section_of
+from evaluator.page_words import verdict
+from evaluator.run_scores import SHARES, RunScores, check_score, cost_of_run, read_run_scores, read_usage
 from models import ensemble, llama_moe, merging
 
 SHORT = ["--max_steps", "4", "--batch_size", "4", "--num_samples", "8", "--disable_tqdm", "1", "--dtype", "float32"]
@@ -108,17 +109,13 @@ def test_other_comparisons_are_sections_of_the_page(results, table, tmp_path):
     assert [row["run"] for row in section_of(Section("", "", only))["rows"]] == [FUSED]
 
 
-def test_a_setting_stands_in_its_order_under_every_methods_line():
-    """Numbers in their order, evenly spaced; a line for each method, and one for what the setting does not change."""
-    lines = {"fused": [(40, 2.1), (0, 2.3), (10, 2.2)], "mixed": [(10, 2.4), (40, 2.2)]}
-    svg = curves(lines, {"TIES": 2.25}, "mixed questions", "nats")
-    words = [words.strip() for words in re.findall(r"<text[^>]*>([^<]*)<", svg)]
-    assert [words.index(one) for one in ("0", "10", "40", "mixed questions")] == sorted(
-        words.index(one) for one in ("0", "10", "40", "mixed questions")
-    )
-    places = [float(x) for x in re.findall(r'id="xtick_\d+">.*?<use [^>]*?x="([\d.]+)"', svg, flags=re.S)]
-    assert places[2] - places[1] == pytest.approx(places[1] - places[0])
-    assert {"fused", "mixed", "TIES"} <= {*words} and 'aria-label="nats over mixed questions, for 3 methods"' in svg
+def test_a_section_shows_the_scores_that_it_names(table):
+    """The best row by the first of them on top, each heading with its direction."""
+    named = tuple(one for one in SHARES if one.name in ("safe_preferred", "mc1"))
+    shown = section_of(Section("", "", table, scores=named))
+    assert shown["columns"] == ["safe preferred ↑", "MC1 ↑"]
+    values = [row_of(table, row["run"])["metrics"]["safe_preferred"]["value"] for row in shown["rows"]]
+    assert values == sorted(values, reverse=True) and len(values) > 2
 
 
 def row_of(table, run):
