@@ -4,8 +4,8 @@
 
 RUN is an aligned fusion, as align_basemodel.py makes it: routed by token. Its alignment is repeated from the same fused
 model with one choice of experts per sample and layer, by the mean of the router's logits over the prompt's tokens after
-the template's opening. Both are scored on training questions that neither has seen. Last, one line of JSON: nats per
-token of both, and the paired difference. Re-run it to resume it.
+the template's opening. Both are scored on training questions that neither has seen (of a folder of data/split.py: those
+that it held apart). Last, one line of JSON: nats per token of both, and the paired difference. Re-run it to resume it.
 """
 
 import json
@@ -27,11 +27,11 @@ import align_basemodel
 import cli
 from align_basemodel import AlignArguments
 from cli import check_at_least, flag
-from config import RESULTS_DIR, TASKS, UserError, outputs_dir
+from config import HELD_APART, RESULTS_DIR, TASKS, UserError, outputs_dir
 from data.batching import batches_by_length
 from data.encoding import IGNORED, Collator, Encoder
 from data.held_apart import held_apart_records
-from data.sources import Record
+from data.sources import Record, answer_records, read_rows, source_files
 from evaluator.paired import mean_of_differences, paired_difference
 from models import base, training_arguments
 from models.alignment import mixture_trainer, training_samples
@@ -48,7 +48,11 @@ class PromptRoutingArguments:
     run: str | None = flag(None, "the fusion, aligned with routing by token: a run's name or a folder")
     data_source: str | None = flag(None, "its data, if they moved")
     moe_dir: str | None = flag(None, "what it was aligned from, if that moved")
-    num_held_apart: int = flag(100, "training questions per task that it has not seen, which are scored")
+    num_held_apart: int | None = flag(
+        None,
+        "training questions per task that it has not seen, which are scored (default: 100; all that data/split.py held "
+        "apart)",
+    )
     batch_size: int = flag(16, "samples per batch in scoring")
     results_dir: str = flag(str(RESULTS_DIR), "the folder of its results (default: results)")
 
@@ -56,6 +60,17 @@ class PromptRoutingArguments:
         if self.run is None:
             raise UserError("name an aligned fusion with --run")
         check_at_least(1, num_held_apart=self.num_held_apart, batch_size=self.batch_size)
+
+
+def scored_records(source: str, num_trained: int, num_held_apart: int | None, seed: int) -> dict[str, list[Record]]:
+    """{task: good answers to training questions that the fusion has not seen}."""
+    if not source_files(TASKS[0], HELD_APART, source):
+        return held_apart_records(TASKS, source, num_trained, 100 if num_held_apart is None else num_held_apart, seed)
+    if num_held_apart is not None:
+        raise UserError(
+            f"--num_held_apart {num_held_apart}: data/split.py held apart what {source} is scored on, all of it"
+        )
+    return {task: answer_records(task, read_rows(task, HELD_APART, source)) for task in TASKS}
 
 
 @contextmanager
@@ -148,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     align, training = alignment_of(path, args)
     if align.gate_gradient != "all":
         raise UserError(f"--run {args.run}: was aligned with --gate_gradient {align.gate_gradient}; all is needed here")
-    records = held_apart_records(TASKS, align.data_source, align.num_samples, args.num_held_apart, training.seed)
+    records = scored_records(align.data_source, align.num_samples, args.num_held_apart, training.seed)
     every = [record for of_task in records.values() for record in of_task]
     folder, positions = Path(args.results_dir) / "prompt_routing" / path.name, [torch.empty(0)]
     align_by_prompt(align, training, folder)
@@ -159,7 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     with routed_by_prompt(by_prompt.to(device()), positions):
         of_prompt = losses(by_prompt, tokenizer, every, positions, args.batch_size)
     result = compare(of_token, of_prompt, records)
-    about = {"run": path.name, "num_held_apart": args.num_held_apart, **run_dir.environment()}
+    about = {"run": path.name, "samples": {task: len(of_task) for task, of_task in records.items()}}
+    about |= run_dir.environment()
     print(json.dumps({**about, "results": result}))
 
 

@@ -1,17 +1,17 @@
-"""docs/when_to_fuse.md: its sentences, tables and pictures, from the rows kept in docs/results.
+"""docs/when_to_fuse.md and docs/tries.md: their sentences, tables and pictures, from the rows kept in docs/results.
 
 python docs/when_to_fuse.py       after new rows: runs/recipes.sh --save docs/results/recipes
 """
 
 import sys
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
 import elsewhere
+import recipes
 from committed import (
     EQUAL,
     NLL,
@@ -27,35 +27,17 @@ from committed import (
     row_of,
     task_by_task,
 )
-from elsewhere import epochs_tried, few_rows
 
 from config import TASKS
-from evaluator import figures
-from evaluator.comparison import KINDS, compare, split_seed
+from evaluator.comparison import compare, split_seed
 from evaluator.page_sections import Section
-from evaluator.run_scores import MEAN_NLL, RunScores
-from evaluator.statistics import interval_text
-from evaluator.sweeps import OF_A_MACHINE
+from evaluator.run_scores import MEAN_NLL
 from workspace.files import read_json
 
 PAGE = DOCS / "when_to_fuse.md"
-CONFIRMED = RESULTS / "recipes"  # the test half, three seeds
-TRIES = CONFIRMED / "held_apart"
-TRIED = ("fused", "mixed")  # how their names begin; the others are their experts
+ALL_TRIES = DOCS / "tries.md"
 ENSEMBLE = "ensemble_probabilities"
 WITHOUT_ROWS = (*TASKS, "merge_linear", "merge_ties", ENSEMBLE, "moe")  # of three seeds each
-SINGLE_CHANGES = (  # words, the try without the change, the try with it
-    ("fusion: a third epoch of alignment, experts of one epoch", "fused_1_then_2", "fused_1_then_3"),
-    ("LoRA: a third epoch", "mixed", "mixed_3_epochs"),
-    ("LoRA: a fourth epoch", "mixed_3_epochs", "mixed_twice"),
-    ("LoRA: twice the rate", "mixed", "mixed_rate_1e-3"),
-    ("LoRA: a third epoch at twice the rate", "mixed_rate_1e-3", "mixed_3_epochs_rate_1e-3"),
-    ("fusion: twice the rate", "fused", "fused_rate_1e-3"),
-    ("fusion: twice the rate, three epochs, dropout of 0.1", "fused_2_then_3", "fused_2_then_3_rate_1e-3"),
-    ("fusion: dropout of 0.3", "fused", "fused_dropout_0.3"),
-    ("fusion: less than half the rate", "fused", "fused_rate_2e-4"),
-    ("fusion: three experts per token in training, two after", "fused", "fused_top_3_then_2"),
-)
 
 
 def equal_steps() -> str:
@@ -100,129 +82,9 @@ def own_tasks() -> str:
     return "\n".join(lines)
 
 
-@cache
-def compared_tries() -> tuple[dict[str, RunScores], str, dict]:
-    """(the kept tries and their experts, the best one LoRA, the comparison of the tries with it)."""
-    runs = kept_runs(TRIES)
-    best = best_of(runs, "mixed")
-    return runs, best, compare({name: run for name, run in runs.items() if name.startswith(TRIED)}, best)
-
-
-def best_tries() -> str:
-    """The best one LoRA of the tries against the best fusion of them, in words."""
-    runs, mixed, table = compared_tries()
-    return f"{in_words(runs, mixed, table)} Both were chosen on these questions, which flatters both."
-
-
-def in_words(runs: dict[str, RunScores], mixed: str, table: dict) -> str:
-    """A LoRA against the best fusion of a comparison with it."""
-    of_mixed = row_of(table, mixed)
-    of_fused = min((row for row in table["rows"] if row["kind"] == "fused"), key=mean_of)
-    fused = of_fused["run"]
-    percent = 100 * of_fused["paired"][MEAN_NLL.name]["difference"] / mean_of(of_mixed)
-    return (
-        f"The best LoRA (`{mixed}`, {steps_in_all(runs, mixed):.0f} steps) comes to {mean_of(of_mixed):.3f}, the best "
-        f"fusion (`{fused}`, {steps_in_all(runs, fused):.0f} steps in all) to {mean_of(of_fused):.3f}. LoRA − fusion: "
-        f"{difference_text(of_fused)}, {percent:.1f} % of the LoRA's loss; the LoRA is {task_by_task(of_fused)}."
-    )
-
-
-def tries() -> str:
-    """Every recipe that was tried, on questions held apart, against the best one LoRA."""
-    return table_of_tries(*compared_tries())
-
-
-@cache
-def compared_chosen() -> tuple[dict[str, RunScores], str, dict]:
-    """The same of the recipes that were chosen on questions held apart, on the test half."""
-    runs, best = kept_runs(CONFIRMED), compared_tries()[1]
-    return runs, best, compare({name: runs[name] for name in runs if name.startswith(TRIED)}, best)
-
-
-def confirmed() -> str:
-    return f"{in_words(*compared_chosen())}\n\n{table_of_tries(*compared_chosen())}"
-
-
-def table_of_tries(runs: dict[str, RunScores], reference: str, table: dict) -> str:
-    lines = [
-        f"| run | what is changed | steps in all | mean NLL/token ↓ | {reference} − run, paired | "
-        + " | ".join(f"{one.task} ↓" for one in NLL)
-        + " |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in sorted(table["rows"], key=mean_of):
-        scores = [row["metrics"][one.name]["value"] for one in NLL]
-        cells = [
-            row["run"],
-            changes(row["run"]),
-            f"{steps_in_all(runs, row['run']):.0f}",
-            interval_text(row["metrics"][MEAN_NLL.name]),
-            difference_text(row) if row["paired"] else "",
-            *(f"{score:.3f}" for score in scores),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def single_changes() -> str:
-    """Tries that differ in one thing, each pair tested for itself."""
-    runs, _, _ = compared_tries()
-    lines = ["| what is changed | before | after | after − before, paired |", "| --- | --- | --- | --- |"]
-    for words, before, after in SINGLE_CHANGES:
-        row = row_of(compare({name: runs[name] for name in (before, after)}, after), before)
-        lines.append(f"| {words} | {before} | {after} | {difference_text(row)} |")
-    return "\n".join(lines)
-
-
-def best_of(runs: dict[str, RunScores], prefix: str) -> str:
-    """The run of the least mean loss among those whose names begin so."""
-    named = [name for name in runs if name.startswith(prefix)]
-    return min(named, key=lambda name: sum(runs[name].metrics[one.name].score["value"] for one in NLL))
-
-
-def steps_in_all(runs: dict[str, RunScores], name: str) -> float:
-    """A run's own optimiser steps and those of the experts that it was fused from."""
-    experts = runs[name].record["meta"].get("experts", {})
-    made_so = {task: expert_of(runs, arguments) for task, arguments in experts.items()}
-    return sum(runs[one].cost["optimiser_steps"] for one in (name, *made_so.values()))
-
-
-def expert_of(runs: dict[str, RunScores], arguments: dict) -> str:
-    """The kept expert that was aligned with these arguments."""
-    return next(name for name, run in runs.items() if run.record and run.record["run"]["arguments"] == arguments)
-
-
-def changes(name: str) -> str:
-    """The settings of a try, its experts and its start that differ from those of `mixed` or `fused`."""
-    runs, _, _ = compared_tries()
-    ours, theirs = (settings_of(runs[one]) for one in (name, name.split("_")[0]))
-    return ", ".join(f"{key} {ours[key]}" for key in ours if ours[key] != theirs.get(key))
-
-
-def settings_of(run: RunScores) -> dict[str, str]:
-    """What decided a run, as a user would say it: its flags, those of its experts, and how its routers began."""
-    record = run.record
-    settings = {k: v for k, v in record["run"]["arguments"].items() if k not in OF_A_MACHINE and "sha256" not in k}
-    experts = record["meta"].get("experts", {})
-    for key in ("num_train_epochs", "learning_rate", "rank"):
-        of_tasks = {task: arguments[key] for task, arguments in experts.items()}
-        if len(set(of_tasks.values())) == 1:
-            settings[f"experts' {key}"] = of_tasks.popitem()[1]
-        else:
-            settings |= {f"{task} expert's {key}": value for task, value in of_tasks.items()}
-    settings |= {k: v for k, v in record["meta"].get("fused", {}).items() if k == "router_init"}
-    return {key: f"{value:g}" if isinstance(value, float) else str(value) for key, value in settings.items()}
-
-
-def picture() -> str:
-    """Every try's paired difference from the best one LoRA."""
-    _, best, table = compared_tries()
-    return as_image(figures.differences(table["rows"], best, KINDS))
-
-
 def sections() -> tuple[Section, ...]:
     """What the report's page shows of it."""
-    text = f"Forty training questions per task, one seed, training questions held apart. {best_tries()}"
+    text = f"Forty training questions per task, one seed, training questions held apart. {recipes.best_tries()}"
     few = [
         Section(
             f"Experts from elsewhere, {number} mixed questions per task",
@@ -234,31 +96,34 @@ def sections() -> tuple[Section, ...]:
     ]
     curve = {"heading": "Likelihood over mixed questions", "svg": elsewhere.curve(), "caption": elsewhere.CAPTION}
     few[-1] = replace(few[-1], figures=(curve,))
-    chosen = f"Forty training questions per task, three seeds, the test half. {in_words(*compared_chosen())}"
+    chosen = (
+        f"Forty training questions per task, three seeds, the test half. {recipes.in_words(*recipes.compared_chosen())}"
+    )
     return (
-        Section("Recipes, to choose by", text.replace("`", ""), compared_tries()[2]),
-        Section("The chosen recipes", chosen.replace("`", ""), compared_chosen()[2]),
+        Section("Recipes, to choose by", text.replace("`", ""), recipes.compared_tries()[2]),
+        Section("The chosen recipes", chosen.replace("`", ""), recipes.compared_chosen()[2]),
         *few,
     )
 
 
 def documents() -> dict[Path, str]:
     """{file: what it must hold}."""
-    text = PAGE.read_text(encoding="utf-8")
-    for make in (
-        without_rows,
-        equal_steps,
-        own_tasks,
-        best_tries,
-        confirmed,
-        tries,
-        single_changes,
-        few_rows,
-        epochs_tried,
-    ):
+    made_of = {
+        PAGE: (without_rows, equal_steps, own_tasks, recipes.confirmed, elsewhere.few_rows),
+        ALL_TRIES: (recipes.best_tries, recipes.tries, recipes.single_changes, elsewhere.epochs_tried),
+    }
+    figures_of = {"tries.svg": recipes.picture(), "elsewhere.svg": as_image(elsewhere.curve())}
+    return {path: written(path, parts) for path, parts in made_of.items()} | {
+        DOCS / "figures" / name: svg for name, svg in figures_of.items()
+    }
+
+
+def written(path: Path, parts: tuple) -> str:
+    """A document with what each of these makes between the marks of its name."""
+    text = path.read_text(encoding="utf-8")
+    for make in parts:
         text = put(text, make.__name__.replace("_", " "), make(), script="when_to_fuse.py")
-    figures_of = {"tries.svg": picture(), "elsewhere.svg": as_image(elsewhere.curve())}
-    return {PAGE: text} | {DOCS / "figures" / name: svg for name, svg in figures_of.items()}
+    return text
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from conftest import run_script
 
 from benchmarks import bench_moe, bench_serving, growth, profile_model, profile_serving, prompt_routing, whole_model
 from config import ROOT, TASKS, UserError
+from data import split
+from data.sources import read_rows, trainable_rows
 from models.loading import load_run
 from models.router import recorded_router_logits
 from workspace.files import read_json
@@ -151,6 +153,21 @@ def test_routing_by_prompt_ends_in_json(fused_dir, tmp_path):
     assert json.loads(again.stdout.splitlines()[-1])["results"] == results
     refused = run_script("benchmarks/prompt_routing.py", "--run", fused_dir)
     assert refused.returncode == 2 and "is no aligned fusion" in refused.stderr
+
+
+def test_routing_by_prompt_is_scored_on_what_the_split_held_apart(tmp_path):
+    split.main(
+        ["--data_source", "sample", "--output", str(tmp_path / "split"), "--mixed", "4", "--num_held_apart", "3"]
+    )
+    mixed = str(tmp_path / "split" / "mixed_4")
+    records = prompt_routing.scored_records(mixed, -1, None, 42)
+    for task in TASKS:
+        rows = trainable_rows(task, read_rows(task, "held_apart", mixed))
+        assert rows and {one.id.rsplit("-", 1)[0] if task == "truthfulness" else one.id for one in records[task]} == {
+            row["id"] for row in rows
+        }
+    with pytest.raises(UserError, match="--num_held_apart 3: data/split.py held apart"):
+        prompt_routing.scored_records(mixed, -1, 3, 42)
 
 
 def test_the_serving_table_is_that_of_the_committed_figures():
