@@ -299,6 +299,8 @@ def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     arguments |= flag_arguments(args, training) | {"base_sha256": base_sha256(args.base_model)}
     if args.moe_flag:
         arguments["fused_sha256"] = sha256(Path(args.moe_dir) / "model.safetensors")
+        if routing := read_mixture(Path(args.moe_dir)).routing:
+            arguments["routing"] = routing
     if args.init_adapter:
         arguments["init_sha256"] = sha256(Path(args.init_adapter) / "adapter_model.safetensors")
     return arguments

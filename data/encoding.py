@@ -52,6 +52,10 @@ class Encoder:
 
         return shared(ids("Apples", ""), ids("7", "")), shared(ids("Apples", "?"), ids("7", "?"))
 
+    def opening(self, record: Record) -> int:
+        """Number of tokens of a record's prompt that are the template's opening."""
+        return self._openings[1 if record.input.strip() else 0]
+
     def answer_ids(self, record: Record) -> list[int]:
         """Token ids of the answer and the EOS token after it; nothing of an empty answer."""
         answer = self._answer_ids(record.output)
@@ -69,7 +73,7 @@ class Encoder:
         not fit is cut and gets no EOS. Labels may be all IGNORED: see `encode_all`.
         """
         prompt, answer = self.prompt_ids(record), self.answer_ids(record)
-        opening = self._openings[1 if record.input.strip() else 0]
+        opening = self.opening(record)
         too_many = len(prompt) + max(len(answer), room) - self.max_length
         cut = ""
         if too_many > 0:

@@ -51,6 +51,7 @@ from evaluator.statistics import metric
 from models import base
 from models.base_identity import base_sha256
 from models.loading import device, load_run, run_sources, weights_sha256
+from models.prompt_routing import prompt_mask, routed_by_prompt
 from workspace import run_dir
 from workspace.run_dir import find_run
 
@@ -126,7 +127,9 @@ def embeddings(
         batches = batches_by_length(samples, lambda sample: len(sample[1]["input_ids"]), args.batch_size)
         for batch in tqdm(batches, desc=f"{name} on {task}", unit="batch"):
             ids, mask = (tensor.to(device()) for tensor in pad([s["input_ids"] for _, s in batch], left=False))
-            states = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
+            prompts_at = [range(sample["opening"], len(sample["input_ids"])) for _, sample in batch]
+            with routed_by_prompt(model, prompt_mask(prompts_at, ids.shape[1])):
+                states = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.float()
             for (number, sample), row in zip(batch, states, strict=True):
                 means[number] = row[sample["opening"] : len(sample["input_ids"])].mean(0)
         result[task] = means

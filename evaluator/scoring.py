@@ -12,6 +12,7 @@ from data.encoding import IGNORED, Encoder
 from data.sources import Record
 from models.losses import mean_routing_probs
 from models.processes import is_first, merge_shares, own_share
+from models.prompt_routing import routed_by_prompt
 from models.router import recorded_router_logits
 
 
@@ -99,7 +100,9 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
     own = part[:, :, None] == part[:, None, :]
     seen = (own | (part[:, None, :] == 0)) & torch.ones(length, length, dtype=torch.bool).tril()  # (B, query, key)
     seen |= torch.eye(length, dtype=torch.bool)  # padding sees itself: no row of the softmax is empty
-    with recorded_router_logits(base) as of_layers:
+    openings = torch.tensor([row.opening for row in rows])
+    of_prompt = (part == 0) & (torch.arange(length) >= openings[:, None])
+    with routed_by_prompt(base, of_prompt), recorded_router_logits(base) as of_layers:
         outputs = base.model(
             input_ids=ids.to(device),
             attention_mask=_masks(base, seen, positions, device),
@@ -127,8 +130,6 @@ def _score_batch(model, rows: list[_Row], device) -> dict:
     )
     probs = probs_with_answer = [None] * len(answers)
     if of_layers:
-        openings = torch.tensor([row.opening for row in rows])
-        of_prompt = (part == 0) & (torch.arange(length) >= openings[:, None])
         counted = torch.stack([of_prompt[i] | (part[i] == number) for i, number in answers])  # (answers, T)
         router_logits = [x.view(len(rows), length, -1)[samples].to(device) for x in of_layers]
         probs = mean_routing_probs(router_logits, of_prompt[samples].to(device)).cpu()
@@ -173,7 +174,8 @@ def _masks(base, seen: Tensor, positions: Tensor, device) -> Tensor | dict[str, 
 @torch.inference_mode()
 def score_texts(model, tokenizer, texts: list[str], window: int, batch_size: int, device) -> list[tuple[float, int]]:
     """(log-probability, number of tokens scored) of each plain text, its first `window` tokens: every token given those
-    before it, the first one (BOS, where the tokenizer adds it) not counted."""
+    before it, the first one (BOS, where the tokenizer adds it) not counted. A text has no prompt: what is routed by
+    prompt is routed by token here."""
     base = getattr(model, "get_base_model", lambda: model)()
     ids = tokenizer(texts, split_special_tokens=True)["input_ids"]
     samples = [(number, of_text[:window]) for number, of_text in enumerate(ids)]

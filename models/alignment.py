@@ -16,6 +16,7 @@ from models import base, memory
 from models.adapters import add_lora, load_adapter
 from models.expert_ffn import PROJECTIONS
 from models.mixture import MixtureForCausalLM, load_fused
+from models.prompt_routing import by_prompt
 from models.trainer import AlignmentTrainer, MixtureTrainer
 from models.training_arguments import TrainArguments
 
@@ -43,6 +44,15 @@ def mixture_model(args, training: TrainArguments, load: Callable = load_fused) -
     """The fused model, of which that is trained which the flags say. load: what makes it of (folder, base_model,
     dtype)."""
     model = load(Path(args.moe_dir), args.base_model, args.dtype)
+    if by_prompt(model) and (args.gate_tokens, args.gate_gradient) != ("instruction", "all"):
+        raise UserError(
+            f"--moe_dir {args.moe_dir}: is routed by prompt, as its gating loss sees it; leave --gate_tokens and "
+            "--gate_gradient out"
+        )
+    if by_prompt(model) and recomputes(training):
+        raise UserError(
+            "--activation_checkpointing: computes layers again after the choice by prompt is over; leave it out"
+        )
     model.set_top_k(args.expert_topk, recorded=args.answer_topk)
     if args.tune_attention:
         torch.manual_seed(training.seed)
@@ -53,6 +63,12 @@ def mixture_model(args, training: TrainArguments, load: Callable = load_fused) -
         block.router.gate_gradient = args.gate_gradient
         block.experts.dropout = args.expert_dropout or 0.0
     return model
+
+
+def recomputes(training: TrainArguments) -> bool:
+    """Whether layers are computed again in the backward pass."""
+    of_fsdp = (training.fsdp_config or {}).get("activation_checkpointing")
+    return bool(training.activation_checkpointing or training.gradient_checkpointing or of_fsdp)
 
 
 def estimate(args, training: TrainArguments) -> str:

@@ -115,6 +115,10 @@ def main(argv: list[str] | None = None) -> None:
     path = run_dir.find_run(args.cross_task, Path(args.results_dir) / "outputs", args.checkpoint_number)
     if run_kind(path) != "fused":
         raise UserError(f"--cross_task {args.cross_task}: is not a fused model; make one with models/llama_moe.py")
+    if read_mixture(path).routing is not None and args.to != "peft":
+        raise UserError(
+            f"--cross_task {args.cross_task}: is routed by prompt, which no form but peft, one expert, has a place for"
+        )
     base_model, _ = run_sources(path, args.base_model, None, args.results_dir)
     if args.base == "by-name":
         args.base_id = id_of_base(base_of_run(path), base_model, args.base_id, read_mixture(path))

@@ -5,9 +5,10 @@ from transformers import GenerationConfig
 
 from config import RAW_CHAT, UserError
 from data.batching import pad
-from data.encoding import prompt_ids
+from data.encoding import Encoder
 from data.prompts import STOP_STRING
 from data.sources import Record
+from models.prompt_routing import by_prompt, prompt_mask, routed_by_prompt
 
 
 def generate(model, tokenizer, batch: list[Record], args, seed: int) -> list[dict]:
@@ -17,9 +18,15 @@ def generate(model, tokenizer, batch: list[Record], args, seed: int) -> list[dic
     max_new_tokens, cache_implementation and run, as inference.py's flags have them.
     """
     window = prompt_window(model, args.max_new_tokens)
-    prompts = [prompt_ids(tokenizer, record, args.run == RAW_CHAT)[-window:] for record in batch]
+    encoder = Encoder(tokenizer, window, args.run == RAW_CHAT)
+    whole = [encoder.prompt_ids(record) for record in batch]
+    openings = [
+        max(encoder.opening(record) - max(len(ids) - window, 0), 0) for record, ids in zip(batch, whole, strict=True)
+    ]
+    prompts = [ids[-window:] for ids in whole]
     answers, ends = [], end_tokens(model, tokenizer, args.run == RAW_CHAT)
-    for record, tokens in zip(batch, generate_tokens(model, tokenizer, prompts, args, seed), strict=True):
+    generated = generate_tokens(model, tokenizer, prompts, openings, args, seed)
+    for record, tokens in zip(batch, generated, strict=True):
         end = next((i for i, token in enumerate(tokens) if token in ends), None)
         ended, tokens = end is not None, tokens[:end]
         text, mark, _ = tokenizer.decode(tokens, skip_special_tokens=True).partition(STOP_STRING)
@@ -46,9 +53,11 @@ def prompt_window(model, max_new_tokens: int) -> int:
 
 
 @torch.inference_mode()
-def generate_tokens(model, tokenizer, prompts: list[list[int]], args, seed: int, streamer=None) -> list[list[int]]:
-    """The tokens after each prompt, with an EOS and what fills up behind it; streamer: one of transformers', which gets
-    them as they come."""
+def generate_tokens(
+    model, tokenizer, prompts: list[list[int]], openings: list[int], args, seed: int, streamer=None
+) -> list[list[int]]:
+    """The tokens after each prompt, with an EOS and what fills up behind it. openings: how many tokens of each prompt
+    are the template's opening; streamer: one of transformers', which gets the tokens as they come."""
     ids, mask = pad(prompts, left=True, value=tokenizer.eos_token_id)
     sampling = {"temperature": args.temperature, "top_k": 0, "top_p": 1.0} if args.temperature > 0 else {}
     settings = GenerationConfig(
@@ -61,14 +70,19 @@ def generate_tokens(model, tokenizer, prompts: list[list[int]], args, seed: int,
         cache_implementation=args.cache_implementation,
         **sampling,
     )
+    if by_prompt(model):
+        settings.disable_compile = True  # a static cache's: the choice is made outside of what would be compiled
+    length = ids.shape[1]
+    starts = [length - len(prompt) + opening for prompt, opening in zip(prompts, openings, strict=True)]
     torch.manual_seed(seed)
-    generated = model.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=settings,
-        tokenizer=tokenizer,
-        streamer=streamer,
-    )
+    with routed_by_prompt(model, prompt_mask([range(start, length) for start in starts], length)):
+        generated = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=settings,
+            tokenizer=tokenizer,
+            streamer=streamer,
+        )
     return generated[:, ids.shape[1] :].tolist()
 
 

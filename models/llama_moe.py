@@ -33,6 +33,7 @@ from cli import (
 from config import TASKS, UserError
 
 OF_PROMPTS = {"router_init": ("prototype", "arrow")}
+LATER_FLAGS = {"routing": "token"}  # left out of run.json at this default, as by versions without the flag
 
 
 @dataclass
@@ -46,6 +47,11 @@ class FuseArguments(BaseArguments):
         "the experts in order, comma-separated: names in --experts_dir, or NAME=DIR for any adapter (default: --tasks)",
     )
     expert_topk: int | None = flag(None, "experts per token (default: 2; with --add, that of --to)")
+    routing: str = flag(
+        "token",
+        "what experts are chosen for: each token, as in the paper, or each prompt, for all its tokens and its answer's",
+        choices=["token", "prompt"],
+    )
     output: str | None = flag(
         None, "where to write (default: outputs/moe in --results_dir; with --add outputs/<--to>_with_<NAME>)"
     )
@@ -117,7 +123,7 @@ class FuseArguments(BaseArguments):
         given["router_init"] = None if self.router_init in ("random", "prototype") else self.router_init
         reason = "has no effect with --add, which keeps what --to has"
         check_not_given(reason, **given)
-        check_default(self, reason, "tasks", "max_rank", "save_dtype", "num_trained")
+        check_default(self, reason, "tasks", "max_rank", "save_dtype", "num_trained", "routing")
 
 
 if __name__ == "__main__":
@@ -174,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         "expert_topk": args.expert_topk,
         "seed": args.seed,
         "save_dtype": args.save_dtype,
+        **routing_argument(args),
         **origin,
     }
     output = Path(args.output or config.fused_dir(args.results_dir))
@@ -196,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         routers = fit_routers(
             tasks, base_model, origin["data_source"], args.num_prompts, args.seed, args.dtype, by_experts, trained
         )
-    model = fuse(experts, base_config, args.expert_topk, args.seed, routers)
+    model = fuse(experts, base_config, args.expert_topk, args.seed, routers, **routing_argument(args))
     if args.save_dtype != "auto":
         for block in model.blocks:
             for parameter in block.experts.parameters():
@@ -265,12 +272,18 @@ def asked(argv: list[str]) -> dict:
     args = cli.parse(argv, FuseArguments)
     recorded = ("seed",) if args.add is not None else ("expert_topk", "seed", "save_dtype")
     arguments = {name: getattr(args, name) for name in recorded}
+    arguments |= routing_argument(args)
     if args.fresh_rank:
         arguments["fresh_rank"] = args.fresh_rank
     if args.router_init != "random":
         of_prompts = {name: getattr(args, name) for name in ("router_init", "num_prompts", "num_trained")}
         arguments |= {name: value for name, value in of_prompts.items() if value is not None}
     return arguments
+
+
+def routing_argument(args: FuseArguments) -> dict[str, str]:
+    """What is recorded of --routing."""
+    return {} if args.routing == LATER_FLAGS["routing"] else {"routing": args.routing}
 
 
 def prototype_arguments(args: FuseArguments, experts: list, source: str | None) -> dict:

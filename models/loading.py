@@ -216,7 +216,9 @@ def weights_sha256(path: Path | None) -> str | None:
         return None
     if kind in WHOLE:
         return base_sha256(str(path))
-    return sha256(path / ("adapter_model.safetensors" if kind == "adapter" else "model.safetensors"))
+    weights = sha256(path / ("adapter_model.safetensors" if kind == "adapter" else "model.safetensors"))
+    routing = None if kind == "adapter" else read_mixture(path).routing
+    return weights if routing is None else f"{weights}, routed by {routing}"
 
 
 def run_sources(

@@ -36,7 +36,8 @@ EARLIER_TYPES = {"llama_moe": FUSED, "llama_ensemble": ENSEMBLE}  # of versions 
 class MixtureConfig:
     """config.json of a mixture: experts (name, task and rank of each, in order), their common `expert_rank` (the
     largest), top-k, the base model's name and configuration, rank, alpha and dropout of LoRA on the attention where it
-    was tuned; of an ensemble (models/ensemble.py) what of the predictions is averaged."""
+    was tuned; of an ensemble (models/ensemble.py) what of the predictions is averaged; routing: "prompt", where experts
+    are not chosen by token (models/prompt_routing.py)."""
 
     experts: list[dict]
     expert_rank: int
@@ -45,6 +46,7 @@ class MixtureConfig:
     base: dict = field(repr=False)
     attention_lora: dict | None = None
     average: str | None = None
+    routing: str | None = None
     model_type: str = FUSED
 
     @property
@@ -64,6 +66,8 @@ class MixtureConfig:
         top_k, rank = self.num_experts_per_tok, self.expert_rank
         if not (type(top_k) is int and 1 <= top_k <= self.num_experts and type(rank) is int and rank >= 1):
             raise ValueError(f"num_experts_per_tok {top_k}, expert_rank {rank}: none of {self.num_experts} experts")
+        if self.routing not in (None, "prompt"):
+            raise ValueError(f"routing {self.routing}: is prompt, or left out")
         if not isinstance(self.base, dict) or not isinstance(self.base_model_name_or_path, str):
             raise TypeError("base must be a configuration, and base_model_name_or_path its name")
 
@@ -261,11 +265,12 @@ def fuse(
     seed: int,
     routers: list[Tensor] | None = None,
     average: str | None = None,
+    routing: str | None = None,
 ) -> MixtureForCausalLM:
     """The fused model of experts already attached to the base, ready to be saved: its base weights are empty.
 
     The experts' matrices are padded with zeros to the largest rank. The layers' routers (E, D) are as given, else they
-    start at random from `seed`. average: of an ensemble, which has no routers.
+    start at random from `seed`. average: of an ensemble, which has no routers. routing: as MixtureConfig has it.
     """
     mixture = MixtureConfig(
         experts=[{"name": expert.name, "task": expert.task, "rank": expert.rank} for expert in experts],
@@ -274,6 +279,7 @@ def fuse(
         base_model_name_or_path=experts[0].base_model,
         base=without_name(json.loads(base_config.to_json_string(use_diff=False))),
         average=average,
+        routing=routing,
         model_type=FUSED if average is None else ENSEMBLE,
     )
     with torch.device("meta"):

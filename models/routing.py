@@ -10,6 +10,7 @@ from data.batching import batches_by_length, pad
 from data.encoding import Encoder
 from data.sources import Record
 from models.mixture import MixtureForCausalLM
+from models.prompt_routing import prompt_mask, routed_by_prompt
 from models.router import recorded_router_logits, route
 
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")  # one per expert
@@ -26,20 +27,26 @@ def routing_usage(
     (each row sums to 1), and selected, the share of tokens that select the expert (each row sums to K).
     """
     window = model.config.max_position_embeddings
-    encoder = Encoder(tokenizer, window)
-    samples = [(encoder.prompt_ids(record) + encoder.answer_ids(record)[:-1])[:window] for record in answered]
+    encoder, samples = Encoder(tokenizer, window), []
+    for record in answered:
+        prompt = encoder.prompt_ids(record)
+        ids = (prompt + encoder.answer_ids(record)[:-1])[:window]
+        samples.append((ids, range(encoder.opening(record), len(prompt))))
     return token_usage(model, samples, batch_size, progress)
 
 
 @torch.inference_mode()
-def token_usage(model: MixtureForCausalLM, samples: list[list[int]], batch_size: int, progress: bool = True) -> dict:
-    """`routing_usage` of token ids."""
+def token_usage(
+    model: MixtureForCausalLM, samples: list[tuple[list[int], range]], batch_size: int, progress: bool = True
+) -> dict:
+    """`routing_usage` of token ids, each with where the prompt stands in them after the template's opening."""
     weight, selected = torch.zeros(2, len(model.blocks), model.mixture.num_experts, dtype=torch.float64)  # each (L, E)
     tokens = 0
-    batches = batches_by_length(samples, len, batch_size)
+    batches = batches_by_length(samples, lambda sample: len(sample[0]), batch_size)
     for batch in tqdm(batches, desc="routing", unit="batch", disable=not progress):
-        ids, mask = (tensor.to(model.device) for tensor in pad(batch, left=False))
-        with recorded_router_logits(model) as of_layers:
+        ids, mask = (tensor.to(model.device) for tensor in pad([ids for ids, _ in batch], left=False))
+        of_prompt = prompt_mask([prompt for _, prompt in batch], ids.shape[1])
+        with routed_by_prompt(model, of_prompt), recorded_router_logits(model) as of_layers:
             model.model(input_ids=ids, attention_mask=mask, use_cache=False)
         real = mask.flatten().bool().cpu()
         for layer, router_logits in enumerate(of_layers):
@@ -66,7 +73,8 @@ def token_routing(model: MixtureForCausalLM, tokenizer, record: Record) -> list[
     prompt = encoder.prompt_ids(record)
     answer = encoder.answer_ids(record)[:-1][: max(window - len(prompt), 0)]
     ids = torch.tensor([[*prompt, *answer][:window]], device=model.device)
-    with recorded_router_logits(model) as of_layers:
+    of_prompt = prompt_mask([range(encoder.opening(record), len(prompt))], ids.shape[1])
+    with routed_by_prompt(model, of_prompt), recorded_router_logits(model) as of_layers:
         model.model(input_ids=ids, use_cache=False)
     weights = torch.zeros(ids.shape[1], model.mixture.num_experts)
     for router_logits in of_layers:

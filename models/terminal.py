@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import TextStreamer
 
 from config import RAW_CHAT
-from data.encoding import chat_turn_ids
+from data.encoding import Encoder, chat_turn_ids
 from data.prompts import STOP_STRING, render_prompt
 from data.sources import Record
 from models.expert_bias import ExpertBias
@@ -77,11 +77,14 @@ def converse(args, path: Path | None, base_model: str, bias: ExpertBias | None) 
             kept = kept[1:]
         if len(kept) <= len(turns):
             print(f"(the first {len(turns) + 1 - len(kept)} turns no longer fit the model's window)")
-        streamer = AnswerStreamer(tokenizer)
-        (answer,) = generate_tokens(model, tokenizer, [ids[-window:]], args, args.seed + len(turns), streamer)
+        streamer, prompt = AnswerStreamer(tokenizer), ids[-window:]
+        opening = max(Encoder(tokenizer, window).opening(Record("", "", said)) - (len(ids) - len(prompt)), 0)
+        seed = args.seed + len(turns)
+        (answer,) = generate_tokens(model, tokenizer, [prompt], [opening], args, seed, streamer)
         turns.append((said, streamer.answer.strip()))
         if is_fused(path):  # over the conversation, as it was read
-            print(usage_line(token_usage(model, [ids[-window:] + answer[:-1]], 1, progress=False)))
+            read = prompt + answer[:-1], range(opening, len(prompt))
+            print(usage_line(token_usage(model, [read], 1, progress=False)))
 
 
 def turn_ids(tokenizer, turns: list[tuple[str, str]], chat: bool) -> list[int]:

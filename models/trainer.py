@@ -10,10 +10,12 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from config import UserError
+from data.encoding import IGNORED
 from data.sampling import PaddedSamples, StepSampler
 from models.cost import TrainingCost
 from models.losses import gate_loss, mean_routing_probs, routing_hits
 from models.mixture import MixtureForCausalLM, gather_with_experts
+from models.prompt_routing import routed_by_prompt
 from models.training_arguments import TrainArguments
 from workspace import checkpoints, run_dir
 
@@ -239,7 +241,9 @@ class MixtureTrainer(AlignmentTrainer):
         experts = self._experts(task_ids)  # (B,)
         routed = experts >= 0
         weights = self.weight_of_task_id.to(task_ids.device)[task_ids] * routed  # (B,)
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, output_router_logits=True)
+        of_prompt = routing_mask.bool() & (inputs["labels"] == IGNORED)
+        with routed_by_prompt(self.accelerator.unwrap_model(model), of_prompt):
+            outputs = model(**inputs, num_items_in_batch=num_items_in_batch, output_router_logits=True)
         # num_items_in_batch counts the tokens of all processes, and DDP averages their gradients
         sft = outputs.loss * self.accelerator.num_processes
         probs = mean_routing_probs(outputs.router_logits, routing_mask)  # (B, E)

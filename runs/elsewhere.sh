@@ -35,9 +35,12 @@ dealt() {  # the training questions of $seed: every seed deals them anew; what i
     python data/split.py --data_source $DATA_SOURCE --output $DATA --mixed $MIXED --num_held_apart $NUM_HELD_APART --seed $seed
 }
 
+given=" "
 for one in $(echo "$EPOCHS" | tr ',' ' '); do
     name=${one%=*}
-    case " mixed merged fused initialised ungated ,$RUN_MIXED," in
+    case $given in *" $name "*) refuse "--epochs $EPOCHS: names $name twice" ;; esac
+    given="$given$name "
+    case " mixed merged fused initialised ungated prompted ,$RUN_MIXED," in
         *" ${name%_*} "*",${name##*_},"*) ;;
         *) refuse "--epochs $EPOCHS: $one is of no method here" ;;
     esac
@@ -63,6 +66,7 @@ expert() {  # TASK
 experts() { local task; for task in $TASKS; do once $task$s $(expert $task); done; }
 fuse() { experts; once moe$s $FUSE; }
 initialise() { experts; once prototype_$number$s $prototype; }
+initialise_by_prompt() { experts; once by_prompt_$number$s $by_prompt; }
 merge() { experts; once merge_tsv_m$s $TSV_M; }
 
 for seed in $(echo "$SEEDS" | tr ',' ' '); do
@@ -89,11 +93,15 @@ for seed in $(echo "$SEEDS" | tr ',' ' '); do
         align="python align_basemodel.py --moe_flag 1 --router_learning_rate 0.01 --seed $seed --batch_size $BATCH_SIZE --dtype $DTYPE $data $R"
         tries fused_$number fuse $align --gate_loss_weight 0.3 --moe_dir $RESULTS_DIR/outputs/moe$s
         tries ungated_$number fuse $align --gate_loss_weight 0 --moe_dir $RESULTS_DIR/outputs/moe$s
-        prototype="python models/llama_moe.py --router_init prototype --num_prompts $number $data --dtype $DTYPE --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/prototype_$number$s $R"
+        from_prompts="python models/llama_moe.py --router_init prototype --num_prompts $number $data --dtype $DTYPE --experts $named_experts --seed $seed $R"
+        prototype="$from_prompts --output $RESULTS_DIR/outputs/prototype_$number$s"
+        by_prompt="$from_prompts --routing prompt --output $RESULTS_DIR/outputs/by_prompt_$number$s"
         tries initialised_$number initialise $align --gate_loss_weight 0.3 --moe_dir $RESULTS_DIR/outputs/prototype_$number$s
+        tries prompted_$number initialise_by_prompt $align --gate_loss_weight 0.3 --moe_dir $RESULTS_DIR/outputs/by_prompt_$number$s
         row tuned_$number$s experts python models/merging.py --method task_arithmetic --num_held_apart -1 $data --dtype $DTYPE \
             --experts $named_experts --output $RESULTS_DIR/outputs/tuned_$number$s $R
         row prototype_$number$s experts $prototype
+        row by_prompt_$number$s experts $by_prompt
     done
 done
 

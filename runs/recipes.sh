@@ -44,9 +44,10 @@ experts_are() {  # SUFFIX, or one for each task: what is fused from here on, exp
     done
     router_starts random
 }
-router_starts() {  # random, prototype or arrow: how their routers start
+router_starts() {  # random, prototype or arrow: how their routers start; by_prompt: and choose once for each prompt
     moe=moe$together$s start="--seed $seed"
     if [ $1 != random ]; then moe=${moe}_$1 start="$start --router_init $1 --dtype $DTYPE $([ $NUM_SAMPLES = -1 ] || echo --num_trained $NUM_SAMPLES)"; fi
+    if [ "${2:-}" = by_prompt ]; then moe=${moe}_by_prompt start="$start --routing prompt"; fi
 }
 suffix_of() {  # TASK
     case $1 in helpfulness) echo "${suffixes[0]}" ;; safety) echo "${suffixes[1]}" ;; *) echo "${suffixes[2]}" ;; esac
@@ -115,6 +116,10 @@ all_tries() {  # of $seed
     fusion fused_top_3 --expert_topk 3
     fusion fused_top_3_then_2 --expert_topk 3 --answer_topk 2
     for by in prototype arrow; do router_starts $by; fusion fused_$by; done
+    router_starts random by_prompt
+    fusion fused_by_prompt
+    router_starts prototype by_prompt
+    fusion fused_prototype_by_prompt
 
     # 3. Other shares of the steps
     experts_are _1_epoch

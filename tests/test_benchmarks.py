@@ -7,12 +7,8 @@ import pytest
 import torch
 from conftest import run_script
 
-from benchmarks import bench_moe, bench_serving, growth, profile_model, profile_serving, prompt_routing, whole_model
-from config import ROOT, TASKS, UserError
-from data import split
-from data.sources import read_rows, trainable_rows
-from models.loading import load_run
-from models.router import recorded_router_logits
+from benchmarks import bench_moe, bench_serving, growth, profile_model, profile_serving, whole_model
+from config import ROOT, UserError
 from workspace.files import read_json
 
 
@@ -107,67 +103,6 @@ def test_routers_alone_end_in_json(fused_dir):
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout.splitlines()[-1])
     assert measured["samples"]["held_apart"] == 9 and 0 <= measured["routing_accuracy"]["0.01"]["mean"] <= 1
-
-
-def test_routed_by_prompt_a_sample_chooses_once(fused_dir):
-    """By the mean of its prompt's logits, worked out token by token; its padding and its answer do not count."""
-    model, _ = load_run(fused_dir, dtype="float32")
-    ids = torch.randint(2, 600, (2, 9), generator=torch.Generator().manual_seed(0))
-    prompt = torch.zeros(2, 9, dtype=torch.bool)
-    prompt[0, 2:5] = prompt[1, 1:8] = True
-    inputs = []
-    router = model.blocks[0].router
-    hook = router.register_forward_hook(lambda _, args, __: inputs.append(args[0]))
-    with torch.no_grad(), prompt_routing.routed_by_prompt(model, [prompt]), recorded_router_logits(model) as logits:
-        model.model(input_ids=ids, use_cache=False)
-    hook.remove()
-    of_layer = logits[0].view(2, 9, -1)
-    for sample, (start, end) in enumerate(((2, 5), (1, 8))):
-        of_tokens = [router.weight @ x for x in inputs[0].view(2, 9, -1)[sample, start:end]]
-        mean = sum(of_tokens) / len(of_tokens)
-        assert torch.allclose(of_layer[sample], mean.detach().expand(9, -1), atol=1e-6)
-    with torch.no_grad(), recorded_router_logits(model) as logits:
-        model.model(input_ids=ids, use_cache=False)
-    assert len(logits[0].unique(dim=0)) > 2  # by token again
-
-
-@pytest.mark.slow
-def test_routing_by_prompt_ends_in_json(fused_dir, tmp_path):
-    place = ["--results_dir", tmp_path]
-    align = ["--moe_flag", 1, "--moe_dir", fused_dir, "--data_source", "sample", "--num_samples", 4, "--max_steps", 2]
-    flags = ["--batch_size", 4, "--gate_loss_weight", 0.3, "--dtype", "float32", "--run_name", "fused", "--use_cpu", 1]
-    assert run_script("align_basemodel.py", *align, *flags, *place).returncode == 0
-    compared = ["benchmarks/prompt_routing.py", "--run", "fused", "--num_held_apart", 3, *place]
-    first = run_script(*compared)
-    assert first.returncode == 0, first.stderr
-    results = json.loads(first.stdout.splitlines()[-1])["results"]
-    assert list(results) == [*TASKS, "mean"] and results["mean"]["questions"] == 9
-    assert results["mean"]["by_prompt"] != results["mean"]["by_token"]
-    half = ["--dataset_type", "held_apart", "--num_trained", 4, "--num_samples", 3, "--dtype", "float32"]
-    scored = run_script("evaluator/evaluate_likelihood.py", "--run", "fused", *half, *place)
-    assert scored.returncode == 0, scored.stderr
-    for task in TASKS:
-        kept = read_json(tmp_path / "evaluation" / task / "held_apart" / "fused" / "likelihood" / "metrics.json")
-        assert results[task]["by_token"] == pytest.approx(kept["metrics"]["nll_per_token"]["value"], rel=1e-5)
-    again = run_script(*compared)  # aligned already
-    assert json.loads(again.stdout.splitlines()[-1])["results"] == results
-    refused = run_script("benchmarks/prompt_routing.py", "--run", fused_dir)
-    assert refused.returncode == 2 and "is no aligned fusion" in refused.stderr
-
-
-def test_routing_by_prompt_is_scored_on_what_the_split_held_apart(tmp_path):
-    split.main(
-        ["--data_source", "sample", "--output", str(tmp_path / "split"), "--mixed", "4", "--num_held_apart", "3"]
-    )
-    mixed = str(tmp_path / "split" / "mixed_4")
-    records = prompt_routing.scored_records(mixed, -1, None, 42)
-    for task in TASKS:
-        rows = trainable_rows(task, read_rows(task, "held_apart", mixed))
-        assert rows and {one.id.rsplit("-", 1)[0] if task == "truthfulness" else one.id for one in records[task]} == {
-            row["id"] for row in rows
-        }
-    with pytest.raises(UserError, match="--num_held_apart 3: data/split.py held apart"):
-        prompt_routing.scored_records(mixed, -1, 3, 42)
 
 
 def test_the_serving_table_is_that_of_the_committed_figures():

@@ -27,14 +27,20 @@ def merged_models(base_dir, adapter_dirs):
         yield PeftModel.from_pretrained(model, folder).double().merge_and_unload().eval()
 
 
-def dense_logits(base_dir, adapter_dirs, routers, top_k, ids):
-    """Logits of the mixture, computed with a loop over dense experts in every layer."""
+def dense_logits(base_dir, adapter_dirs, routers, top_k, ids, of_prompt=None):
+    """Logits of the mixture, computed with a loop over dense experts in every layer; of_prompt: a mask for each sample,
+    over whose tokens the router's logits are averaged first."""
     merged = list(merged_models(base_dir, adapter_dirs))
     model = merged[0]
 
     def mixture(layer):
         def forward(x):
-            probs = F.linear(x, routers[layer]).softmax(-1)
+            logits = F.linear(x, routers[layer])
+            if of_prompt is not None:
+                logits = torch.stack(
+                    [row[mask].mean(0).expand_as(row) for row, mask in zip(logits, of_prompt, strict=True)]
+                )
+            probs = logits.softmax(-1)
             kept, chosen = probs.topk(top_k)
             kept = kept / kept.sum(-1, keepdim=True)
             outputs = torch.stack([other.model.layers[layer].mlp.original_forward(x) for other in merged], dim=-2)

@@ -65,7 +65,7 @@ def commands_of(script, flags, folder):
         ("recipes.sh", ["--half", "test", "--seeds", "42,43,44", "--rows", "mixed,fused_arrow"], 20),
         ("elsewhere.sh", [], 60),
         ("elsewhere.sh", ["--half", "test", "--seeds", "42,43", "--mixed", "10", "--epochs",
-                          "mixed_10=8,merged_10=4,fused_10=2"], 30),
+                          "mixed_10=8,merged_10=4,fused_10=2,prompted_10=1"], 30),
         ("conflict.sh", ["--seeds", "42,43,44"], 200),
     ],
 )  # fmt: skip
@@ -133,6 +133,7 @@ MERGES += tuple(f"{method}_tuned" for method in ("task_arithmetic", "ties", "tsv
         ("elsewhere", ["--half", "test"], "--half test takes --epochs"),
         ("elsewhere", ["--half", "test", "--epochs", "mixed_20=2"], "mixed_20=2 is of no method here"),
         ("elsewhere", ["--half", "test", "--epochs", "mixd_10=2"], "mixd_10=2 is of no method here"),
+        ("elsewhere", ["--half", "test", "--epochs", "mixed_10=2,mixed_10=4"], "names mixed_10 twice"),
         ("elsewhere", ["--seeds", "42,43"], "on questions held apart one seed"),
         ("elsewhere", ["--run_mixed", "10,20"], "20 is none of --mixed 10,40,160"),
         ("conflict", [], "name a folder that has safety_pairs.jsonl"),
