@@ -12,6 +12,7 @@ from data.encoding import Encoder
 from data.sources import Record, draw, prompt_of, read_rows, trainable_rows
 from models import base
 from models.adapters import Expert
+from models.prompt_routing import routed_by_prompt
 
 # The logit that a task's own mean state gets from its prototype; of three tasks that are as far from each other, the
 # others' prototypes give it half of that, negative: 0.91 of the softmax is the own one's.
@@ -49,7 +50,8 @@ def mean_states(model: PreTrainedModel, encoder: Encoder, prompts: list[Record],
         ids, mask = pad([sample["input_ids"] for sample in batch], left=False)
         openings = torch.tensor([sample["opening"] for sample in batch])
         counted = (mask.bool() & (torch.arange(ids.shape[1]) >= openings[:, None])).to(model.device)
-        model.model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+        with routed_by_prompt(model, counted):
+            model.model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
         tokens += int(counted.sum())
     for hook in hooks:
         hook.remove()
