@@ -25,13 +25,15 @@ METHODS = {  # prefix of the rows on some mixed questions: (words, the row that 
     "ungated": ("fusion, aligned on them without the gating loss", "moe"),
     "initialised": ("fusion, its routers' start made from them, then aligned", None),
     "prompted": ("fusion routed by prompt, its routers' start made from them, then aligned", None),
+    "slow": ("fusion routed by prompt, its routers made from them, then aligned with routers at 1e-4", None),
+    "routers": ("fusion routed by prompt, its routers made from them, then trained alone at 1e-4", None),
     "frozen": ("fusion routed by prompt, its routers made from them and frozen, its experts aligned", None),
     "tuned": ("task arithmetic, its coefficients tuned on them", None),
     "prototype": ("fusion, its routers' start made from them, not aligned", None),
     "by_prompt": ("fusion routed by prompt, its routers' start made from them, not aligned", None),
 }
-FUSIONS = ("fused", "ungated", "initialised", "prompted", "frozen", "prototype", "by_prompt")
-DRAWN = ("fused", "merged", "mixed", "frozen", "by_prompt", "tuned")  # by the curve
+FUSIONS = ("fused", "ungated", "initialised", "prompted", "slow", "routers", "frozen", "prototype", "by_prompt")
+DRAWN = ("fused", "merged", "mixed", "slow", "by_prompt", "tuned")  # by the curve
 WITHOUT = {  # rows that need no mixed question
     "ensemble_probabilities": "ensemble of probabilities",
     "merge_ties": "TIES merge",

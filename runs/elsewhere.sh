@@ -40,7 +40,7 @@ for one in $(echo "$EPOCHS" | tr ',' ' '); do
     name=${one%=*}
     case $given in *" $name "*) refuse "--epochs $EPOCHS: names $name twice" ;; esac
     given="$given$name "
-    case " mixed merged fused initialised ungated prompted frozen ,$RUN_MIXED," in
+    case " mixed merged fused initialised ungated prompted slow routers frozen ,$RUN_MIXED," in
         *" ${name%_*} "*",${name##*_},"*) ;;
         *) refuse "--epochs $EPOCHS: $one is of no method here" ;;
     esac
@@ -98,6 +98,9 @@ for seed in $(echo "$SEEDS" | tr ',' ' '); do
         by_prompt="$from_prompts --routing prompt --output $RESULTS_DIR/outputs/by_prompt_$number$s"
         tries initialised_$number initialise $align --gate_loss_weight 0.3 --moe_dir $RESULTS_DIR/outputs/prototype_$number$s
         tries prompted_$number initialise_by_prompt $align --gate_loss_weight 0.3 --moe_dir $RESULTS_DIR/outputs/by_prompt_$number$s
+        slow="${align/--router_learning_rate 0.01/--router_learning_rate 1e-4} --moe_dir $RESULTS_DIR/outputs/by_prompt_$number$s"
+        tries slow_$number initialise_by_prompt $slow --gate_loss_weight 0.3
+        tries routers_$number initialise_by_prompt $slow --gate_loss_weight 0.3 --train_experts 0
         tries frozen_$number initialise_by_prompt ${align/--router_learning_rate 0.01 /} --train_router 0 --moe_dir $RESULTS_DIR/outputs/by_prompt_$number$s
         row tuned_$number$s experts python models/merging.py --method task_arithmetic --num_held_apart -1 $data --dtype $DTYPE \
             --experts $named_experts --output $RESULTS_DIR/outputs/tuned_$number$s $R

@@ -65,7 +65,7 @@ def commands_of(script, flags, folder):
         ("recipes.sh", ["--half", "test", "--seeds", "42,43,44", "--rows", "mixed,fused_arrow"], 20),
         ("elsewhere.sh", [], 60),
         ("elsewhere.sh", ["--half", "test", "--seeds", "42,43", "--mixed", "10", "--epochs",
-                          "mixed_10=8,merged_10=4,fused_10=2,prompted_10=1,frozen_10=2"], 30),
+                          "mixed_10=8,merged_10=4,fused_10=2,prompted_10=1,slow_10=2,routers_10=4,frozen_10=2"], 30),
         ("conflict.sh", ["--seeds", "42,43,44"], 200),
     ],
 )  # fmt: skip
