@@ -32,6 +32,11 @@ METHODS = {  # prefix of the rows on some mixed questions: (words, the row that 
     "prototype": ("fusion, its routers' start made from them, not aligned", None),
     "by_prompt": ("fusion routed by prompt, its routers' start made from them, not aligned", None),
 }
+ROUTED = (  # words, the row routed by token, the row routed by prompt
+    ("not aligned", "prototype_10", "by_prompt_10"),
+    ("aligned for one epoch", "initialised_10_epochs_1", "prompted_10_epochs_1"),
+    ("aligned for two epochs", "initialised_10_epochs_2", "prompted_10_epochs_2"),
+)
 FUSIONS = ("fused", "ungated", "initialised", "prompted", "slow", "routers", "frozen", "prototype", "by_prompt")
 DRAWN = ("fused", "merged", "mixed", "slow", "by_prompt", "tuned")  # by the curve
 WITHOUT = {  # rows that need no mixed question
@@ -113,6 +118,18 @@ def against_the_merged(folder: Path, number: int) -> str:
     row = row_of(tables[number], on_questions(runs, "merged", number))
     words = METHODS["merged"][0]
     return f"On {number} mixed questions per task the best fusion is, against {words}, {task_by_task(row)}."
+
+
+def by_token_or_prompt() -> str:
+    """Fusions whose routers start from the ten questions' prompts, routed by token and by prompt: each pair tested for
+    itself."""
+    runs, _ = compared()
+    lines = ["| the fusion | by token ↓ | by prompt ↓ | by prompt − by token, paired |", "| --- | --- | --- | --- |"]
+    for words, token, prompt in ROUTED:
+        pair = compare({name: runs[name] for name in (token, prompt)}, prompt)
+        by_token, by_prompt = row_of(pair, token), row_of(pair, prompt)
+        lines.append(f"| {words} | {mean_of(by_token):.3f} | {mean_of(by_prompt):.3f} | {difference_text(by_token)} |")
+    return "\n".join(lines)
 
 
 def epochs_tried() -> str:

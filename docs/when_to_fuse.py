@@ -109,7 +109,14 @@ def sections() -> tuple[Section, ...]:
 def documents() -> dict[Path, str]:
     """{file: what it must hold}."""
     made_of = {
-        PAGE: (without_rows, equal_steps, own_tasks, recipes.confirmed, elsewhere.few_rows),
+        PAGE: (
+            without_rows,
+            equal_steps,
+            own_tasks,
+            recipes.confirmed,
+            elsewhere.few_rows_held_apart,
+            elsewhere.by_token_or_prompt,
+        ),
         ALL_TRIES: (recipes.best_tries, recipes.tries, recipes.single_changes, elsewhere.epochs_tried),
     }
     figures_of = {"tries.svg": recipes.picture(), "elsewhere.svg": as_image(elsewhere.curve())}
