@@ -118,8 +118,10 @@ all_tries() {  # of $seed
     for by in prototype arrow; do router_starts $by; fusion fused_$by; done
     router_starts random by_prompt
     fusion fused_by_prompt
+    fusion fused_by_prompt_rate_1e-3 --learning_rate 1e-3
     router_starts prototype by_prompt
     fusion fused_prototype_by_prompt
+    fusion fused_prototype_by_prompt_rate_1e-3 --learning_rate 1e-3
 
     # 3. Other shares of the steps
     experts_are _1_epoch
