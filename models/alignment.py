@@ -44,15 +44,8 @@ def mixture_model(args, training: TrainArguments, load: Callable = load_fused) -
     """The fused model, of which that is trained which the flags say. load: what makes it of (folder, base_model,
     dtype)."""
     model = load(Path(args.moe_dir), args.base_model, args.dtype)
-    if by_prompt(model) and (args.gate_tokens, args.gate_gradient) != ("instruction", "all"):
-        raise UserError(
-            f"--moe_dir {args.moe_dir}: is routed by prompt, as its gating loss sees it; leave --gate_tokens and "
-            "--gate_gradient out"
-        )
-    if by_prompt(model) and recomputes(training):
-        raise UserError(
-            "--activation_checkpointing: computes layers again after the choice by prompt is over; leave it out"
-        )
+    if by_prompt(model):
+        check_by_prompt(args, training)
     model.set_top_k(args.expert_topk, recorded=args.answer_topk)
     if args.tune_attention:
         torch.manual_seed(training.seed)
@@ -65,10 +58,22 @@ def mixture_model(args, training: TrainArguments, load: Callable = load_fused) -
     return model
 
 
-def recomputes(training: TrainArguments) -> bool:
-    """Whether layers are computed again in the backward pass."""
+def check_by_prompt(args, training: TrainArguments) -> None:
+    """UserError for what does not go with routing by prompt."""
+    if (args.gate_tokens, args.gate_gradient) != ("instruction", "all"):
+        raise UserError(
+            f"--moe_dir {args.moe_dir}: is routed by prompt, as its gating loss sees it; leave --gate_tokens and "
+            "--gate_gradient out"
+        )
     of_fsdp = (training.fsdp_config or {}).get("activation_checkpointing")
-    return bool(training.activation_checkpointing or training.gradient_checkpointing or of_fsdp)
+    if training.activation_checkpointing or training.gradient_checkpointing or of_fsdp:
+        raise UserError(
+            "--activation_checkpointing: computes layers again after the choice by prompt is over; leave it out"
+        )
+    if training.torch_compile:
+        raise UserError(
+            f"--torch_compile: --moe_dir {args.moe_dir} is routed by prompt, which is not compiled; leave it out"
+        )
 
 
 def estimate(args, training: TrainArguments) -> str:

@@ -188,6 +188,7 @@ def test_an_alignment_keeps_the_routing_and_its_scores_say_so(by_prompt_dir, tin
         (["--gate_tokens", "all"], "is routed by prompt"),
         (["--gate_gradient", "router"], "is routed by prompt"),
         (["--activation_checkpointing", "1"], "after the choice by prompt"),
+        (["--torch_compile", "true"], "which is not compiled"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit):
