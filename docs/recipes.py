@@ -25,6 +25,11 @@ SINGLE_CHANGES = (  # words, the try without the change, the try with it
     ("fusion: dropout of 0.3", "fused", "fused_dropout_0.3"),
     ("fusion: less than half the rate", "fused", "fused_rate_2e-4"),
     ("fusion: three experts per token in training, two after", "fused", "fused_top_3_then_2"),
+    (
+        "fusion: routed by prompt, its routers made from the prompts (both at once)",
+        "fused_rate_1e-3",
+        "fused_prototype_by_prompt_rate_1e-3",
+    ),
 )
 
 
