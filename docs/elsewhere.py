@@ -38,7 +38,14 @@ ROUTED = (  # words, the row routed by token, the row routed by prompt
     ("aligned for two epochs", "initialised_10_epochs_2", "prompted_10_epochs_2"),
 )
 FUSIONS = ("fused", "ungated", "initialised", "prompted", "slow", "routers", "frozen", "prototype", "by_prompt")
-DRAWN = ("fused", "merged", "mixed", "slow", "by_prompt", "tuned")  # by the curve
+DRAWN = {  # by the curve: the words there
+    "fused": "fusion routed by token, aligned",
+    "prompted": "fusion routed by prompt, aligned",
+    "by_prompt": "fusion routed by prompt, not aligned",
+    "merged": "one LoRA that begins with a merge",
+    "mixed": "one LoRA from the base",
+    "tuned": "task arithmetic, tuned",
+}
 WITHOUT = {  # rows that need no mixed question
     "ensemble_probabilities": "ensemble of probabilities",
     "merge_ties": "TIES merge",
@@ -156,8 +163,8 @@ def curve() -> str:
     """Nats per token against the number of mixed questions, a line a method."""
     runs, tables = compared()
     lines = {}
-    for method in DRAWN:
-        words, begin = METHODS[method]
+    for method, words in DRAWN.items():
+        begin = METHODS[method][1]
         begins = [] if begin is None else [(0, mean_over_seeds(runs, begin))]
         named = {number: on_questions(runs, method, number) for number in tables}
         points = [(number, mean_of(row_of(tables[number], name))) for number, name in named.items() if name]
