@@ -3,7 +3,6 @@ runs/elsewhere.sh."""
 
 import re
 from functools import cache
-from pathlib import Path
 
 from committed import NLL, RESULTS, difference_text, kept_runs, mean_of, row_of, task_by_task
 
@@ -12,8 +11,7 @@ from evaluator.comparison import compare, split_seed
 from evaluator.run_scores import RunScores
 from evaluator.sweeps import mean_nll
 
-CONFIRMED = RESULTS / "elsewhere"  # the test half, three seeds, the numbers of epochs that were chosen
-TRIES = CONFIRMED / "held_apart"  # one seed, every number of epochs
+TRIES = RESULTS / "elsewhere" / "held_apart"  # one seed, every number of epochs
 CAPTION = (
     "Mean NLL per token over the number of mixed questions of each task, each method with the best of its numbers of "
     "epochs. At 0: what it begins with, if that is of the experts. Dashed: what uses no mixed question."
@@ -75,9 +73,9 @@ def numbers(runs: dict[str, RunScores]) -> list[int]:
 
 
 @cache
-def compared(folder: Path = TRIES) -> tuple[dict[str, RunScores], dict[int, dict]]:
+def compared() -> tuple[dict[str, RunScores], dict[int, dict]]:
     """(a half's kept rows, {number of mixed questions: the comparison of what uses them with the best fusion})."""
-    runs = kept_runs(folder)
+    runs = kept_runs(TRIES)
     tables = {}
     for number in numbers(runs):
         used = {on_questions(runs, method, number) for method in METHODS} | {*WITHOUT}
@@ -87,16 +85,8 @@ def compared(folder: Path = TRIES) -> tuple[dict[str, RunScores], dict[int, dict
 
 
 def few_rows() -> str:
-    return against_the_fusion(CONFIRMED)
-
-
-def few_rows_held_apart() -> str:
-    return against_the_fusion(TRIES)
-
-
-def against_the_fusion(folder: Path) -> str:
     """For each number of mixed questions: every method, and what needs none, against the best fusion."""
-    runs, tables = compared(folder)
+    runs, tables = compared()
     lines = [
         "| mixed questions per task | method | epochs | mean NLL/token ↓ | best fusion − method, paired | "
         + " | ".join(f"{one.task} ↓" for one in NLL)
@@ -116,12 +106,12 @@ def against_the_fusion(folder: Path) -> str:
                 *(f"{row['metrics'][one.name]['value']:.3f}" for one in NLL),
             ]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(against_the_merged(folder, number) for number in tables)])
+    return "\n".join([*lines, "", *(against_the_merged(number) for number in tables)])
 
 
-def against_the_merged(folder: Path, number: int) -> str:
+def against_the_merged(number: int) -> str:
     """The best fusion against the LoRA that begins with a merge, task by task."""
-    runs, tables = compared(folder)
+    runs, tables = compared()
     row = row_of(tables[number], on_questions(runs, "merged", number))
     words = METHODS["merged"][0]
     return f"On {number} mixed questions per task the best fusion is, against {words}, {task_by_task(row)}."

@@ -114,7 +114,7 @@ def documents() -> dict[Path, str]:
             equal_steps,
             own_tasks,
             recipes.confirmed,
-            elsewhere.few_rows_held_apart,
+            elsewhere.few_rows,
             elsewhere.by_token_or_prompt,
         ),
         ALL_TRIES: (recipes.best_tries, recipes.tries, recipes.single_changes, elsewhere.epochs_tried),

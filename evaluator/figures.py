@@ -182,26 +182,6 @@ def curves(lines: dict[str, list[tuple[float, float]]], levels: dict[str, float]
         return to_svg(figure, f"{measure} over {heading}, for {len(lines) + len(levels)} methods")
 
 
-def trade_off(
-    paths: dict[str, list[tuple[float, float, str]]], alone: list[tuple[float, float, str]], headings: tuple[str, str]
-) -> str:
-    """Two measures against each other: points (x, y, name) joined along each path, in its order, and points alone."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
-        for number, (label, points) in enumerate(paths.items()):
-            x, y, _ = zip(*points, strict=True)
-            axes.plot(x, y, "os^Dv"[number % 5] + "-", color=COLOURS[number], label=label)
-        for number, (x, y, label) in enumerate(alone, len(paths)):
-            axes.plot([x], [y], "os^Dv"[number % 5], markersize=8, color=COLOURS[number % len(COLOURS)], label=label)
-        for x, y, name in {point for points in paths.values() for point in points}:
-            axes.annotate(short(name), (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
-        axes.set_xlabel(headings[0])
-        axes.set_ylabel(headings[1])
-        axes.margins(0.1)
-        figure.legend(fontsize=8, loc="outside lower center", ncols=2)
-        return to_svg(figure, f"{headings[1]} against {headings[0]}, of {len(paths)} paths and {len(alone)} runs")
-
-
 def weight_histograms(probs_of_run: dict[str, list[list[float]]], experts: list[str]) -> str | None:
     """Histograms over prompts of each expert's mean routing weight, one panel per run: the paper's figure."""
     if not probs_of_run:

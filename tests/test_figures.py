@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from evaluator.figures import curves, trade_off
+from evaluator.figures import curves
 
 
 def test_a_setting_stands_in_its_order_under_every_methods_line():
@@ -18,17 +18,3 @@ def test_a_setting_stands_in_its_order_under_every_methods_line():
     places = [float(x) for x in re.findall(r'id="xtick_\d+">.*?<use [^>]*?x="([\d.]+)"', svg, flags=re.S)]
     assert places[2] - places[1] == pytest.approx(places[1] - places[0])
     assert {"fused", "mixed", "TIES"} <= {*words} and 'aria-label="nats over mixed questions, for 3 methods"' in svg
-
-
-def test_a_trade_off_joins_a_paths_points_in_its_order():
-    svg = trade_off(
-        {"the dial": [(0.3, 0.1, "off"), (0.0, 0.4, "on"), (0.1, 0.3, "half")]},
-        [(0.2, 0.2, "raw")],
-        ("refused", "unsafe"),
-    )
-    words = [words.strip() for words in re.findall(r"<text[^>]*>([^<]*)<", svg)]
-    assert {"refused", "unsafe", "the dial", "raw", "off", "on", "half"} <= {*words}
-    assert 'aria-label="unsafe against refused, of 1 paths and 1 runs"' in svg
-    line = re.search(r'<path d="(M[^"]*?)"[^>]*style="fill: none; stroke: #d55e00', svg)[1]
-    places = [float(x) for x in re.findall(r"[ML] ([\d.]+) ", line)]
-    assert len(places) == 3 and places[0] > places[2] > places[1]

@@ -57,11 +57,15 @@ def double(folder, bias=None):
     return model, tokenizer
 
 
-def test_a_fusion_says_how_it_is_routed(by_prompt_dir, fused_dir):
+def test_a_fusion_says_how_it_is_routed(by_prompt_dir, fused_dir, adapter_dirs, capsys):
     assert read_json(by_prompt_dir / "config.json")["routing"] == "prompt"
     assert read_json(by_prompt_dir / "run.json")["run"]["arguments"]["routing"] == "prompt"
     assert "routing" not in read_json(fused_dir / "config.json")
     assert "routing" not in read_json(fused_dir / "run.json")["run"]["arguments"]
+    place = ["--experts_dir", str(adapter_dirs[0].parent), "--output", str(by_prompt_dir)]
+    with pytest.raises(SystemExit):  # by token into the same folder
+        llama_moe.main(place)
+    assert "routing" in capsys.readouterr().err
     assert llama_moe.asked(["--routing", "prompt"])["routing"] == "prompt" and "routing" not in llama_moe.asked([])
 
 
@@ -85,6 +89,28 @@ def test_a_sample_is_computed_by_the_dense_experts_that_its_prompt_chose(
     other, _ = double(fused_dir)  # which is routed by token, whatever is said of its prompts
     with torch.no_grad(), routed_by_prompt(other, of_prompt):
         assert torch.equal(other(ids).logits, double(fused_dir)[0](ids).logits)
+
+
+def test_a_router_has_the_gradient_of_what_it_chooses(by_prompt_dir):
+    """Against finite differences."""
+    model, _ = double(by_prompt_dir)
+    ids = torch.randint(2, 600, (2, 9), generator=torch.Generator().manual_seed(2))
+    weight = model.blocks[0].router.weight
+
+    def loss():
+        with routed_by_prompt(model, prompt_mask([range(2, 5), range(1, 8)], 9)):
+            return model(ids).logits.log_softmax(-1)[..., 7].sum()
+
+    weight.data = weight.data.double()
+    (gradient,) = torch.autograd.grad(loss(), weight)
+    for place in ((0, 0), (1, 5), (2, 31)):
+        sides = []
+        for step in (0.01, -0.01):  # Llama's norms are fp32 whatever goes in: a smaller step drowns in their rounding
+            weight.data[place] += step
+            sides.append(loss().item())
+            weight.data[place] -= step
+        assert (sides[0] - sides[1]) / 0.02 == pytest.approx(gradient[place].item(), rel=0.01, abs=1e-3)
+    assert gradient.abs().max() > 1e-4
 
 
 def greedy(model, tokenizer, record):
