@@ -286,8 +286,8 @@ class SourceArguments(BaseArguments):
     )
     dtype: str = flag(
         "auto",
-        "precision of the base's weights; auto: bfloat16 where the device is fast in it, else float32; nf4: 4 bits by "
-        "bitsandbytes",
+        "precision of the base's weights; auto: bfloat16 where the device is fast in it, else float16 on a GPU, "
+        "float32 on a CPU; nf4: 4 bits by bitsandbytes",
         choices=[*DTYPES, NF4],
     )
 

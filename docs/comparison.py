@@ -36,6 +36,8 @@ from evaluator.kept_runs import DUPLICATES
 from evaluator.page import write_page
 from evaluator.page_answers import SHOWN
 from evaluator.page_words import SIGNIFICANT, verdict
+from evaluator.paired import holm
+from evaluator.run_scores import table_metrics
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
 
@@ -82,7 +84,10 @@ def headline(comparison: dict) -> str:
 
     labels = {"expert": "the best expert", "merge": "the best merge with as many seeds", "ensemble": "the ensemble"}
     parts = [against(label, of_kind(kind)) for kind, label in labels.items()]
-    of_safety = ("flagged", "answers flagged by a small judge"), ("safe_preferred", "safe answer preferred")
+    of_safety = (
+        ("flagged", "answers flagged by a small judge that errs (one seed)"),
+        ("safe_preferred", "safe answer preferred"),
+    )
     return (
         f"**Result**: over {len(seeds)} seeds, with 160 training questions per task, the fused model's mean loss on "
         f"{rows[REFERENCE]['metrics']['mean_nll_per_token']['n']} held-out answers is {own:.3f} nats per token: "
@@ -119,8 +124,10 @@ def sentences(comparison: dict) -> str:
         ),
         f"{shares(rows, (('safe_preferred', 'safe answer preferred'), ('mc1', 'MC1'), ('mc2', 'MC2')))}.",
         forgetting(rows),
+        corrected_together(comparison),
         f"Of 100 answers per task: {judged(rows, 'flagged', 'flagged as unsafe')}; "
         f"{judged(rows, 'truth_and_information', 'true and informative')}.",
+        judges_errors(rows),
         f"Share of questions whose tokens go most to their own task's expert: {', '.join(routed)} (by chance 0.33).",
     ]
     if (fewest := min(seeds.values())) < 3:
@@ -146,11 +153,41 @@ def judged(rows: dict[str, dict], name: str, heading: str) -> str:
     certain = {run: paired["difference"] for run, paired in compared.items() if paired["p_holm"] < SIGNIFICANT}
     better = [run for run, difference in certain.items() if (difference > 0) == own["higher_is_better"]]
     worse = [run for run in certain if run not in better]
-    others = len(compared) - len(certain)
+    undecided = [run for run in compared if run not in certain]
     return (
         f"{heading} {own['value']:.2f}, better than {', '.join(better) or 'none'}, worse than "
-        f"{', '.join(worse) or 'none'}, undecided against {others} (p < {SIGNIFICANT} after Holm's correction)"
+        f"{', '.join(worse) or 'none'}, undecided against {', '.join(undecided) or 'none'} (p < {SIGNIFICANT} after "
+        "Holm's correction)"
     )
+
+
+def judges_errors(rows: dict[str, dict]) -> str:
+    """What the safety judge's flags come to once its errors are corrected for, and the refusals of harmless prompts, of
+    the fused model and of the raw base."""
+    flagged = {run: rows[run]["metrics"]["flagged"] for run in (REFERENCE, "raw")}
+    of_harmless = 1 - flagged["raw"]["corrected"]["specificity"]
+    shares = [f"{one['value']:.2f} to {interval_text(one['corrected'])}" for one in flagged.values()]
+    refused = [rows[run]["metrics"]["over_refusal"] for run in (REFERENCE, "raw")]
+    ours, raw = (round(one["value"] * one["n"]) for one in refused)
+    return (
+        f"The safety judge flags {of_harmless:.2f} of harmless labelled answers. Corrected for its errors, the fused "
+        f"model's share goes from {shares[0]} and the raw base's from {shares[1]}. Of {refused[0]['n']} harmless "
+        f"prompts of XSTest the fused model refuses {ours}, the raw base {raw}."
+    )
+
+
+def corrected_together(comparison: dict) -> str:
+    """The differences that are certain among their own family of rows alone, and not if all rows are one family."""
+    lost = []
+    for one in table_metrics(TASKS):
+        tested = [(row["run"], row["paired"][one.name]) for row in comparison["rows"] if one.name in row["paired"]]
+        of_all = holm([paired["p"] for _, paired in tested])
+        lost += [
+            f"{one.heading} against {run} ({p:.2g})"
+            for (run, paired), p in zip(tested, of_all, strict=True)
+            if paired["p_holm"] < SIGNIFICANT <= p
+        ]
+    return f"With all {len(comparison['rows'])} rows corrected together these would be undecided: {', '.join(lost)}."
 
 
 def table(comparison: dict) -> str:

@@ -22,6 +22,7 @@ SINGLE_CHANGES = (  # words, the try without the change, the try with it
     ("LoRA: a third epoch at twice the rate", "mixed_rate_1e-3", "mixed_3_epochs_rate_1e-3"),
     ("fusion: twice the rate", "fused", "fused_rate_1e-3"),
     ("fusion: twice the rate, three epochs, dropout of 0.1", "fused_2_then_3", "fused_2_then_3_rate_1e-3"),
+    ("fusion: a third epoch at twice the rate, dropout of 0.1", "fused_rate_1e-3", "fused_2_then_3_rate_1e-3"),
     ("fusion: dropout of 0.3", "fused", "fused_dropout_0.3"),
     ("fusion: less than half the rate", "fused", "fused_rate_2e-4"),
     ("fusion: three experts per token in training, two after", "fused", "fused_top_3_then_2"),

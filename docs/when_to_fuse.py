@@ -31,7 +31,7 @@ from committed import (
 from config import TASKS
 from evaluator.comparison import compare, split_seed
 from evaluator.page_sections import Section
-from evaluator.run_scores import MEAN_NLL
+from evaluator.run_scores import MEAN_NLL, RunScores
 from workspace.files import read_json
 
 PAGE = DOCS / "when_to_fuse.md"
@@ -64,7 +64,16 @@ def without_rows() -> str:
         lines.append(
             f"| {row['run']} | {mean_of(row):.3f} | {paired} | {row['cost']['relative_cost_of_a_token']:.2f} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", against_the_uniform_merge(runs)])
+
+
+def against_the_uniform_merge(runs: dict[str, RunScores]) -> str:
+    """What else has the cost of one model against the uniform merge, each by itself."""
+    uniform, parts = "merge_linear", []
+    for name, words in {"merge_ties": "TIES", "moe": "the fusion that is not aligned"}.items():
+        pair = compare({run: scores for run, scores in runs.items() if split_seed(run)[0] in (name, uniform)}, name)
+        parts.append(f"{words}: {difference_text(row_of(pair, uniform))}")
+    return f"Less the uniform merge's loss, each tested by itself: {'; '.join(parts)}."
 
 
 def own_tasks() -> str:

@@ -34,7 +34,7 @@ class JudgeArguments(SourceArguments):
     batch_size: int | None = flag(None, "short for --per_device_train_batch_size")
     dtype: str = flag(
         "auto",
-        "of the base weights: auto (bfloat16 where the device is fast in it), float32, ...",
+        "of the base weights; auto: bfloat16 where the device is fast in it, else float16 on a GPU, float32 on a CPU",
         choices=list(DTYPES),
     )
     rank: int = flag(16, "LoRA rank r")

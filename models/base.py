@@ -200,7 +200,8 @@ def training_attention() -> str:
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    """The dtype the base computes in; "auto" is bfloat16 where the device is fast in it, else float32."""
+    """The dtype the base computes in; "auto" is bfloat16 where the device is fast in it, else
+    float16 on a GPU and float32 on a CPU."""
     if name not in ("auto", NF4):
         if name == "float16" and not torch.cuda.is_available():
             raise UserError("--dtype float16: needs a GPU; on this machine take bfloat16 or float32")

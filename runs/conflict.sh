@@ -52,13 +52,17 @@ keep() { [ -z "$SAVE" ] || python evaluator/report.py --runs $1 --save "$SAVE" -
 expert() { echo python align_basemodel.py --moe_flag 0 --task_name $1 --run_name $1$s --seed $seed --base_model $BASE_MODEL $TRAIN; }
 experts() { local task; for task in $TASKS; do once $task$s $(expert $task); done; }
 fuse() { experts; once moe$s $FUSE; }
+initialise_by_prompt() { experts; once by_prompt$s $BY_PROMPT; }
 
 point raw nothing nothing
 for seed in $(echo "$SEEDS" | tr ',' ' '); do
     s=$([ $seed = 42 ] || echo _seed_$seed)
     of_experts "$s"
     FUSE="python models/llama_moe.py --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/moe$s $R"
-    FUSED="python align_basemodel.py --moe_flag 1 $OF_TASKS --gate_loss_weight 0.3 --router_learning_rate 0.01 --seed $seed --moe_dir $RESULTS_DIR/outputs/moe$s $TRAIN"
+    BY_PROMPT="python models/llama_moe.py --routing prompt --router_init prototype --num_prompts $NUM_SAMPLES --data_source $DATA --dtype $DTYPE
+        --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/by_prompt$s $R"
+    ALIGN="python align_basemodel.py --moe_flag 1 $OF_TASKS --gate_loss_weight 0.3 --router_learning_rate 0.01 --seed $seed $TRAIN"
+    FUSED="$ALIGN --moe_dir $RESULTS_DIR/outputs/moe$s"
     MERGE="python models/merging.py --experts $named_experts $R"
 
     for task in $TASKS; do point $task$s nothing $(expert $task); done
@@ -68,6 +72,8 @@ for seed in $(echo "$SEEDS" | tr ',' ' '); do
         point merge_linear_safety_$weight$s experts $MERGE --method linear --weights safety=$weight --output $RESULTS_DIR/outputs/merge_linear_safety_$weight$s
     done
     point ensemble_probabilities$s experts python models/ensemble.py --experts $named_experts --output $RESULTS_DIR/outputs/ensemble_probabilities$s $R
+    point by_prompt$s experts $BY_PROMPT
+    point prompted$s initialise_by_prompt $ALIGN --moe_dir $RESULTS_DIR/outputs/by_prompt$s --run_name prompted$s
     point fused$s fuse $FUSED --run_name fused$s
     for value in $DIALS; do dial fused$s safety=$value; done  # without any training
     for gamma in $GAMMAS; do point fused_gamma_2_$gamma$s fuse $FUSED --safety_weight $gamma --run_name fused_gamma_2_$gamma$s; done  # the paper's way
