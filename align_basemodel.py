@@ -31,7 +31,7 @@ OF_TRAINED_EXPERTS = OF_MIXTURE | {"train_experts": 1}
 OF_ATTENTION = OF_MIXTURE | {"tune_attention": 1}
 
 # Flags that earlier versions did not have: at these defaults they are not recorded, so that their runs stay the same
-LATER_FLAGS = {
+LEFT_OUT_AT = {
     "train_experts": 1,
     "expert_dropout": 0.0,
     "gate_schedule": "constant",
@@ -314,7 +314,7 @@ def flag_arguments(args: AlignArguments, training: TrainArguments) -> dict:
         del arguments["tasks"]
     if args.init_adapter:
         arguments["init_adapter"] = Path(args.init_adapter).name
-    for name, default in LATER_FLAGS.items():
+    for name, default in LEFT_OUT_AT.items():
         if arguments.get(name) == default:
             arguments.pop(name, None)
     files = [path for task in args.trained_tasks for path in source_files(task, "train", args.data_source)]

@@ -4,7 +4,8 @@ python evaluator/reuse.py --run NAME --saved DIR --base_model BASE --data_source
     --made_by "align_basemodel.py --task_name safety ..."        the command that would make the run
 
 What the flags of both commands decide, the base and the data must be alike; of a run that was made from experts also
-how these were made (--experts: as kept under these names). The weights themselves are not compared: two processors
+how these were made (--experts: as kept under these names), and of one that begins with a fusion or a merge what flags
+made that (--begun_by). The weights themselves are not compared: two processors
 train them differently in the last digits. Says on one line what differs, and exits with 3.
 """
 
@@ -40,6 +41,7 @@ class ReuseArguments:
     run: str = flag("raw", "the kept runs, comma-separated")
     saved: str | None = flag(None, "the folder where they are kept")
     made_by: str | None = flag(None, "the command that would make the run (none for raw)")
+    begun_by: str | None = flag(None, "the command that would make the fusion or the merge that it begins with")
     experts: str | None = flag(None, "the kept experts that it would be made from, comma-separated")
     drift: int = flag(0, "1: it must have an embedding drift", choices=[0, 1])
     base_model: str | None = flag(None, "the base that it would be made from")
@@ -105,21 +107,34 @@ def what_differs(args: ReuseArguments, name: str) -> str | None:
     if run is None:
         return "it is not there"
     if args.made_by:
-        script, *flags = shlex.split(args.made_by)
+        script = shlex.split(args.made_by)[0]
         if run.record is None or run.record["run"]["script"] != Path(script).name:
             return f"it was not made by {script}"
-        maker = importlib.import_module(".".join(Path(script).with_suffix("").parts))
-        recorded, asked = run.record["run"]["arguments"], maker.asked(flags)
-        for name, default in getattr(maker, "LATER_FLAGS", {}).items():  # neither has one that is at its default
-            if name in recorded and name not in asked:
-                return f"it was made with {name}={recorded[name]}, asked for is {default}"
-        if differing := first_difference(recorded, asked):
+        if differing := flags_differ(args.made_by, run.record["run"]["arguments"]):
             return f"it was made with {differing}"
+    if args.begun_by:
+        meta = run.record["meta"] if run.record else {}
+        beginning = meta.get("fused", meta.get("init"))
+        if beginning is None:
+            return "it does not say how what it begins with was made"
+        if differing := flags_differ(args.begun_by, beginning):
+            return f"it begins with what was made with {differing}"
     if args.experts and (said := experts_differ(args, run)):
         return said
     if args.drift and any(one.name not in run.metrics for one in drift_metrics(read_tasks(args.tasks))):
         return "it has no embedding drift"
     return likelihood_differs(args, run) or (answers_differ(args, run) if args.num_answered else None)
+
+
+def flags_differ(command: str, recorded: dict) -> str | None:
+    """In what a command's flags are not the recorded ones; None in nothing."""
+    script, *flags = shlex.split(command)
+    maker = importlib.import_module(".".join(Path(script).with_suffix("").parts))
+    asked = maker.asked(flags)
+    for flag_name, default in getattr(maker, "LEFT_OUT_AT", {}).items():  # neither has one that is at its default
+        if flag_name in recorded and flag_name not in asked:
+            return f"{flag_name}={recorded[flag_name]}, asked for is {default}"
+    return first_difference(recorded, asked)
 
 
 def experts_differ(args: ReuseArguments, run: RunScores) -> str | None:

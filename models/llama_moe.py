@@ -33,7 +33,12 @@ from cli import (
 from config import TASKS, UserError
 
 OF_PROMPTS = {"router_init": ("prototype", "arrow")}
-LATER_FLAGS = {"routing": "token"}  # left out of run.json at this default, as by versions without the flag
+LEFT_OUT_AT = {  # flags that run.json leaves out at these defaults
+    "routing": "token",
+    "router_init": "random",
+    "fresh_rank": None,
+    "num_trained": None,
+}
 
 
 @dataclass
@@ -283,7 +288,7 @@ def asked(argv: list[str]) -> dict:
 
 def routing_argument(args: FuseArguments) -> dict[str, str]:
     """What is recorded of --routing."""
-    return {} if args.routing == LATER_FLAGS["routing"] else {"routing": args.routing}
+    return {} if args.routing == LEFT_OUT_AT["routing"] else {"routing": args.routing}
 
 
 def prototype_arguments(args: FuseArguments, experts: list, source: str | None) -> dict:

@@ -49,7 +49,7 @@ class Method:
 
 
 RANDOM = ("dare_ties", "della")  # drop entries at random
-LATER_FLAGS = {"weights": None}  # runs from before there was that flag record none
+LEFT_OUT_AT = {"weights": None}  # a flag that run.json leaves out at this default
 UNWEIGHTED = ("sce", "model_stock")  # find their own weights
 SCALES, DENSITIES = (0.4, 0.7, 1.0, 1.5, 2.0), (0.2, 0.5)
 METHODS = {

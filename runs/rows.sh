@@ -38,15 +38,37 @@ once() {  # NAME COMMAND...: run a command that makes something, if this process
     "${@:2}"
     made=$made,$1
 }
+begins_with() {  # COMMAND...: the command that makes the fusion or the merge that this one begins with, if any
+    local one before="" start=""
+    for one in "$@"; do
+        case $before in --moe_dir | --init_adapter) start=${one##*/} ;; esac  # of several the last one counts
+        before=$one
+    done
+    [ -n "$start" ] || return 0
+    (
+        row() { :; }
+        once() { case "$* " in *" --output "*"/$start "*) echo "${*:3}" ;; esac; }
+        $needs
+    )
+}
 reused() {  # NAME COMMAND...: whether --reuse has this row, made and scored as it would be here
     [ -n "$REUSE" ] || return 1
-    local name=$1 status=0
+    local name=$1 status=0 expert begun_by
     shift
     case $1 in python) shift ;; nothing) set -- "" ;; esac
     local asks="${ASKS:-}"
-    case $needs in nothing | fuse_fresh) ;; *) asks="$asks --experts $own_experts" ;; esac  # made from these
+    case $needs in
+        nothing | fuse_fresh) ;;
+        *)  # made from these
+            for expert in $(echo "$own_experts" | tr ',' ' '); do
+                case "$anew," in *",$expert,"*) echo "$name: not taken over: its expert $expert is made anew"; return 1 ;; esac
+            done
+            asks="$asks --experts $own_experts"
+            ;;
+    esac
+    begun_by=$(begins_with "$@")
     if [ "$also" != nothing ]; then asks="$asks --drift 1"; fi
-    python evaluator/reuse.py --run $name --saved "$REUSE" --made_by "$*" $asks $SCORE || status=$?
+    python evaluator/reuse.py --run $name --saved "$REUSE" --made_by "$*" --begun_by "$begun_by" $asks $SCORE || status=$?
     [ $status = 0 ] || [ $status = 3 ] || exit $status
     return $status
 }

@@ -176,7 +176,7 @@ def test_a_fusion_can_answer_with_other_experts_per_token_than_it_was_trained_wi
     assert (recorded["expert_topk"], recorded["answer_topk"]) == (3, 1)
     assert (recorded["expert_dropout"], recorded["gate_schedule"]) == (0.2, "linear")
     plain = align_basemodel.asked(["--moe_flag", "1", "--data_source", str(results / "source")])
-    assert not set(align_basemodel.LATER_FLAGS) & set(plain)
+    assert not set(align_basemodel.LEFT_OUT_AT) & set(plain)
     with pytest.raises(SystemExit):
         fused(results, "--answer_topk", 4, "--max_steps", 2)
     assert "--answer_topk 4: must be 1 to 3" in capsys.readouterr().err

@@ -163,6 +163,41 @@ def test_what_was_made_from_other_experts_is_not(check, kept, tmp_path):
     assert "it has no embedding drift" in check(FUSED, ROWS[FUSED], "--drift", 1)[1]
 
 
+BEGUN = "models/llama_moe.py --experts helpfulness,safety,truthfulness"
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ("", None),
+        (" --router_init prototype", "router_init=None, asked for is prototype"),
+        (" --routing prompt", "routing=None, asked for is prompt"),
+        (" --expert_topk 3", "expert_topk=2, asked for is 3"),
+        (" --seed 43", "seed=42, asked for is 43"),
+    ],
+)
+def test_a_row_that_begins_with_another_fusion_is_not(check, more, said):
+    code, text = check(FUSED, ROWS[FUSED], "--begun_by", BEGUN + more)
+    assert (code, said is None or f"begins with what was made with {said}" in text) == (3 if said else 0, True)
+
+
+def test_what_a_row_begins_with_is_compared_both_ways(check, kept, tmp_path):
+    """A fusion that was kept with its routers from prompts is none of one from random routers."""
+    shutil.copytree(kept, tmp_path / "kept")
+    row = read_json(tmp_path / "kept" / f"{FUSED}.json")
+    row["record"]["meta"]["fused"] |= {"router_init": "prototype", "num_prompts": 9}
+    write_json(tmp_path / "kept" / f"{FUSED}.json", row)
+    kept_so = {"saved": tmp_path / "kept"}
+    text = check(FUSED, ROWS[FUSED], "--begun_by", BEGUN, **kept_so)[1]
+    assert "router_init=prototype, asked for is random" in text
+    as_kept = f"{BEGUN} --router_init prototype --num_prompts 9"
+    assert check(FUSED, ROWS[FUSED], "--begun_by", as_kept, **kept_so)[0] == 0
+    text = check(FUSED, ROWS[FUSED], "--begun_by", f"{as_kept} --num_trained 4", **kept_so)[1]
+    assert "num_trained=None, asked for is 4" in text
+    text = check("safety", ROWS["safety"], "--begun_by", BEGUN)[1]
+    assert "does not say how what it begins with was made" in text
+
+
 def test_changed_data_is_seen(check, kept, tmp_path):
     row = read_json(kept / "safety.json")
     row["record"]["run"]["arguments"]["data_sha256"] = {"safety_train.jsonl": "0"}

@@ -39,14 +39,16 @@ MAKERS = ("align_basemodel.py", "models/ensemble.py", "models/llama_moe.py", "mo
 STUB = """#!/bin/bash
 [ "$1" != -c ] || {{ echo "Converting the embedded model"; exec {python} "$@"; }}
 {{ printf '%s\\x1f' "$@"; echo; }} >> {log}
+case "$*" in evaluator/reuse.py\ --run\ {anew}\ *) exit 3 ;; esac
 """
 
 
-def commands_of(script, flags, folder):
-    """The commands that a script would run, each a list of words, by a python that only writes them down."""
+def commands_of(script, flags, folder, anew="-"):
+    """The commands that a script would run, each a list of words, by a python that only writes them down; `anew`: the
+    row that is none of the kept ones."""
     log, stub = folder / "log", folder / "bin" / "python"
     stub.parent.mkdir()
-    stub.write_text(STUB.format(python=sys.executable, log=log))
+    stub.write_text(STUB.format(python=sys.executable, log=log, anew=anew))
     stub.chmod(0o755)
     environment = {**os.environ, "PATH": f"{stub.parent}:{os.environ['PATH']}"}
     run = subprocess.run(["bash", ROOT / "runs" / script, *flags], env=environment, capture_output=True, text=True)
@@ -93,6 +95,56 @@ def test_every_command_is_one_that_its_script_takes(script, flags, count, base_d
         "ensemble_log_probabilities",
         *NAMED,
     }
+
+
+def after(words, flag):
+    """The last value of a flag in a command; None: it has none."""
+    return next((value for name, value in reversed([*zip(words, words[1:], strict=False)]) if name == flag), None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flags", "count"),
+    [
+        ("comparison.sh", ["--answers", "0"], 20),
+        ("recipes.sh", [], 15),
+        ("elsewhere.sh", ["--run_mixed", "10"], 25),
+        ("conflict.sh", [], 8),
+    ],
+)
+def test_a_kept_row_is_asked_what_it_begins_with(script, flags, count, base_dir, tmp_path):
+    """By the command that would make the fusion or the merge which its own command names."""
+    given = ["--base_model", str(base_dir), "--data_source", "sample", "--results_dir", str(tmp_path / "results")]
+    commands = commands_of(script, [*given, *flags, "--reuse", str(tmp_path)], tmp_path)
+    asked = [words for name, *words in commands if name == "evaluator/reuse.py"]
+    assert asked and not {name for name, *_ in commands} & {*MAKERS, "evaluator/evaluate_likelihood.py"}
+    begun = 0
+    for words in asked:
+        made_by = (after(words, "--made_by") or "").split()
+        start = after(made_by, "--moe_dir") or after(made_by, "--init_adapter")
+        begun_by = after(words, "--begun_by").split()
+        assert (after(begun_by, "--output") or "").split("/")[-1] == (start or "").split("/")[-1]
+        begun += bool(start)
+    assert begun >= count
+
+
+@pytest.mark.parametrize("script", ["comparison", "elsewhere", "recipes", "conflict"])
+def test_what_is_made_from_experts_that_are_made_anew_is_not_taken_over(script, base_dir, tmp_path):
+    """Kept merges and fusions are of the kept experts, whatever their own flags say."""
+    given = ["--base_model", str(base_dir), "--data_source", "sample", "--results_dir", str(tmp_path / "results")]
+    few = {
+        "comparison": ["--answers", "0", "--ablations", "0", "--other_merges", "0"],
+        "elsewhere": ["--half", "test", "--mixed", "10", "--epochs", "mixed_10=2,fused_10=2"],
+        "recipes": ["--rows", "mixed,fused"],
+        "conflict": [],
+    }
+    flags = [*given, *few[script], "--reuse", str(tmp_path / "kept")]
+    commands = commands_of(f"{script}.sh", flags, tmp_path, anew="safety")
+    asked = {after(words, "--run") for name, *words in commands if name == "evaluator/reuse.py"}
+    assert "safety" in asked and any(name.startswith("mixed") for name in asked)
+    assert not [name for name in asked if name.startswith(("merge", "ensemble", "moe", "fused", "prompt", "tuned"))]
+    aligned = {after(words, "--task_name") for name, *words in commands if name == "align_basemodel.py"}
+    assert "safety" in aligned and "mix" not in aligned  # what does not depend on it is taken over
 
 
 NAMED = ("mix_moe_reg_00000_00000_00000_gate_03000",)
