@@ -15,8 +15,7 @@ from data.sources import answer_records, draw, read_rows, trainable_rows
 from models import base, memory
 from models.adapters import add_lora, load_adapter
 from models.expert_ffn import PROJECTIONS
-from models.mixture import MixtureForCausalLM, load_fused
-from models.prompt_routing import by_prompt
+from models.mixture import MixtureForCausalLM, load_fused, read_mixture
 from models.trainer import AlignmentTrainer, MixtureTrainer
 from models.training_arguments import TrainArguments
 
@@ -43,10 +42,19 @@ def expert_model(args, training: TrainArguments, load: Callable = base.load_base
 def mixture_model(args, training: TrainArguments, load: Callable = load_fused) -> MixtureForCausalLM:
     """The fused model, of which that is trained which the flags say. load: what makes it of (folder, base_model,
     dtype)."""
-    model = load(Path(args.moe_dir), args.base_model, args.dtype)
-    if by_prompt(model):
+    mixture = read_mixture(Path(args.moe_dir))
+    if mixture.routing == "prompt":
         check_by_prompt(args, training)
+    if mixture.attention_lora and args.tune_attention:
+        raise UserError(
+            f"--tune_attention 1: --moe_dir {args.moe_dir} has LoRA on its attention, which would begin anew; leave the "
+            "flag out (it stays as it is), or begin with a fusion without"
+        )
+    model = load(Path(args.moe_dir), args.base_model, args.dtype)
     model.set_top_k(args.expert_topk, recorded=args.answer_topk)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.requires_grad_(False)
     if args.tune_attention:
         torch.manual_seed(training.seed)
         model.add_attention_lora(args.attention_rank, args.attention_alpha, args.attention_dropout)

@@ -283,6 +283,21 @@ def test_attention_lora_is_saved_and_loaded(results):
     assert not any("base_layer" in key or "embed" in key for key in saved)
 
 
+def test_a_fusion_with_tuned_attention_is_aligned_again_with_its_attention_as_it_is(results, capsys):
+    tuned, again = "mix_moe_reg_00000_00000_00000_gate_00000_attention_tuned", results / "outputs" / "again"
+    if not (results / "outputs" / tuned / "run.json").exists():
+        fused(results, "--tune_attention", 1, "--max_steps", 3, "--attention_dropout", 0)
+    begin = ["--moe_dir", results / "outputs" / tuned, "--max_steps", 3]
+    with pytest.raises(SystemExit):
+        fused(results, *begin, "--tune_attention", 1, "--run_name", "refused")
+    assert "has LoRA on its attention, which would begin anew" in capsys.readouterr().err
+    fused(results, *begin, "--run_name", "again")
+    before, after = (load_file(folder / "model.safetensors") for folder in (results / "outputs" / tuned, again))
+    assert set(before) == set(after)
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed and not any(".lora_" in key for key in changed)
+
+
 def test_labels_of_the_mixed_data_are_right(results, tokenizer):
     """Every sample of the mixed training data carries its own task, and its expert is the one of that task."""
     args = cli.parse(["--moe_flag", "1", "--data_source", str(results / "source")], align_basemodel.AlignArguments)
