@@ -5,11 +5,12 @@ No text of the data stands in them, and no path of a machine.
 
 import json
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from config import UserError
 from evaluator.run_scores import Result, RunScores, check_score, check_usage
+from evaluator.sweeps import OF_A_MACHINE
 from workspace.files import as_written, read_json, write_text
 
 DUPLICATES = "near_duplicates.json"  # beside the runs: of the data that they are scored on
@@ -40,10 +41,16 @@ def read_kept(folder: Path, name: str) -> RunScores | None:
 
 
 def save_run(folder: Path, run: RunScores) -> None:
-    """Write <name>.json, one line per score."""
+    """Write <name>.json, one line per score. UserError where the folder has a run of that name that would be lost."""
     folder.mkdir(parents=True, exist_ok=True)
+    before, record = read_kept(folder, run.name), without_places(run.record)
+    if before is not None and (lost := what_is_lost(before, replace(run, record=record))):
+        raise UserError(
+            f"{folder / run.name}.json: holds another run of that name ({lost}); name another folder, or move that "
+            "file away"
+        )
     fields = asdict(run)
-    kept = {"run": fields.pop("name"), **fields, "record": without_places(run.record)}
+    kept = {"run": fields.pop("name"), **fields, "record": record}
     for result in kept["metrics"].values():
         if set(result["sizes"]) == {1.0}:
             result["sizes"] = None
@@ -51,6 +58,20 @@ def save_run(folder: Path, run: RunScores) -> None:
             result["questions"] = None
     parts = [f"{json.dumps(key)}: {lines_of(value)}" for key, value in kept.items()]
     write_text(folder / f"{run.name}.json", "{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def what_is_lost(kept: RunScores, run: RunScores) -> str | None:
+    """In words, what of a kept run would be lost if this one were written over it; None: nothing."""
+    recorded, ours = (one.record["run"]["arguments"] if one.record else {} for one in (kept, run))
+    for key in sorted({*recorded, *ours} - {*OF_A_MACHINE}):
+        if recorded.get(key) != ours.get(key):
+            return f"made with {key}={recorded.get(key)}, not {ours.get(key)}"
+    for name, result in kept.metrics.items():
+        if name not in run.metrics:
+            return f"with {name}, which this one has not"
+        if said := result.differs(run.metrics[name]):
+            return f"{name} scored {said}"
+    return None
 
 
 def lines_of(value) -> str:

@@ -47,8 +47,8 @@ def mixture_model(args, training: TrainArguments, load: Callable = load_fused) -
         check_by_prompt(args, training)
     if mixture.attention_lora and args.tune_attention:
         raise UserError(
-            f"--tune_attention 1: --moe_dir {args.moe_dir} has LoRA on its attention, which would begin anew; leave the "
-            "flag out (it stays as it is), or begin with a fusion without"
+            f"--tune_attention 1: --moe_dir {args.moe_dir} has LoRA on its attention, which would begin anew; leave "
+            "the flag out (it stays as it is), or begin with a fusion without"
         )
     model = load(Path(args.moe_dir), args.base_model, args.dtype)
     model.set_top_k(args.expert_topk, recorded=args.answer_topk)

@@ -32,21 +32,28 @@ answered() {  # RUN [NAME EXPERT_BIAS]: its answers to unsafe prompts and to tho
     done
     python evaluator/evaluate_safety.py --task_name $([ $run = raw ] || echo cross_)$name --judge $RESULTS_DIR/judges/safety --dtype $DTYPE $R
 }
+taking_over=0 missing=""
 point() {  # NAME NEEDS COMMAND...: a row, and its answers
-    row "$@"
+    if [ $taking_over = 1 ]; then take_over "$@"; return; fi
+    SAVE="" row "$@"
     case ",$anew," in *",$1,"*) answered $1; keep $1 ;; esac
 }
 dial() {  # RUN BIAS: the same run by another bias
     local run=$1 name
     case $2 in safety=only) name=${run}_bias_helpfulness_off ;; *) name=${run}_bias_$(echo $2 | tr '=,' '__') ;; esac
+    if [ $taking_over = 1 ]; then take_over $name fuse $FUSED --run_name $run; return; fi
     names=$names,$name
-    needs=fuse
-    if reused $name $FUSED --run_name $run; then return; fi
     fuse
     once $run $FUSED --run_name $run
     python evaluator/evaluate_likelihood.py --run $run --expert_bias $2 $SCORE $R
     answered $run $name $2
     keep $name
+}
+take_over() {  # NAME NEEDS COMMAND...: whether --reuse has this row
+    local name=$1 needs=$2
+    shift 2
+    names=${names:+$names,}$name
+    [ -n "$missing" ] || reused $name "$@" || missing=$name
 }
 keep() { [ -z "$SAVE" ] || python evaluator/report.py --runs $1 --save "$SAVE" --only_save 1 $R; }
 expert() { echo python align_basemodel.py --moe_flag 0 --task_name $1 --run_name $1$s --seed $seed --base_model $BASE_MODEL $TRAIN; }
@@ -54,29 +61,40 @@ experts() { local task; for task in $TASKS; do once $task$s $(expert $task); don
 fuse() { experts; once moe$s $FUSE; }
 initialise_by_prompt() { experts; once by_prompt$s $BY_PROMPT; }
 
-point raw nothing nothing
-for seed in $(echo "$SEEDS" | tr ',' ' '); do
-    s=$([ $seed = 42 ] || echo _seed_$seed)
-    of_experts "$s"
-    FUSE="python models/llama_moe.py --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/moe$s $R"
-    BY_PROMPT="python models/llama_moe.py --routing prompt --router_init prototype --num_prompts $NUM_SAMPLES --data_source $DATA --dtype $DTYPE
-        --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/by_prompt$s $R"
-    ALIGN="python align_basemodel.py --moe_flag 1 $OF_TASKS --gate_loss_weight 0.3 --router_learning_rate 0.01 --seed $seed $TRAIN"
-    FUSED="$ALIGN --moe_dir $RESULTS_DIR/outputs/moe$s"
-    MERGE="python models/merging.py --experts $named_experts $R"
+all_points() {
+    point raw nothing nothing
+    for seed in $(echo "$SEEDS" | tr ',' ' '); do
+        s=$([ $seed = 42 ] || echo _seed_$seed)
+        of_experts "$s"
+        FUSE="python models/llama_moe.py --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/moe$s $R"
+        BY_PROMPT="python models/llama_moe.py --routing prompt --router_init prototype --num_prompts $NUM_SAMPLES --data_source $DATA --dtype $DTYPE
+            --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/by_prompt$s $R"
+        ALIGN="python align_basemodel.py --moe_flag 1 $OF_TASKS --gate_loss_weight 0.3 --router_learning_rate 0.01 --seed $seed $TRAIN"
+        FUSED="$ALIGN --moe_dir $RESULTS_DIR/outputs/moe$s"
+        MERGE="python models/merging.py --experts $named_experts $R"
 
-    for task in $TASKS; do point $task$s nothing $(expert $task); done
-    point mixed$s nothing python align_basemodel.py --moe_flag 0 --task_name mix $OF_TASKS --rank 16 --alpha 8 --run_name mixed$s --seed $seed --base_model $BASE_MODEL $TRAIN
-    point merge_linear$s experts $MERGE --method linear --output $RESULTS_DIR/outputs/merge_linear$s
-    for weight in $WEIGHTS; do
-        point merge_linear_safety_$weight$s experts $MERGE --method linear --weights safety=$weight --output $RESULTS_DIR/outputs/merge_linear_safety_$weight$s
+        for task in $TASKS; do point $task$s nothing $(expert $task); done
+        point mixed$s nothing python align_basemodel.py --moe_flag 0 --task_name mix $OF_TASKS --rank 16 --alpha 8 --run_name mixed$s --seed $seed --base_model $BASE_MODEL $TRAIN
+        point merge_linear$s experts $MERGE --method linear --output $RESULTS_DIR/outputs/merge_linear$s
+        for weight in $WEIGHTS; do
+            point merge_linear_safety_$weight$s experts $MERGE --method linear --weights safety=$weight --output $RESULTS_DIR/outputs/merge_linear_safety_$weight$s
+        done
+        point ensemble_probabilities$s experts python models/ensemble.py --experts $named_experts --output $RESULTS_DIR/outputs/ensemble_probabilities$s $R
+        point by_prompt$s experts $BY_PROMPT
+        point prompted$s initialise_by_prompt $ALIGN --moe_dir $RESULTS_DIR/outputs/by_prompt$s --run_name prompted$s
+        point fused$s fuse $FUSED --run_name fused$s
+        for value in $DIALS; do dial fused$s safety=$value; done  # without any training
+        for gamma in $GAMMAS; do point fused_gamma_2_$gamma$s fuse $FUSED --safety_weight $gamma --run_name fused_gamma_2_$gamma$s; done  # the paper's way
     done
-    point ensemble_probabilities$s experts python models/ensemble.py --experts $named_experts --output $RESULTS_DIR/outputs/ensemble_probabilities$s $R
-    point by_prompt$s experts $BY_PROMPT
-    point prompted$s initialise_by_prompt $ALIGN --moe_dir $RESULTS_DIR/outputs/by_prompt$s --run_name prompted$s
-    point fused$s fuse $FUSED --run_name fused$s
-    for value in $DIALS; do dial fused$s safety=$value; done  # without any training
-    for gamma in $GAMMAS; do point fused_gamma_2_$gamma$s fuse $FUSED --safety_weight $gamma --run_name fused_gamma_2_$gamma$s; done  # the paper's way
-done
+}
+if [ -n "$REUSE" ]; then  # all rows, or none: one judge scores all answers
+    taking_over=1
+    all_points
+    if [ -n "$missing" ]; then
+        echo "no row is taken over: $missing is made anew, and one judge scores all answers"
+        REUSE="" names="" taking_over=0
+    fi
+fi
+[ -n "$REUSE" ] || all_points
 
 python evaluator/report.py --runs $names --reference fused ${REUSE:+--saved "$REUSE"} ${SAVE:+--save "$SAVE"} $R

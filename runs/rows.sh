@@ -16,6 +16,8 @@ take_flags() {  # "NAME=DEFAULT ..." ARGUMENT...: sets $NAME, in capitals, of ea
         case $1:" $(echo $known) " in --*:*" ${1#--}="*) ;; *) refuse "$1: is no flag of $0, which takes$(for one in $known; do echo -n " --${one%%=*}"; done)" ;; esac
         [ $# -ge 2 ] || refuse "$1: needs a value"
         case $2 in *[[:space:]]*) refuse "$1 '$2': holds a space, which no flag here takes (a place gets another name by ln -s)" ;; esac
+        case $1:$2 in --data_source:hub | --data_source:sample | *:/*) ;; --data_source:* | --save:* | --reuse:* | --results_dir:*)
+            [ "$OLDPWD" -ef . ] || refuse "$1 $2: is a place below the repository for this file; called from elsewhere, give its whole path" ;; esac
         printf -v "$(variable ${1#--})" %s "$2"
         shift 2
     done

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import run_script
 
 import align_basemodel
+from config import UserError
 from evaluator import evaluate_likelihood, report, reuse
+from evaluator.kept_runs import read_kept, save_run
 from models import merging
 from workspace.files import read_json, write_json
 
@@ -242,6 +245,30 @@ def test_a_mistake_is_no_difference(check, tmp_path, capsys):
     for flags in ("--run raw", "--run raw --saved x --base_model b --data_source sample --num_answered 3"):
         process = run_script("evaluator/reuse.py", *flags.split())
         assert process.returncode == 2 and process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+
+
+def test_a_kept_row_is_not_replaced_by_another_of_its_name(kept, tmp_path):
+    """By itself it is, from whatever machine; by one of other settings, or with fewer scores, it is not."""
+    shutil.copytree(kept, tmp_path / "kept")
+    folder, run = tmp_path / "kept", read_kept(kept, FUSED)
+    arguments = run.record["run"]["arguments"]
+
+    def with_arguments(**changed):
+        return replace(run, record=run.record | {"run": {"script": "", "arguments": arguments | changed}})
+
+    save_run(folder, with_arguments(fused_sha256="of another machine"))
+    few = {name: result for name, result in run.metrics.items() if name != "safe_preferred"}
+    other = {name: replace(result, settings=result.settings | {"dtype": "x"}) for name, result in run.metrics.items()}
+    for changed, said in (
+        (with_arguments(seed=43), "made with seed=42, not 43"),
+        (with_arguments(expert_dropout=0.1), "made with expert_dropout=None, not 0.1"),
+        (replace(run, metrics=few), "with safe_preferred, which this one has not"),
+        (replace(run, metrics=other), "scored with dtype float32 and x"),
+    ):
+        before = (folder / f"{FUSED}.json").read_bytes()
+        with pytest.raises(UserError, match=said):
+            save_run(folder, changed)
+        assert (folder / f"{FUSED}.json").read_bytes() == before
 
 
 def test_what_is_kept_names_no_place_and_holds_no_text(kept, base_dir):

@@ -128,7 +128,7 @@ def test_a_kept_row_is_asked_what_it_begins_with(script, flags, count, base_dir,
     assert begun >= count
 
 
-@pytest.mark.parametrize("script", ["comparison", "elsewhere", "recipes", "conflict"])
+@pytest.mark.parametrize("script", ["comparison", "elsewhere", "recipes"])
 def test_what_is_made_from_experts_that_are_made_anew_is_not_taken_over(script, base_dir, tmp_path):
     """Kept merges and fusions are of the kept experts, whatever their own flags say."""
     given = ["--base_model", str(base_dir), "--data_source", "sample", "--results_dir", str(tmp_path / "results")]
@@ -136,7 +136,6 @@ def test_what_is_made_from_experts_that_are_made_anew_is_not_taken_over(script, 
         "comparison": ["--answers", "0", "--ablations", "0", "--other_merges", "0"],
         "elsewhere": ["--half", "test", "--mixed", "10", "--epochs", "mixed_10=2,fused_10=2"],
         "recipes": ["--rows", "mixed,fused"],
-        "conflict": [],
     }
     flags = [*given, *few[script], "--reuse", str(tmp_path / "kept")]
     commands = commands_of(f"{script}.sh", flags, tmp_path, anew="safety")
@@ -145,6 +144,16 @@ def test_what_is_made_from_experts_that_are_made_anew_is_not_taken_over(script, 
     assert not [name for name in asked if name.startswith(("merge", "ensemble", "moe", "fused", "prompt", "tuned"))]
     aligned = {after(words, "--task_name") for name, *words in commands if name == "align_basemodel.py"}
     assert "safety" in aligned and "mix" not in aligned  # what does not depend on it is taken over
+
+
+def test_answers_are_of_one_judge_or_the_kept_ones_are_left_alone(base_dir, tmp_path):
+    """conflict.sh takes over all rows or none: a judge that is trained anew scores no answers beside another's."""
+    given = ["--base_model", str(base_dir), "--data_source", "sample", "--results_dir", str(tmp_path / "results")]
+    commands = commands_of("conflict.sh", [*given, "--reuse", str(tmp_path / "kept")], tmp_path, anew="prompted")
+    made = [words for name, *words in commands if name == "evaluator/evaluate_likelihood.py"]
+    assert {"raw", "safety", "prompted", "fused"} <= {after(words, "--run") for words in made}
+    report = next(words for name, *words in commands if name == "evaluator/report.py" and "--reference" in words)
+    assert "--saved" not in report and "raw" in after(report, "--runs").split(",")
 
 
 NAMED = ("mix_moe_reg_00000_00000_00000_gate_03000",)
@@ -194,6 +203,13 @@ MERGES += tuple(f"{method}_tuned" for method in ("task_arithmetic", "ties", "tsv
 def test_a_flag_that_is_wrong_is_one_line(script, flags, said):
     run = subprocess.run(["bash", ROOT / "runs" / f"{script}.sh", *flags], capture_output=True, text=True)
     assert run.returncode == 2 and said in run.stderr and len(run.stderr.splitlines()) == 1 and not run.stdout
+
+
+@pytest.mark.parametrize("flag", ["--save kept", "--reuse kept", "--data_source mine", "--results_dir mine/results"])
+def test_a_place_that_is_meant_from_another_folder_is_not_the_repositorys(flag, tmp_path):
+    command = ["bash", ROOT / "runs" / "elsewhere.sh", *flag.split()]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2 and f"{flag}: is a place below the repository for this file" in run.stderr
 
 
 @pytest.mark.slow
