@@ -244,6 +244,8 @@ def resolve_sources(args: AlignArguments) -> None:
     if not args.moe_flag:
         if args.init_adapter:
             init = run_dir.find_run(args.init_adapter, config.outputs_dir(args.results_dir))
+            if (kind := run_kind(init)) != "adapter":
+                raise UserError(f"--init_adapter {args.init_adapter}: is no adapter ({kind}); name an expert")
             args.base_model, args.init_adapter = resolve_base(init, args.base_model), str(init)
         args.base_model = base.default_base_model(args.base_model)
         args.data_source = absolute_source(args.data_source) or "hub"
@@ -253,6 +255,8 @@ def resolve_sources(args: AlignArguments) -> None:
     fused = run_dir.read_run(moe_dir)
     if fused is None:
         raise UserError(f"--moe_dir {moe_dir}: no fused model there; fuse the experts first with models/llama_moe.py")
+    if moe_dir.name.startswith("checkpoint-"):
+        raise UserError(f"--moe_dir {moe_dir}: is a checkpoint; name its run, {moe_dir.parent}")
     if not (moe_dir / run_dir.COMPLETE).exists():
         raise UserError(f"--moe_dir {moe_dir}: its fusion did not finish; run models/llama_moe.py again")
     if run_kind(moe_dir) != "fused":

@@ -48,11 +48,12 @@ from workspace.run_dir import open_partial
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, RefusalArguments)
     source, output = source_dir(args.data_source), Path(args.output)
-    made_by = {"data_sha256": data_sha256(sorted(source.glob("*.jsonl"))), "without": XSTEST}
+    made_by = {"data_sha256": data_sha256(sorted(source.glob("*.jsonl"))), "without": [XSTEST, "safety_test"]}
     if already_dealt(output, made_by):
         return
     pairs = read_jsonl(source / PAIRS, COLUMNS["safety_pairs"])
-    asked = {comparable(row["prompt"]) for row in xstest_rows(source)}  # the test of over-refusal
+    # the tests of over-refusal and of safety
+    asked = {comparable(row["prompt"]) for row in (*rows_of(source, XSTEST), *rows_of(source, "safety_test"))}
     pairs = [pair for pair in pairs if comparable(pair["prompt"]) not in asked]
     learnt = [pair for pair in pairs if is_learnt(pair["prompt"])]
     scored = [pair for pair in pairs if not is_learnt(pair["prompt"])]
@@ -85,10 +86,10 @@ def comparable(prompt: str) -> str:
     return " ".join(prompt.lower().split())
 
 
-def xstest_rows(source: Path) -> list[dict]:
-    """XSTest's prompts, of a folder that has them."""
-    path = source / "xstest.jsonl"
-    return read_jsonl(path, COLUMNS[XSTEST]) if path.exists() else []
+def rows_of(source: Path, name: str) -> list[dict]:
+    """A file's rows, of a folder that has it."""
+    path = source / f"{name}.jsonl"
+    return read_jsonl(path, COLUMNS[name.removesuffix("_test")]) if path.exists() else []
 
 
 if __name__ == "__main__":

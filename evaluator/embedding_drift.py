@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [name.strip() for name in args.run.split(",") if name.strip()]
     reference = find_run(args.reference, outputs)
     paths = {name: find_run(name, outputs) for name in names}
-    of_reference = None
+    of_reference, embedded = {}, None  # the reference's embeddings, and of which prompts on which base
     for name, path in paths.items():
         base_model, data_source = run_sources(path, args.base_model, args.data_source, args.results_dir)
         arguments, todo = {}, []
@@ -89,8 +89,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name}: measured already")
             continue
         prompts = {task: prompts_of(task, args, data_source) for task in read_tasks(args.tasks)}
-        if of_reference is None:
+        if embedded != (base_model, prompts):  # another run's data may have other prompts
             of_reference = embeddings(reference, base_model, args, prompts, args.reference)
+            embedded = base_model, prompts
         ours = embeddings(path, base_model, args, prompts, name)
         for task, folder in todo:
             distance = ((ours[task] - of_reference[task]).norm(dim=-1) / of_reference[task].norm(dim=-1)).tolist()

@@ -133,6 +133,9 @@ def main(argv: list[str] | None = None) -> None:
     outputs = Path(args.results_dir) / "outputs"
     runs = [(name, find_run(name, outputs, args.checkpoint_number)) for name in names]
     for name, path in runs:
+        if args.num_trained is not None and path is not None:
+            check_held_apart(args, name, path)
+    for name, path in runs:
         score_run(args, name, path)
 
 
@@ -175,6 +178,24 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
         if is_first():
             write_scores(folders[task], SCRIPT, arguments[task], judge, metrics, judgements)
             print_scores(folders[task])
+
+
+def check_held_apart(args: LikelihoodArguments, name: str, path: Path) -> None:
+    """UserError where a run, or an expert that it was made from, records that it drew other training rows than those
+    that --num_trained and --seed leave out: it may have learnt some of the rows held apart."""
+    _, source = run_sources(path, args.base_model, args.data_source, args.results_dir)
+    files = [file for task in args.scored_tasks for file in sources.source_files(task, "train", source)]
+    scored, asked = sources.data_sha256(files), {"num_samples": args.num_trained, "seed": args.seed}
+    record = run_dir.read_run(path) or {"run": {"arguments": {}}, "meta": {}}
+    for made in (record["run"]["arguments"], *(record["meta"].get("experts") or {}).values()):
+        drawn = {key: (made or {}).get(key) for key in asked}
+        read = (made or {}).get("data_sha256") or {}
+        learnt = drawn["num_samples"] is not None and any(read.get(file) == digest for file, digest in scored.items())
+        if learnt and drawn != asked:
+            raise UserError(
+                f"--num_trained {args.num_trained} --seed {args.seed}: {name} was trained on rows drawn with "
+                f"num_samples {drawn['num_samples']} and seed {drawn['seed']}, some of which would be scored"
+            )
 
 
 def settings_of(args: LikelihoodArguments, task: str, base_model: str, source: str) -> dict:

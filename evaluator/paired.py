@@ -80,8 +80,8 @@ def squared_error(task: tuple[np.ndarray, np.ndarray]) -> float:
 def sign_flip(differences, seed: int = 0) -> float:
     """Two-sided p of the sum of the questions' differences (Q,), were each as likely with the other sign."""
     differences = np.asarray(differences, dtype=float)
-    if not differences.any():
-        return 1.0
+    if len(differences) < 2 or not differences.any():
+        return 1.0  # of one question both signs are as far from 0
     return float(
         permutation_test(
             (differences, np.zeros_like(differences)),

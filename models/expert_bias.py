@@ -4,7 +4,6 @@
 out, `safety=only` leaves it alone. The paper's own dial, one training per drift weight, is align_basemodel.py's.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from config import BIAS, UserError
 from models.mixture import ENSEMBLE, MixtureForCausalLM, read_mixture
 
 OFF, ONLY = "off", "only"
+LARGEST = 1e4  # of a bias: beyond any logit, and far from where float32 ends
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def read_bias(text: str | None, folder: Path | None) -> ExpertBias | None:
 
 
 def number(value: str, text: str) -> float:
-    """A finite number; UserError for anything else."""
+    """A number within ±LARGEST; UserError for anything else."""
     read = read_number(value)
-    if not math.isfinite(read):
-        raise UserError(f"--expert_bias {text}: {value or 'nothing'}: is no finite number, off or only")
+    if not abs(read) <= LARGEST:  # nor NaN
+        raise UserError(f"--expert_bias {text}: {value or 'nothing'}: is no number within ±{LARGEST:g}, off or only")
     return read
 
 

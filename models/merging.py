@@ -354,9 +354,17 @@ def tasks_of(experts: list[Expert]) -> tuple[str, ...]:
 
 def held_apart_from(args: MergeArguments, experts: list[Expert], source: str) -> dict[str, list[Record]]:
     """The rows that coefficients are chosen by; UserError where nobody knows which ones the experts were aligned on."""
-    if args.num_held_apart == -1:
-        return {task: answer_records(task, read_rows(task, "train", source)) for task in tasks_of(experts)}
     recorded = [run_dir.read_run(expert.folder) for expert in experts]
+    if args.num_held_apart == -1:
+        files = data_sha256([path for task in tasks_of(experts) for path in source_files(task, "train", source)])
+        for expert, run in zip(experts, recorded, strict=True):
+            read = (run or {"run": {"arguments": {}}})["run"]["arguments"].get("data_sha256") or {}
+            if same := sorted(file for file in files if read.get(file) == files[file]):
+                raise UserError(
+                    f"--num_held_apart -1: takes all training rows of {source}, but {expert.name} was aligned on its "
+                    f"{same[0]}; name other data, or how many of its rows to hold apart"
+                )
+        return {task: answer_records(task, read_rows(task, "train", source)) for task in tasks_of(experts)}
     drawn = {(run["run"]["arguments"]["num_samples"], run["run"]["arguments"]["seed"]) for run in recorded if run}
     if None in recorded or len(drawn) != 1:
         raise UserError("--num_held_apart: needs experts whose run.json says, alike, which rows they were aligned on")

@@ -80,7 +80,7 @@ def scores(run_folder: Path, tasks: tuple[str, ...], results_dir: Path | None) -
         if record is None or record["run"]["arguments"].get("weights_sha256") != weights_sha256(run_folder):
             continue  # not scored, or another run of this name
         score = read_json(folder / "metrics.json")["metrics"][NLL]
-        low, high = score["interval"]
-        value = f"{score['value']:.3f} [{low:.3f}, {high:.3f}]"
+        interval = " [{:.3f}, {:.3f}]".format(*score["interval"]) if score["interval"] else ""
+        value = f"{score['value']:.3f}{interval}"
         lines.append(f"- {task}: {value} nats per token of held-out answers (n = {score['n']})")
     return "## Scores\n" + "\n".join(lines) if lines else ""

@@ -28,8 +28,9 @@ def prompt_mask(prompts: Sequence[range], length: int) -> Tensor:
 @contextmanager
 def routed_by_prompt(model: nn.Module, of_prompt: Tensor) -> Iterator[None]:
     """Within it each router of a model that is routed by prompt chooses by the mean of its logits over the positions
-    `of_prompt` (B, T); a row without any is routed evenly. Without gradients the first pass chooses for the later ones
-    too, which are the tokens of an answer, one by one. Any other model is left as it is."""
+    `of_prompt` (B, T); of a row without any, which only fills up a step, the logits are 0. Without gradients the first
+    pass chooses for the later ones too, which are the tokens of an answer, one by one. Any other model is left as it
+    is."""
     logits_of: dict[Router, Tensor] = {}
 
     def choose(router: Router, _, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,9 +1,11 @@
 """The distance of output embeddings, against independent arithmetic."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from conftest import ROOT
 
 from config import TASKS
 from data.encoding import Encoder
@@ -33,6 +35,27 @@ def test_the_distance_is_of_mean_final_states(base_dir, fused_dir, tmp_path):
             expected = ((means[1] - means[0]).norm() / means[0].norm()).item()
             assert row["value"] == pytest.approx(expected, rel=1e-3) and row["value"] > 0.01
     embedding_drift.main([*command, "--reference", "raw"])  # done: nothing is measured again
+
+
+def test_runs_of_other_data_are_each_measured_on_their_own_prompts(fused_dir, tmp_path):
+    """Of a prompt that both have, the distance is the same, whichever run is measured first."""
+    values = {}
+    for start in (0, 2):
+        source = shutil.copytree(ROOT / "data" / "sample", tmp_path / f"source_{start}")
+        for path in source.glob("*_test.jsonl"):
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[start : start + 6]))
+        run = shutil.copytree(fused_dir, tmp_path / f"run_{start}")
+        record = json.loads((run / "run.json").read_text())
+        record["run"]["arguments"]["data_source"] = str(source)
+        (run / "run.json").write_text(json.dumps(record))
+    runs = ",".join(str(tmp_path / f"run_{start}") for start in (0, 2))
+    embedding_drift.main(["--run", runs, "--reference", "raw", "--dtype", "float32", "--results_dir", str(tmp_path)])
+    for start in (0, 2):
+        folder = tmp_path / "evaluation" / "helpfulness" / "test" / f"run_{start}" / "embedding_drift"
+        rows = map(json.loads, (folder / "judgements.jsonl").read_text().splitlines())
+        values[start] = {row["id"]: row["value"] for row in rows}
+    both = set(values[0]) & set(values[2])
+    assert len(both) == 4 and all(values[0][one] == pytest.approx(values[2][one], rel=1e-3) for one in both)
 
 
 def test_a_run_lies_nowhere_from_itself(fused_dir, tmp_path):

@@ -242,6 +242,9 @@ def test_coefficients_are_chosen_on_training_rows_held_apart(tmp_path, base_dir,
     with pytest.raises(SystemExit):
         merge(tmp_path, "--method", "ties", "--num_held_apart", 50)
     assert "training prompts of" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        merge(tmp_path, "--method", "ties", "--num_held_apart", -1, "--data_source", tiny_source)
+    assert "helpfulness was aligned on its helpfulness_train.jsonl" in capsys.readouterr().err
     few = tmp_path / "few"
     for path in tiny_source.glob("*_train.jsonl"):
         write_jsonl(few / path.name, [json.loads(line) for line in path.read_text().splitlines()[:2]])

@@ -57,6 +57,9 @@ def test_an_aligned_run_tells_its_data_settings_and_scores(tmp_path):
     ) in body
     assert "## Scores\n- safety: 2.317 [2.250, 2.381] nats per token of held-out answers (n = 169)" in body
     assert "- helpfulness:" not in body
+    (folder / "metrics.json").write_text(json.dumps({"metrics": {"nll_per_token": score | {"n": 1, "interval": None}}}))
+    of_one = card(tmp_path, ALIGNED, results=tmp_path / "results")[1]
+    assert "- safety: 2.317 nats per token of held-out answers (n = 1)" in of_one
     save_file({"a": torch.ones(2)}, weights)  # another run of this name
     assert "## Scores" not in card(tmp_path, ALIGNED, results=tmp_path / "results")[1]
 

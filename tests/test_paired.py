@@ -90,6 +90,12 @@ def test_the_means_bootstrap_t_is_its_formula(seed):
     assert (score["n"], score["questions"]) == (120, sum(len(change) for change, _ in tasks))
 
 
+def test_one_question_shows_nothing():
+    score = paired_difference([4], [2], [2])
+    assert (score["difference"], score["p"], score["interval"]) == (1.0, 1.0, None)
+    assert mean_of_differences([{"ours": [4], "theirs": [2], "sizes": [2], "groups": None}])["p"] == 1.0
+
+
 def test_yes_or_no_is_mcnemars():
     ours, theirs = [1] * 8 + [0] * 2 + [1] * 5, [0] * 8 + [1] * 2 + [1] * 5
     score = paired_difference(ours, theirs)

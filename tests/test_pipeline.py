@@ -158,6 +158,8 @@ def test_an_expert_can_go_on_from_another_adapter(results, base_dir, capsys):
     for more, said in (
         (["--rank", 4], "has --rank 8 --alpha 4; give the same here"),
         (["--init_adapter", "nowhere"], "no run 'nowhere'"),
+        (["--init_adapter", "raw"], "--init_adapter raw: is no adapter (raw)"),
+        (["--init_adapter", "moe"], "--init_adapter moe: is no adapter (fused)"),
         (["--moe_flag", 1, "--task_name", "mix"], "is for one expert; a fusion starts from --moe_dir"),
     ):
         with pytest.raises(SystemExit):
@@ -180,6 +182,14 @@ def test_a_fusion_can_answer_with_other_experts_per_token_than_it_was_trained_wi
     with pytest.raises(SystemExit):
         fused(results, "--answer_topk", 4, "--max_steps", 2)
     assert "--answer_topk 4: must be 1 to 3" in capsys.readouterr().err
+
+
+def test_a_fusion_begins_with_a_run_not_with_its_checkpoint(results, capsys):
+    (results / "outputs" / "moe" / "checkpoint-3").mkdir()
+    with pytest.raises(SystemExit):
+        fused(results, "--moe_dir", results / "outputs" / "moe" / "checkpoint-3", "--run_name", "refused")
+    (results / "outputs" / "moe" / "checkpoint-3").rmdir()
+    assert f"is a checkpoint; name its run, {results / 'outputs' / 'moe'}" in capsys.readouterr().err
 
 
 def test_gradient_checkpointing_trains_the_router_too(results, capsys):

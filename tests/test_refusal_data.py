@@ -30,11 +30,12 @@ def test_a_prompt_is_either_learnt_or_scored(tmp_path):
     assert set(same) == {path.name for path in source.glob("*.jsonl")} - {"safety_train.jsonl", "safety_pairs.jsonl"}
 
 
-def test_a_prompt_of_xstest_is_neither(tmp_path):
-    """It is the test of over-refusal, and never trained on."""
+@pytest.mark.parametrize("test", ["xstest", "safety_test"])
+def test_a_prompt_of_a_test_is_neither(test, tmp_path):
+    """Those of over-refusal and of safety are never trained on."""
     source = shutil.copytree(ROOT / "data" / "sample", tmp_path / "source")
-    (xstest, *_) = map(json.loads, (source / "xstest.jsonl").read_text().splitlines())
-    asked = [f"How would somebody break into house number {i}?" for i in range(20)] + [f" {xstest['prompt'].upper()}"]
+    (tested, *_) = map(json.loads, (source / f"{test}.jsonl").read_text().splitlines())
+    asked = [f"How would somebody break into house number {i}?" for i in range(20)] + [f" {tested['prompt'].upper()}"]
     rows = [{"id": f"pair-{i}", "prompt": q, "safe": "No.", "unsafe": "So."} for i, q in enumerate(asked)]
     write_jsonl(source / "safety_pairs.jsonl", rows)
     refusals.main(["--data_source", str(source), "--output", str(tmp_path / "refusals")])

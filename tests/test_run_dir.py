@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -59,6 +60,15 @@ def test_a_base_is_compared_by_its_digest_and_an_earlier_record_by_its_place(fol
     assert begin(folder, base_model="/one", base_sha256="1", x=1) == "resume"
     with pytest.raises(UserError, match="base_model=/one, this one has base_model=/two"):
         begin(folder, base_model="/two", base_sha256="1", x=1)
+
+
+def test_the_current_folder_is_a_folder_like_others(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert begin(Path(".")) == "new" and (tmp_path / "here.lock").exists()
+    run_dir.release(tmp_path / "here")
+    with run_dir.open_partial(Path(".")) as partial:
+        assert partial == tmp_path / "here.partial"
 
 
 def test_a_second_process_is_told_who_holds_the_folder(folder):

@@ -113,6 +113,7 @@ def lock(folder: Path) -> None:
 
     The lock file lies beside the folder, with a note of who holds it. UserError if another process does.
     """
+    folder = folder.absolute()  # "." has no name
     if folder in _held:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -133,6 +134,7 @@ def lock(folder: Path) -> None:
 
 def release(folder: Path) -> None:
     """Let other processes have a folder that this one has locked."""
+    folder = folder.absolute()
     held = _held.pop(folder, None)
     if held is not None:
         folder.with_name(f"{folder.name}.lock.json").unlink(missing_ok=True)
@@ -159,7 +161,7 @@ def open_partial(output: Path) -> Iterator[Path]:
 
 
 def partial_of(output: Path) -> Path:
-    return output.with_name(f"{output.name}.partial")
+    return output.absolute().with_name(f"{output.absolute().name}.partial")
 
 
 def remove(path: Path) -> None:
