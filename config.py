@@ -55,7 +55,7 @@ def expert_run_name(args) -> str:
     return "_".join(["mix", *others, *(["without", *missing] if missing else [])])
 
 
-def fused_run_name(args, seed: int, topk_as_fused: int = 2) -> str:
+def fused_run_name(args, seed: int) -> str:
     """`mix_moe_reg_{g1}_{g2}_{g3}_gate_{lambda}`, and one more part for each method flag off its default.
 
     args: align_basemodel.py's AlignArguments.
@@ -64,10 +64,9 @@ def fused_run_name(args, seed: int, topk_as_fused: int = 2) -> str:
     gammas = "_".join(weight_text(weights.get(task, 0.0)) for task in TASKS)
     others = "".join(f"_{task}_{weight_text(weights[task])}" for task in weights if task not in TASKS)
     name = f"{args.task_name}_moe_reg_{gammas}{others}_gate_{weight_text(args.gate_loss_weight)}"
-    top_k = topk_as_fused if args.expert_topk is None else args.expert_topk
     off_default = {
         "without": ("_".join(task for task in TASKS if task not in weights), ""),
-        "topk": (top_k, 2),
+        "topk": (2 if args.expert_topk is None else args.expert_topk, 2),
         "answer_topk": (args.answer_topk, None),
         "router": ("frozen" if not args.train_router else "trained", "trained"),
         "experts": ("frozen" if not args.train_experts else "trained", "trained"),

@@ -48,6 +48,11 @@ def to_svg(figure: Figure, text: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{escaped}"', 1)
 
 
+def colour(number: int) -> str:
+    """The colour of a figure's n-th line; after the last one the first one again."""
+    return COLOURS[number % len(COLOURS)]
+
+
 def short(name: str) -> str:
     """A run's name for a label beside a point."""
     return name if len(name) <= 26 else f"{name[:12]}…{name[-12:]}"
@@ -69,7 +74,7 @@ def quality_against_cost(rows: list[dict], reference: str, kinds: tuple[str, ...
             of_kind = [point for point in points if point[2] == kind]
             if of_kind:
                 x, y, *_ = zip(*of_kind, strict=True)
-                axes.scatter([value / 1e6 for value in x], y, s=36, color=COLOURS[number], label=kind)
+                axes.scatter([value / 1e6 for value in x], y, s=36, color=colour(number), label=kind)
         values = [y for _, y, *_ in points]
         line, width = 0.035 * (max(values) - min(values)), 0.3 * max(x for x, *_ in points)  # of a name
         named = []
@@ -123,7 +128,7 @@ def training_curves(log: list[dict]) -> str | None:
             for number, key in enumerate(keys):
                 pairs = [(entry["step"], float(entry[key])) for entry in steps if key in entry]
                 if pairs:
-                    axis.plot(*zip(*pairs, strict=True), color=COLOURS[number], label=key.removeprefix("drift_"))
+                    axis.plot(*zip(*pairs, strict=True), color=colour(number), label=key.removeprefix("drift_"))
             axis.set_title(title, fontsize=9)
             axis.set_xlabel("step", fontsize=8)
             if len(keys) > 1:
@@ -172,9 +177,9 @@ def curves(lines: dict[str, list[tuple[float, float]]], levels: dict[str, float]
         figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
         for number, (label, points) in enumerate(lines.items()):
             xs, ys = zip(*sorted(points), strict=True)
-            axes.plot([places[x] for x in xs], ys, "os^Dv"[number % 5] + "-", color=COLOURS[number], label=label)
+            axes.plot([places[x] for x in xs], ys, "os^Dv"[number % 5] + "-", color=colour(number), label=label)
         for number, (label, y) in enumerate(levels.items(), len(lines)):
-            axes.axhline(y, linestyle="--", linewidth=1, color=COLOURS[number % len(COLOURS)], label=label)
+            axes.axhline(y, linestyle="--", linewidth=1, color=colour(number), label=label)
         axes.set_xticks(range(len(places)), [f"{x:g}" for x in places])
         axes.set_xlabel(heading)
         axes.set_ylabel(measure)
@@ -197,7 +202,7 @@ def weight_histograms(probs_of_run: dict[str, list[list[float]]], experts: list[
         )
         for axis, (run, probs) in zip(axes[0], probs_of_run.items(), strict=True):
             for number, (expert, values) in enumerate(zip(experts, zip(*probs, strict=True), strict=True)):
-                axis.hist(values, bins=20, range=(0, 1), alpha=0.6, color=COLOURS[number], label=expert)
+                axis.hist(values, bins=20, range=(0, 1), alpha=0.6, color=colour(number), label=expert)
             axis.set_title(run, fontsize=8)
             axis.set_xlabel("mean routing weight", fontsize=8)
         axes[0][0].set_ylabel("prompts")

@@ -59,8 +59,8 @@ def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tupl
                 "γ₁",
                 "distance",
             ),
-            "Distance of the mean final hidden state of a prompt from that of the smallest γ₁'s model, over that one's "
-            "length; mean over the prompts of all tasks.",
+            "Distance of the mean final hidden state of a prompt from that of the reference, over that one's length; "
+            "mean over the prompts of all tasks.",
         ),
         (
             "Safety against γ₂",

@@ -56,6 +56,8 @@ from evaluator.page import own_run, write_page
 from evaluator.page_answers import SHOWN, shown_answers
 from evaluator.results import INTERVALS, judge_name, judge_text
 from evaluator.run_scores import (
+    JUDGED,
+    LENGTH_CONTROLLED,
     RunScores,
     left_out_tasks,
     likelihood_metrics,
@@ -65,16 +67,6 @@ from evaluator.run_scores import (
 )
 from evaluator.statistics import interval_text
 from workspace.files import as_written, read_json, write_json, write_text
-
-JUDGED = (  # heading, task, metric: the paper's scores
-    ("flagged ↓", "safety", "flagged"),
-    ("over-refusal ↓", "xstest", "over_refusal"),
-    ("truth ↑", "truthfulness", "truth"),
-    ("information ↑", "truthfulness", "information"),
-    ("truth × information ↑", "truthfulness", "truth_and_information"),
-    ("win rate ↑", "helpfulness", "win_rate"),
-    ("win rate, length-controlled ↑", "helpfulness", "length_controlled_win_rate"),
-)
 
 
 @cli.command
@@ -217,7 +209,8 @@ def judged_table(results_dir: Path, split: str) -> str:
     cells: dict[str, dict[tuple, dict]] = {}  # answers' directory -> (heading, judge) -> metric
     judges: dict[str, list[str]] = {}  # heading -> judges, in order of appearance
     accuracies: dict[str, None] = {}  # what is known of the judges, each once, in order
-    for heading, task, name in JUDGED:
+    for one in (*JUDGED, LENGTH_CONTROLLED):
+        heading, task, name = one.directed, one.task, one.judgement
         for path in sorted((results_dir / "evaluation" / task / split).glob("*/*/metrics.json")):
             scores = read_json(path)
             with as_written(path):

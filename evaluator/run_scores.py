@@ -24,6 +24,11 @@ class Metric:
     unit: str
     higher_is_better: bool
 
+    @property
+    def directed(self) -> str:
+        """The heading, and which way is better."""
+        return f"{self.heading} {'↑' if self.higher_is_better else '↓'}"
+
 
 NLL, DRIFT, ROUTING = "nll_per_token", "embedding_drift", "routing_accuracy"  # each task has one of these
 SHARES = (
@@ -38,6 +43,14 @@ JUDGED = (
     Metric("information", "information", "truthfulness", "information", "share", True),
     Metric("truth_and_information", "truth × information", "truthfulness", "truth_and_information", "share", True),
     Metric("win_rate", "win rate", "helpfulness", "win_rate", "share", True),
+)
+LENGTH_CONTROLLED = Metric(
+    "length_controlled_win_rate",
+    "win rate, length-controlled",
+    "helpfulness",
+    "length_controlled_win_rate",
+    "share",
+    True,
 )
 MEAN_NLL = Metric("mean_nll_per_token", "mean NLL/token", "", "", "nats per token", False)
 NOT_TASKS = (GENERAL, "mean")  # what else has a likelihood

@@ -47,8 +47,8 @@ class _Row:
 def score_answers(model, encoder: Encoder, records: list[Record], batch_size: int, device, name: str) -> dict:
     """{record: Scored} for every different record; a record without an answer token is left out.
 
-    Answers to one question (records alike but for their output) follow the same prompt: where the longest does not fit
-    the encoder's max_length, the prompt is cut for all of them.
+    A question's choices (records alike but for their output) follow the same prompt: where the longest does not fit the
+    encoder's max_length, the prompt is cut for all of them.
     Answers to one prompt share a row of the batch by a block mask: the same numbers as one row each (rounding
     apart), at a fraction of the tokens.
     """

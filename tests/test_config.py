@@ -28,8 +28,8 @@ def infer(*argv) -> InferArguments:
     return cli.parse(list(argv), InferArguments)
 
 
-def fused_name(*argv, seed=42, **kwargs) -> str:
-    return fused_run_name(align("--moe_flag", "1", *argv), seed, **kwargs)
+def fused_name(*argv, seed=42) -> str:
+    return fused_run_name(align("--moe_flag", "1", *argv), seed)
 
 
 # ---- names of runs ---------------------------------------------------------------------------------------------------
@@ -83,11 +83,6 @@ def test_all_suffixes_together():
     argv = ["--expert_topk", "1", "--train_router", "0", "--tune_attention", "1", "--gate_tokens", "all"]
     suffixes = "_topk_1_router_frozen_attention_tuned_gate_tokens_all_seed_7"
     assert fused_name(*argv, seed=7) == PLAIN + suffixes
-
-
-def test_topk_as_fused_is_named_unless_given():
-    assert fused_name(topk_as_fused=1) == PLAIN + "_topk_1"
-    assert fused_name("--expert_topk", "2", topk_as_fused=1) == PLAIN
 
 
 def test_run_name_of_an_expert_and_by_hand():
