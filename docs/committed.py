@@ -60,8 +60,8 @@ def difference_text(row: dict, metric: str = MEAN_NLL.name) -> str:
     paired = row["paired"].get(metric)
     if paired is None:
         return "–"
-    low, high = paired["interval"]
-    return f"{paired['difference']:+.3f} [{low:+.3f}, {high:+.3f}], p = {paired['p_holm']:.2g}".replace("-", "−")
+    interval = " [{:+.3f}, {:+.3f}]".format(*paired["interval"]) if paired["interval"] else ""
+    return f"{paired['difference']:+.3f}{interval}, p = {paired['p_holm']:.2g}".replace("-", "−")
 
 
 def task_by_task(row: dict) -> str:

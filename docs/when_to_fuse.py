@@ -10,6 +10,7 @@ from pathlib import Path
 DOCS = Path(__file__).parent
 sys.path[:0] = [str(DOCS), str(DOCS.parent)]
 
+import conflict
 import elsewhere
 import recipes
 from committed import (
@@ -105,6 +106,7 @@ def sections() -> tuple[Section, ...]:
     ]
     curve = {"heading": "Likelihood over mixed questions", "svg": elsewhere.curve(), "caption": elsewhere.CAPTION}
     few[-1] = replace(few[-1], figures=(curve,))
+    drawn = {"heading": "Refusals and unsafe answers", "svg": conflict.frontier(), "caption": conflict.CAPTION}
     chosen = (
         f"Forty training questions per task, three seeds, the test half. {recipes.in_words(*recipes.compared_chosen())}"
     )
@@ -112,6 +114,7 @@ def sections() -> tuple[Section, ...]:
         Section("Recipes, to choose by", text.replace("`", ""), recipes.compared_tries()[2]),
         Section("The chosen recipes", chosen.replace("`", ""), recipes.compared_chosen()[2]),
         *few,
+        Section("Tasks in conflict", conflict.SETTING, conflict.compared()[1], (drawn,), conflict.SHOWN),
     )
 
 
@@ -125,10 +128,16 @@ def documents() -> dict[Path, str]:
             recipes.confirmed,
             elsewhere.few_rows,
             elsewhere.by_token_or_prompt,
+            conflict.conflict,
+            conflict.dial_or_mean,
         ),
         ALL_TRIES: (recipes.best_tries, recipes.tries, recipes.single_changes, elsewhere.epochs_tried),
     }
-    figures_of = {"tries.svg": recipes.picture(), "elsewhere.svg": as_image(elsewhere.curve())}
+    figures_of = {
+        "tries.svg": recipes.picture(),
+        "elsewhere.svg": as_image(elsewhere.curve()),
+        "conflict.svg": as_image(conflict.frontier()),
+    }
     return {path: written(path, parts) for path, parts in made_of.items()} | {
         DOCS / "figures" / name: svg for name, svg in figures_of.items()
     }

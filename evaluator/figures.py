@@ -187,6 +187,29 @@ def curves(lines: dict[str, list[tuple[float, float]]], levels: dict[str, float]
         return to_svg(figure, f"{measure} over {heading}, for {len(lines) + len(levels)} methods")
 
 
+def trade_off(points: dict[str, dict[str, float]], across: str, paths: dict[str, dict[str, str]]) -> str:
+    """Each run's other measures over one of them (`across`), a panel each. points: {run: {measure: value}}. paths:
+    {line: {run: label}}, runs whose points are joined in this order and labelled; the others stand alone."""
+    measures = [measure for measure in next(iter(points.values())) if measure != across]
+    alone = [run for run in points if not any(run in of_path for of_path in paths.values())]
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            1, len(measures), figsize=(4.5 * len(measures), 4.2), layout="constrained", sharex=True, squeeze=False
+        )
+        for axes, measure in zip(panels[0], measures, strict=True):
+            for number, (line, labels) in enumerate({**paths, **{run: {run: ""} for run in alone}}.items()):
+                x, y = ([points[run][one] for run in labels] for one in (across, measure))
+                axes.plot(x, y, "os^Dv*X"[number % 7] + "-", color=colour(number), label=line)
+                for place, label in zip(zip(x, y, strict=True), labels.values(), strict=True):
+                    axes.annotate(label, place, xytext=(4, 4), textcoords="offset points", fontsize=7)
+            axes.set_xlabel(across)
+            axes.set_ylabel(measure)
+            axes.margins(0.1)
+        handles, names = panels[0][0].get_legend_handles_labels()
+        figure.legend(handles, names, fontsize=8, loc="outside lower center", ncols=3)
+        return to_svg(figure, f"{' and '.join(measures)} over {across}, of {len(points)} runs, {len(paths)} paths")
+
+
 def weight_histograms(probs_of_run: dict[str, list[list[float]]], experts: list[str]) -> str | None:
     """Histograms over prompts of each expert's mean routing weight, one panel per run: the paper's figure."""
     if not probs_of_run:

@@ -5,18 +5,19 @@ from dataclasses import dataclass
 from config import TASKS
 from evaluator.page_table import score_cell
 from evaluator.page_words import base_name, setting_text, verdict
-from evaluator.run_scores import MEAN_NLL, RunScores, nll_metrics
+from evaluator.run_scores import MEAN_NLL, Metric, RunScores, nll_metrics
 
 
 @dataclass(frozen=True)
 class Section:
-    """Another comparison on the page: a table of likelihoods, the best row first, and figures of page_figures'
-    form."""
+    """Another comparison on the page: a table of these scores (none given: of likelihoods), the best row by the first
+    of them on top, and figures of page_figures' form."""
 
     heading: str
     text: str
     comparison: dict
     figures: tuple[dict, ...] = ()
+    scores: tuple[Metric, ...] = ()
 
 
 def beside_section(comparison: dict, records: dict, other: dict, others_runs: dict[str, RunScores]) -> dict:
@@ -49,20 +50,21 @@ def beside_section(comparison: dict, records: dict, other: dict, others_runs: di
 def section_of(section: Section) -> dict:
     """A section in the form of `beside_section`."""
     comparison = section.comparison
-    rows = [row for row in comparison["rows"] if MEAN_NLL.name in row["metrics"]]
-    shown = [MEAN_NLL, *(one for one in nll_metrics(TASKS) if all(one.name in row["metrics"] for row in rows))]
+    first, *others = section.scores or (MEAN_NLL, *nll_metrics(TASKS))
+    rows = [row for row in comparison["rows"] if first.name in row["metrics"]]
+    shown = [first, *(one for one in others if all(one.name in row["metrics"] for row in rows))]
     return {
         "heading": section.heading,
         "text": section.text,
         "figures": section.figures,
         "reference": comparison["reference"],
-        "columns": [f"{one.heading} ↓" for one in shown],
+        "columns": [one.directed for one in shown],
         "rows": [
             {
                 "run": row["run"],
                 "own": row["run"] == comparison["reference"],
                 "cells": [score_cell(row, rows, one) for one in shown],
             }
-            for row in sorted(rows, key=lambda row: row["metrics"][MEAN_NLL.name]["value"])
+            for row in sorted(rows, key=lambda row: row["metrics"][first.name]["value"], reverse=first.higher_is_better)
         ],
     }

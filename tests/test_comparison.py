@@ -17,7 +17,7 @@ from evaluator.kept_runs import read_kept
 from evaluator.page import write_page
 from evaluator.page_sections import Section, section_of
 from evaluator.page_words import verdict
-from evaluator.run_scores import RunScores, check_score, cost_of_run, read_run_scores, read_usage
+from evaluator.run_scores import SHARES, RunScores, check_score, cost_of_run, read_run_scores, read_usage
 from models import ensemble, llama_moe, merging
 
 SHORT = ["--max_steps", "4", "--batch_size", "4", "--num_samples", "8", "--disable_tqdm", "1", "--dtype", "float32"]
@@ -107,6 +107,15 @@ def test_other_comparisons_are_sections_of_the_page(results, table, tmp_path):
     only = {**table, "rows": [row for row in table["rows"] if row["run"] in ("consensus", FUSED)]}
     only["rows"] = [{**row, "metrics": {k: v for k, v in row["metrics"].items() if v}} for row in only["rows"]]
     assert [row["run"] for row in section_of(Section("", "", only))["rows"]] == [FUSED]
+
+
+def test_a_section_shows_the_scores_that_it_names(table):
+    """The best row by the first of them on top, each heading with its direction."""
+    named = tuple(one for one in SHARES if one.name in ("safe_preferred", "mc1"))
+    shown = section_of(Section("", "", table, scores=named))
+    assert shown["columns"] == ["safe preferred ↑", "MC1 ↑"]
+    values = [row_of(table, row["run"])["metrics"]["safe_preferred"]["value"] for row in shown["rows"]]
+    assert values == sorted(values, reverse=True) and len(values) > 2
 
 
 def row_of(table, run):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from evaluator.figures import curves
+from evaluator.figures import curves, trade_off
 
 
 def test_a_setting_stands_in_its_order_under_every_methods_line():
@@ -18,3 +18,25 @@ def test_a_setting_stands_in_its_order_under_every_methods_line():
     places = [float(x) for x in re.findall(r'id="xtick_\d+">.*?<use [^>]*?x="([\d.]+)"', svg, flags=re.S)]
     assert places[2] - places[1] == pytest.approx(places[1] - places[0])
     assert {"fused", "mixed", "TIES"} <= {*words} and 'aria-label="nats over mixed questions, for 3 methods"' in svg
+
+
+def test_a_trade_off_joins_a_paths_points_in_its_order():
+    """In a panel for each measure; what is in no path stands alone."""
+    svg = trade_off(
+        {
+            "on": {"refused": 0.0, "unsafe": 0.4, "flagged": 0.1},
+            "half": {"refused": 0.1, "unsafe": 0.3, "flagged": 0.2},
+            "off": {"refused": 0.3, "unsafe": 0.1, "flagged": 0.3},
+            "raw": {"refused": 0.2, "unsafe": 0.2, "flagged": 0.4},
+        },
+        "refused",
+        {"the dial": {"off": "-∞", "on": "+∞", "half": "none"}},
+    )
+    words = [words.strip() for words in re.findall(r"<text[^>]*>([^<]*)<", svg)]
+    assert {"refused", "unsafe", "flagged", "the dial", "raw", "-∞", "none", "+∞"} <= {*words}
+    assert words.count("the dial") == 1 and words.count("none") == 2
+    assert 'aria-label="unsafe and flagged over refused, of 4 runs, 1 paths"' in svg
+    lines = re.findall(r'<path d="(M[^"]*?)"[^>]*style="fill: none; stroke: #d55e00', svg)
+    places = [[float(x) for x in re.findall(r"[ML] ([\d.]+) ", line)] for line in lines]
+    *in_order, _ = [xs for xs in places if len(xs) == 3]  # and the legend's
+    assert len(in_order) == 2 and all(off > half > on for off, on, half in in_order)
