@@ -187,7 +187,8 @@ def corrected_together(comparison: dict) -> str:
             for (run, paired), p in zip(tested, of_all, strict=True)
             if paired["p_holm"] < SIGNIFICANT <= p
         ]
-    return f"With all {len(comparison['rows'])} rows corrected together these would be undecided: {', '.join(lost)}."
+    named = ", ".join(lost) or "none"
+    return f"With all {len(comparison['rows'])} rows corrected together these would be undecided: {named}."
 
 
 def table(comparison: dict) -> str:

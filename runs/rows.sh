@@ -41,17 +41,19 @@ once() {  # NAME COMMAND...: run a command that makes something, if this process
     made=$made,$1
 }
 begins_with() {  # COMMAND...: the command that makes the fusion or the merge that this one begins with, if any
-    local one before="" start=""
+    local one before="" start="" begun
     for one in "$@"; do
         case $before in --moe_dir | --init_adapter) start=${one##*/} ;; esac  # of several the last one counts
         before=$one
     done
     [ -n "$start" ] || return 0
-    (
+    begun=$(
         row() { :; }
         once() { case "$* " in *" --output "*"/$start "*) echo "${*:3}" ;; esac; }
         $needs
     )
+    [ -n "$begun" ] || refuse "$start: $needs makes nothing of this name"
+    echo "$begun"
 }
 reused() {  # NAME COMMAND...: whether --reuse has this row, made and scored as it would be here
     [ -n "$REUSE" ] || return 1
@@ -68,7 +70,7 @@ reused() {  # NAME COMMAND...: whether --reuse has this row, made and scored as 
             asks="$asks --experts $own_experts"
             ;;
     esac
-    begun_by=$(begins_with "$@")
+    begun_by=$(begins_with "$@") || exit 2
     if [ "$also" != nothing ]; then asks="$asks --drift 1"; fi
     python evaluator/reuse.py --run $name --saved "$REUSE" --made_by "$*" --begun_by "$begun_by" $asks $SCORE || status=$?
     [ $status = 0 ] || [ $status = 3 ] || exit $status

@@ -65,6 +65,11 @@ def test_the_readme_is_short():
     assert len(text.split()) <= 900 and "No number of the paper is reproduced" in text[:200]
 
 
+def test_no_text_is_left_to_be_written():
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        assert not re.search(r"^(TEXT|TODO|TBD|XXX)\b", path.read_text(encoding="utf-8"), re.M), path
+
+
 def test_every_file_that_is_named_exists():
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         text = path.read_text(encoding="utf-8")

@@ -39,7 +39,7 @@ MAKERS = ("align_basemodel.py", "models/ensemble.py", "models/llama_moe.py", "mo
 STUB = """#!/bin/bash
 [ "$1" != -c ] || {{ echo "Converting the embedded model"; exec {python} "$@"; }}
 {{ printf '%s\\x1f' "$@"; echo; }} >> {log}
-case "$*" in evaluator/reuse.py\ --run\ {anew}\ *) exit 3 ;; esac
+case "$*" in evaluator/reuse.py\\ --run\\ {anew}\\ *) exit 3 ;; esac
 """
 
 
