@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 . runs/rows.sh
 take_flags "base_model=smollm2 data_source= num_samples=160 num_scored=100 num_answered=100 max_new_tokens=64
     num_train_epochs=2 batch_size=4 dtype=auto seeds=42 save= reuse= results_dir=results/conflict" "$@"
-DIALS="-4 -2 2 4 off only" WEIGHTS="2" GAMMAS="0.1 1"
+DIALS="-2 2" FAR_DIALS="-4 4 off only" WEIGHTS="2" GAMMAS="1" MORE_GAMMAS="0.1"  # FAR_, MORE_: the first seed alone
 TASKS="helpfulness safety" OF_TASKS="--tasks helpfulness,safety"
 [ -n "$DATA_SOURCE" ] || refuse "name a folder that has safety_pairs.jsonl with --data_source"
 DATA=$RESULTS_DIR/data
@@ -55,6 +55,7 @@ take_over() {  # NAME NEEDS COMMAND...: whether --reuse has this row
     names=${names:+$names,}$name
     [ -n "$missing" ] || reused $name "$@" || missing=$name
 }
+of_first() { if [ $seed = 42 ]; then echo "$@"; fi; }
 keep() { [ -z "$SAVE" ] || python evaluator/report.py --runs $1 --save "$SAVE" --only_save 1 $R; }
 expert() { echo python align_basemodel.py --moe_flag 0 --task_name $1 --run_name $1$s --seed $seed --base_model $BASE_MODEL $TRAIN; }
 experts() { local task; for task in $TASKS; do once $task$s $(expert $task); done; }
@@ -83,8 +84,8 @@ all_points() {
         point by_prompt$s experts $BY_PROMPT
         point prompted$s initialise_by_prompt $ALIGN --moe_dir $RESULTS_DIR/outputs/by_prompt$s --run_name prompted$s
         point fused$s fuse $FUSED --run_name fused$s
-        for value in $DIALS; do dial fused$s safety=$value; done  # without any training
-        for gamma in $GAMMAS; do point fused_gamma_2_$gamma$s fuse $FUSED --safety_weight $gamma --run_name fused_gamma_2_$gamma$s; done  # the paper's way
+        for value in $DIALS $(of_first $FAR_DIALS); do dial fused$s safety=$value; done  # without any training
+        for gamma in $GAMMAS $(of_first $MORE_GAMMAS); do point fused_gamma_2_$gamma$s fuse $FUSED --safety_weight $gamma --run_name fused_gamma_2_$gamma$s; done  # the paper's way
     done
 }
 if [ -n "$REUSE" ]; then  # all rows, or none: one judge scores all answers
