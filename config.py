@@ -35,6 +35,11 @@ def fused_dir(results_dir: str | Path) -> Path:
     return outputs_dir(results_dir) / FUSED
 
 
+def answering_task(task: str) -> str:
+    """The task whose expert answers these prompts where no run is named: XSTest's are the safety expert's."""
+    return "safety" if task == XSTEST else task
+
+
 def weight_text(value: float) -> str:
     """A loss weight in a run name: %.4f without its dot, and more digits where four decimals would lose it.
 

@@ -19,7 +19,7 @@ from cli import (
     flag,
     read_tasks,
 )
-from config import RAW, RAW_CHAT, TASKS, XSTEST, UserError
+from config import RAW, RAW_CHAT, TASKS, XSTEST, UserError, answering_task
 
 DEFAULT_SEED = 42
 NUM_TINTED = 6  # answers whose routing is kept token by token
@@ -116,8 +116,7 @@ class InferArguments(AnsweringArguments):
         """The run that answers, as `models.loading.find_run` takes it."""
         if self.cross_task:
             return self.cross_task
-        aligned = "safety" if self.task_name == XSTEST else self.task_name
-        return RAW if self.aligned_flag == 0 else aligned
+        return RAW if self.aligned_flag == 0 else answering_task(self.task_name)
 
 
 if __name__ == "__main__":

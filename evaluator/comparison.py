@@ -85,6 +85,17 @@ def make_rows(runs: dict[str, RunScores]) -> list[Row]:
     return list(rows.values())
 
 
+def check_one_base(runs: dict[str, RunScores]) -> None:
+    """UserError for runs of different bases."""
+    first: dict[str, str] = {}
+    for name, scores in runs.items():
+        if scores.base_sha256 is not None:
+            first.setdefault(scores.base_sha256, name)
+    if len(first) > 1:
+        one, other, *_ = first.values()
+        raise UserError(f"{one} and {other} are of different bases; compare the runs of each with one another")
+
+
 def score(row: Row, one: Metric, tasks: tuple[str, ...]) -> dict | None:
     """A row's metric: value, n, interval, unit, higher_is_better, the seeds it is of, each one's value where there are
     several, and what is corrected for a judge's errors."""
@@ -159,6 +170,7 @@ def compare(runs: dict[str, RunScores], reference: str) -> dict:
     paired: reference - row, metric by metric, with p_holm over the rows that are corrected together: the reference's
     variants (rows of its kind), and its rivals (all others). An ablation more does not weaken what is said of a rival.
     """
+    check_one_base(runs)
     rows = make_rows(runs)
     by_name = {row.run: row for row in rows}
     if split_seed(reference)[0] not in by_name:

@@ -66,6 +66,8 @@ def what_is_lost(kept: RunScores, run: RunScores) -> str | None:
     for key in sorted({*recorded, *ours} - {*OF_A_MACHINE}):
         if recorded.get(key) != ours.get(key):
             return f"made with {key}={recorded.get(key)}, not {ours.get(key)}"
+    if None not in (kept.base_sha256, run.base_sha256) and kept.base_sha256 != run.base_sha256:
+        return "of another base"
     for name, result in kept.metrics.items():
         if name not in run.metrics:
             return f"with {name}, which this one has not"

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from config import XSTEST, UserError
-from evaluator.run_scores import JUDGED, in_order, read_result
+from evaluator.run_scores import JUDGED, answers_directories, in_order, read_result
 from workspace.files import as_written, read_json, read_lines
 from workspace.run_dir import read_run
 
@@ -32,7 +32,7 @@ def side_by_side(results_dir: Path, runs: list[str], split: str, num_questions: 
         answers: dict[str, list[dict]] = {}
         questions = {}
         for name in runs:
-            for directory in (f"cross_{name}", name):
+            for directory in answers_directories(name, task):
                 path = results_dir / "inference" / task / split / directory / "outputs.jsonl"
                 if not path.exists():
                     continue

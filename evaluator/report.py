@@ -40,6 +40,8 @@ class ReportArguments:
     results_dir: str = flag(str(RESULTS_DIR), "the folder of the scores (default: results)")
 
     def __post_init__(self):
+        if self.data_source and self.dataset_type != "test":
+            raise UserError("--data_source: near-duplicates are counted between training rows and the test half alone")
         if self.only_save and not self.save:
             raise UserError("--only_save 1: say where, with --save")
         for name in ("show_answers", "beside"):
@@ -126,7 +128,7 @@ def count_duplicates(args: ReportArguments, tasks: tuple[str, ...]) -> dict[str,
         if args.save:
             write_json(Path(args.save) / DUPLICATES, counts)
         return counts
-    path = Path(args.saved) / DUPLICATES if args.saved else None
+    path = kept_folder(Path(args.saved), args.dataset_type) / DUPLICATES if args.saved else None
     return read_json(path) if path and path.exists() else None
 
 
@@ -135,9 +137,9 @@ def answers_to_show(args: ReportArguments, runs: list[str], own: str) -> dict | 
     if args.show_answers:
         answers = shown_answers(Path(args.show_answers), runs, own, args.dataset_type)
         if args.save:
-            write_json(Path(args.save) / SHOWN, answers)
+            write_json(kept_folder(Path(args.save), args.dataset_type) / SHOWN, answers)
         return answers
-    path = Path(args.saved) / SHOWN if args.saved else None
+    path = kept_folder(Path(args.saved), args.dataset_type) / SHOWN if args.saved else None
     return read_json(path) if path and path.exists() else None
 
 
@@ -264,9 +266,16 @@ def cost_table(runs: dict[str, RunScores]) -> str:
                 f"| {run} | {train['samples']} x {arguments['num_train_epochs']:g} | {train['seconds']:.0f} | "
                 f"{train['peak_memory_bytes'] / 1e9:.1f} | {train['trainable_parameters'] / 1e6:.1f} |"
             )
-    meta = next(iter(records.values()))["meta"]
-    packages = ", ".join(f"{name} {version}" for name, version in meta["packages"].items())
-    lines += ["", f"Alignment, start-up included, on {meta['device']}; {packages}.", ""]
+    with as_written(Path(next(iter(records))) / "run.json"):
+        made = {}  # (device, packages): the runs
+        for run, record in records.items():
+            packages = ", ".join(f"{name} {version}" for name, version in record["meta"]["packages"].items())
+            made.setdefault((record["meta"]["device"], packages), []).append(run)
+    on = [
+        f"{device}; {packages}" + (f" ({', '.join(of_these)})" if len(made) > 1 else "")
+        for (device, packages), of_these in made.items()
+    ]
+    lines += ["", f"Alignment, start-up included, on {'. On '.join(on)}.", ""]
     return "\n".join(lines)
 
 

@@ -173,6 +173,8 @@ def likelihood_differs(args: ReuseArguments, run: RunScores) -> str | None:
             scored = {"comparisons": 1, **run.metrics[one.name].settings}
             if base_sha256:  # a merge is scored as a base of its own; what counts is what it was made from
                 scored = scored | {"base_sha256": base_sha256}
+            if scored.get("max_length") != asked["max_length"]:  # none asked for: the model's window
+                return f"its {one.name} was scored with max_length={scored.get('max_length')}"
             if differing := first_difference(scored, asked):
                 return f"its {one.name} was scored with {differing}"
     return None

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from config import BIAS, GENERAL, RAW, RAW_CHAT, TASKS, XSTEST, UserError
+from config import BIAS, GENERAL, RAW, RAW_CHAT, TASKS, XSTEST, UserError, answering_task
 from evaluator.results import judge_name
 from evaluator.token_cost import relative_cost
 from workspace.files import as_written, read_json, read_lines
@@ -113,8 +113,11 @@ OF_THE_RUN = ("run", "base_model", "data_source", "judge", "weights_sha256", "an
 
 # What two scores must have alike to be compared, of their own settings and of those of the answers that were judged
 ALIKE, ANSWERS_ALIKE = (
-    ("num_samples", "max_length", "dtype", "data_sha256", "judge_protocol", "reference_sha256"),
-    ("num_samples", "max_new_tokens", "temperature", "dtype"),
+    (
+        *("num_samples", "max_length", "dtype", "data_sha256"),
+        *("judge_protocol", "judge_version", "judge_model", "annotator_sha256", "reference_sha256"),
+    ),
+    ("num_samples", "max_new_tokens", "temperature", "dtype", "data_sha256"),
 )
 
 
@@ -164,6 +167,15 @@ class RunScores:
     metrics: dict[str, Result]
     routing: dict[str, list[list[float]]] = field(default_factory=dict)
     usage: dict[str, dict] = field(default_factory=dict)
+
+    @property
+    def base_sha256(self) -> str | None:
+        """The checksum of the base that the run was made from; None where nothing says so (answers that were
+        selected)."""
+        if self.record:  # a merge is scored as a base of its own; what counts is what it was made from
+            return self.record["run"]["arguments"].get("base_sha256")
+        settings = [one.settings | one.settings.get("answers", {}) for one in self.metrics.values()]
+        return next((one["base_sha256"] for one in settings if "base_sha256" in one), None)
 
 
 def read_run_scores(results_dir: Path, name: str, split: str, kept: RunScores | None = None) -> RunScores:
@@ -220,7 +232,7 @@ def read_result_as_written(results_dir: Path, one: Metric, name: str, split: str
     """`read_result`, but for errors of values where a file was changed."""
     of_task = results_dir / "evaluation" / one.task / split
     folders = [] if one in JUDGED else [of_task / name / (one.judgement if one.judgement == DRIFT else "likelihood")]
-    for directory in (f"cross_{name}", name) if one in JUDGED else ():
+    for directory in answers_directories(name, one.task) if one in JUDGED else ():
         folders += sorted(path.parent for path in (of_task / directory).glob("*/metrics.json"))
     finished = (folder for folder in folders if (folder / "run.json").exists())
     scored = [(folder, read_json(folder / "metrics.json")) for folder in finished]
@@ -228,8 +240,11 @@ def read_result_as_written(results_dir: Path, one: Metric, name: str, split: str
     if not having:
         return None
     if len(having) > 1:
-        judges = ", ".join(folder.name for folder, _ in having)
-        raise UserError(f"{name}: has {one.name} by several judges ({judges}); move all but one of these folders away")
+        judges = ", ".join(f"{folder.parent.name}/{folder.name}" for folder, _ in having)
+        raise UserError(
+            f"{name}: has {one.name} of several answers or by several judges ({judges}); move all but one of these "
+            "folders away"
+        )
     ((folder, scores),) = having
     rows = [row for row in read_lines(folder / "judgements.jsonl") if row.get("metric", one.judgement) == one.judgement]
     if one.judgement == NLL:
@@ -250,6 +265,11 @@ def read_result_as_written(results_dir: Path, one: Metric, name: str, split: str
     if len(ids) != len(set(ids)) or not all(isinstance(id, str) for id in [*ids, *questions]):
         raise ValueError("judgements.jsonl has an id twice, or one that is no text")
     return Result(ids, values, sizes, questions, judge, settings, score)
+
+
+def answers_directories(name: str, task: str) -> tuple[str, ...]:
+    """The names under which inference.py keeps a run's answers to a task (or to XSTest's prompts)."""
+    return (f"cross_{name}", name, *(["aligned"] if name == answering_task(task) else []))
 
 
 def check_score(score: dict, numbers: list[float]) -> None:
@@ -317,8 +337,9 @@ def cost_as_written(results_dir: Path, name: str, record: dict | None, split: st
     folder = made_in(results_dir, name)
     weights = [path for path in folder.glob("*.safetensors")] if folder.is_dir() else []
     speeds = []
-    directory = name if name in (RAW, RAW_CHAT) else f"cross_{name}"
-    for path in (results_dir / "inference").glob(f"*/{split}/{directory}/run.json"):
+    for path in (results_dir / "inference").glob(f"*/{split}/*/run.json"):
+        if path.parent.name not in answers_directories(name, path.parents[2].name):
+            continue
         if (speed := read_record(path)["train"].get("new_tokens_per_second")) is not None:
             speeds.append(speed)
     return {

@@ -41,18 +41,18 @@ once() {  # NAME COMMAND...: run a command that makes something, if this process
     made=$made,$1
 }
 begins_with() {  # COMMAND...: the command that makes the fusion or the merge that this one begins with, if any
-    local one before="" start="" begun
+    local one before="" beginning="" begun
     for one in "$@"; do
-        case $before in --moe_dir | --init_adapter) start=${one##*/} ;; esac  # of several the last one counts
+        case $before in --moe_dir | --init_adapter) beginning=${one##*/} ;; esac  # of several the last one counts
         before=$one
     done
-    [ -n "$start" ] || return 0
+    [ -n "$beginning" ] || return 0
     begun=$(
         row() { :; }
-        once() { case "$* " in *" --output "*"/$start "*) echo "${*:3}" ;; esac; }
+        once() { case "$* " in *" --output "*"/$beginning "*) echo "${*:3}" ;; esac; }
         $needs
     )
-    [ -n "$begun" ] || refuse "$start: $needs makes nothing of this name"
+    [ -n "$begun" ] || refuse "$beginning: $needs makes nothing of this name"
     echo "$begun"
 }
 reused() {  # NAME COMMAND...: whether --reuse has this row, made and scored as it would be here

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT, run_script
@@ -116,6 +117,44 @@ def test_a_section_shows_the_scores_that_it_names(table):
     assert shown["columns"] == ["safe preferred ↑", "MC1 ↑"]
     values = [row_of(table, row["run"])["metrics"]["safe_preferred"]["value"] for row in shown["rows"]]
     assert values == sorted(values, reverse=True) and len(values) > 2
+
+
+def test_a_section_shows_what_each_seed_comes_to(results, tmp_path):
+    """As the main table does."""
+    names = ("mixed", "mixed_seed_43", FUSED)
+    runs = {name: read_run_scores(results, name, "test", None) for name in names}
+    compared = comparison.compare(runs, FUSED)
+    write_page(tmp_path / "page.html", compared, runs, None, None, others=(Section("More", "", compared),))
+    section = (tmp_path / "page.html").read_text().split("More</h2>")[1].split("<h2>")[0]
+    low, high = sorted(row_of(compared, "mixed")["metrics"]["mean_nll_per_token"]["of_seeds"])
+    assert f"seeds {low:.3f} to {high:.3f}" in section
+
+
+def test_more_experts_than_colours(results, tmp_path):
+    runs = {name: read_run_scores(results, name, "test", None) for name in ("raw", FUSED)}
+    experts = [f"expert {i}" for i in range(9)]
+    tokens = [{"text": "yes", "expert": 8, "weight": 1.0}]
+    answers = {"task": "safety", "question": "?", "experts": experts, "tokens": tokens}
+    shown = {"data": "data", "side_by_side": [], "tinted": [answers]}
+    write_page(tmp_path / "page.html", comparison.compare(runs, FUSED), runs, shown, None)
+    assert 'title="expert 8, 1.00">yes' in (tmp_path / "page.html").read_text()
+
+
+def test_seconds_are_said_to_be_of_the_machines_that_they_are_of(results):
+    runs = {name: read_run_scores(results, name, "test", None) for name in ("helpfulness", "safety", FUSED)}
+    device = runs["safety"].record["meta"]["device"]
+    assert report.cost_table(runs).count(f"on {device}; torch ") == 1
+    elsewhere = runs["safety"].record | {"meta": runs["safety"].record["meta"] | {"device": "a GPU"}}
+    said = report.cost_table(runs | {"safety": replace(runs["safety"], record=elsewhere)})
+    assert f"on {device}; torch " in said and f"(helpfulness, {FUSED})" in said
+    assert "On a GPU; torch " in said and "(safety)." in said
+
+
+def test_near_duplicates_are_of_the_test_half(results, capsys):
+    command = ["--runs", "raw", "--data_source", "sample", "--results_dir", results]
+    with pytest.raises(SystemExit):
+        call(report, *command, "--dataset_type", "held_apart")
+    assert "--data_source: near-duplicates are counted" in capsys.readouterr().err
 
 
 def row_of(table, run):
@@ -253,8 +292,8 @@ def test_runs_that_were_scored_on_other_items_are_not_compared(results, capsys, 
     assert "were scored on different items (safety_nll_per_token)" in capsys.readouterr().err
 
 
-def write_verdicts(results, run, judge, version, values):
-    folder = results / "evaluation" / "safety" / "test" / f"cross_{run}" / judge
+def write_verdicts(results, run, judge, version, values, directory=None):
+    folder = results / "evaluation" / "safety" / "test" / (directory or f"cross_{run}") / judge
     folder.mkdir(parents=True)
     judgements = [{"metric": "flagged", "id": f"q{i}", "value": value} for i, value in enumerate(values)]
     (folder / "judgements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in judgements))
@@ -286,6 +325,61 @@ def test_runs_are_compared_by_one_judge(results, tmp_path, capsys):
             call(report, *command)
         assert said in capsys.readouterr().err
         shutil.rmtree(ours)
+
+
+def test_what_an_expert_answers_without_its_name_is_its_own(results, tmp_path, capsys):
+    """inference.py --task_name safety: the safety expert's, and no other's."""
+    results = shutil.copytree(results, tmp_path / "results")
+    shutil.move(results / "inference/safety/test/cross_safety", results / "inference/safety/test/aligned")
+    write_verdicts(results, "safety", "judge", "1", [1, 0, 1], directory="aligned")
+    write_verdicts(results, FUSED, "judge", "1", [0, 0, 1])
+    command = ["--runs", f"helpfulness,safety,{FUSED}", "--show_answers", results, "--results_dir", results]
+    call(report, *command)
+    table = json.loads((results / "report" / "table.json").read_text())
+    assert row_of(table, "safety")["paired"]["flagged"]["difference"] == pytest.approx(-1 / 3)
+    assert "flagged" not in row_of(table, "helpfulness")["metrics"]
+    assert row_of(table, "safety")["cost"]["new_tokens_per_second"] > 0
+    assert "<h4>safety</h4>" in (results / "report" / "index.html").read_text()
+    write_verdicts(results, "safety", "judge", "1", [1, 0, 1])
+    with pytest.raises(SystemExit):
+        call(report, *command)
+    assert "of several answers or by several judges (cross_safety/judge, aligned/judge)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["judge_version", "judge_model", "annotator_sha256", "reference_sha256"])
+def test_verdicts_of_another_rule_or_annotator_are_not_compared(results, tmp_path, capsys, name):
+    results = shutil.copytree(results, tmp_path / "results")
+    for run, value in (("safety", "1"), (FUSED, "2")):
+        folder = write_verdicts(results, run, "judge", "1", [1, 0, 1])
+        record = {"run": {"script": "evaluate_safety.py", "arguments": {name: value}}}
+        (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        call(report, "--runs", f"safety,{FUSED}", "--results_dir", results)
+    assert f"with {name} " in capsys.readouterr().err
+
+
+def test_answers_to_other_data_are_not_compared(results, tmp_path, capsys):
+    results = shutil.copytree(results, tmp_path / "results")
+    for run in ("safety", FUSED):
+        write_verdicts(results, run, "judge", "1", [1, 0, 1])
+    path = results / "inference" / "safety" / "test" / "cross_safety" / "run.json"
+    record = json.loads(path.read_text())
+    record["run"]["arguments"]["data_sha256"] = {"safety_test.jsonl": "0"}
+    path.write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        call(report, "--runs", f"safety,{FUSED}", "--results_dir", results)
+    assert "with answers' data_sha256 " in capsys.readouterr().err
+
+
+def test_runs_of_two_bases_are_not_compared(results):
+    """A merge is scored as a base of its own, and is of the base that it was made from."""
+    runs = {name: read_run_scores(results, name, "test", None) for name in ("raw", "safety", "merge_linear", FUSED)}
+    assert len({run.base_sha256 for run in runs.values()}) == 1
+    comparison.compare(runs, FUSED)
+    raw = runs["raw"]
+    of_another = {name: replace(one, settings=one.settings | {"base_sha256": "0"}) for name, one in raw.metrics.items()}
+    with pytest.raises(UserError, match="raw and safety are of different bases"):
+        comparison.compare(runs | {"raw": replace(raw, metrics=of_another)}, FUSED)
 
 
 def test_words_that_are_no_verdict_are_left_out_of_both_runs(results, tmp_path):

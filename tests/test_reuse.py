@@ -115,6 +115,14 @@ def test_a_row_that_was_scored_otherwise_or_on_another_base_or_made_by_something
         write_json(changed / f"{name}.json", row)
         code, text = check(name, ROWS[name], saved=changed)
         assert code == reuse.NOT_ALIKE and "base_sha256=0" in text
+    changed = tmp_path / "cut"
+    shutil.copytree(kept, changed)
+    row = read_json(changed / "safety.json")
+    for result in row["metrics"].values():
+        result["settings"]["max_length"] = 64
+    write_json(changed / "safety.json", row)
+    code, text = check("safety", ROWS["safety"], saved=changed)
+    assert code == reuse.NOT_ALIKE and "scored with max_length=64" in text
     code, text = check("safety", ROWS["merge_iso_c"])
     assert code == reuse.NOT_ALIKE and "was not made by models/merging.py" in text
     code, text = check("nowhere", ROWS["safety"])
@@ -281,6 +289,15 @@ def test_a_kept_row_is_not_replaced_by_another_of_its_name(kept, tmp_path):
         with pytest.raises(UserError, match=said):
             save_run(folder, changed)
         assert (folder / f"{FUSED}.json").read_bytes() == before
+
+
+def test_a_kept_raw_base_is_not_replaced_by_another(kept, tmp_path):
+    """It has no record; its scores say which base it is."""
+    folder, raw = shutil.copytree(kept, tmp_path / "kept"), read_kept(kept, "raw")
+    save_run(folder, raw)
+    other = {name: replace(one, settings=one.settings | {"base_sha256": "0"}) for name, one in raw.metrics.items()}
+    with pytest.raises(UserError, match="of another base"):
+        save_run(folder, replace(raw, metrics=other))
 
 
 def test_what_is_kept_names_no_place_and_holds_no_text(kept, base_dir):

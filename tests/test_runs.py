@@ -124,6 +124,9 @@ def test_a_kept_row_is_asked_what_it_begins_with(script, flags, count, base_dir,
         start = after(made_by, "--moe_dir") or after(made_by, "--init_adapter")
         begun_by = after(words, "--begun_by").split()
         assert (after(begun_by, "--output") or "").split("/")[-1] == (start or "").split("/")[-1]
+        if begun_by:
+            name, *words = begun_by
+            importlib.import_module(name.removesuffix(".py").replace("/", ".")).asked(words)
         begun += bool(start)
     assert begun >= count
 
