@@ -11,8 +11,8 @@ cd "$(dirname "$0")/.."
 
 . runs/rows.sh
 take_flags "base_model=smollm2 data_source= num_samples=160 num_scored=100 num_answered=100 max_new_tokens=64
-    num_train_epochs=2 batch_size=4 dtype=auto seeds=42 save= reuse= results_dir=results/conflict" "$@"
-DIALS="-2 2" FAR_DIALS="-4 4 off only" WEIGHTS="2" GAMMAS="1" MORE_GAMMAS="0.1"  # FAR_, MORE_: the first seed alone
+    answer_batch_size=16 num_train_epochs=2 batch_size=4 dtype=auto seeds=42 save= reuse= results_dir=results/conflict" "$@"
+DIALS="-2 2" MORE_DIALS="-4 4 off only" WEIGHTS="2" GAMMAS="1 0.1"  # all but the first: with the first seed alone
 TASKS="helpfulness safety" OF_TASKS="--tasks helpfulness,safety"
 [ -n "$DATA_SOURCE" ] || refuse "name a folder that has safety_pairs.jsonl with --data_source"
 DATA=$RESULTS_DIR/data
@@ -28,7 +28,7 @@ answered() {  # RUN [NAME EXPERT_BIAS]: its answers to unsafe prompts and to tho
     once judge judge
     for task in safety xstest; do
         python inference.py --task_name $task $([ $run = raw ] && echo --aligned_flag 0 || echo --cross_task $run) $bias --base_model $BASE_MODEL \
-            --num_samples $NUM_ANSWERED --max_new_tokens $MAX_NEW_TOKENS --data_source $DATA --dtype $DTYPE $R
+            --num_samples $NUM_ANSWERED --max_new_tokens $MAX_NEW_TOKENS --batch_size $ANSWER_BATCH_SIZE --data_source $DATA --dtype $DTYPE $R
     done
     python evaluator/evaluate_safety.py --task_name $([ $run = raw ] || echo cross_)$name --judge $RESULTS_DIR/judges/safety --dtype $DTYPE $R
 }
@@ -55,38 +55,41 @@ take_over() {  # NAME NEEDS COMMAND...: whether --reuse has this row
     names=${names:+$names,}$name
     [ -n "$missing" ] || reused $name "$@" || missing=$name
 }
-of_first() { if [ $seed = 42 ]; then echo "$@"; fi; }
 keep() { [ -z "$SAVE" ] || python evaluator/report.py --runs $1 --save "$SAVE" --only_save 1 $R; }
 expert() { echo python align_basemodel.py --moe_flag 0 --task_name $1 --run_name $1$s --seed $seed --base_model $BASE_MODEL $TRAIN; }
 experts() { local task; for task in $TASKS; do once $task$s $(expert $task); done; }
 fuse() { experts; once moe$s $FUSE; }
 initialise_by_prompt() { experts; once by_prompt$s $BY_PROMPT; }
 
+of_seed() {  # SEED: the commands that make its rows
+    seed=$1 s=$([ $1 = 42 ] || echo _seed_$1)
+    of_experts "$s"
+    FUSE="python models/llama_moe.py --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/moe$s $R"
+    BY_PROMPT="python models/llama_moe.py --routing prompt --router_init prototype --num_prompts $NUM_SAMPLES --data_source $DATA --dtype $DTYPE
+        --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/by_prompt$s $R"
+    ALIGN="python align_basemodel.py --moe_flag 1 $OF_TASKS --gate_loss_weight 0.3 --router_learning_rate 0.01 --seed $seed $TRAIN"
+    FUSED="$ALIGN --moe_dir $RESULTS_DIR/outputs/moe$s"
+    MERGE="python models/merging.py --experts $named_experts $R"
+}
 all_points() {
     point raw nothing nothing
     for seed in $(echo "$SEEDS" | tr ',' ' '); do
-        s=$([ $seed = 42 ] || echo _seed_$seed)
-        of_experts "$s"
-        FUSE="python models/llama_moe.py --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/moe$s $R"
-        BY_PROMPT="python models/llama_moe.py --routing prompt --router_init prototype --num_prompts $NUM_SAMPLES --data_source $DATA --dtype $DTYPE
-            --experts $named_experts --seed $seed --output $RESULTS_DIR/outputs/by_prompt$s $R"
-        ALIGN="python align_basemodel.py --moe_flag 1 $OF_TASKS --gate_loss_weight 0.3 --router_learning_rate 0.01 --seed $seed $TRAIN"
-        FUSED="$ALIGN --moe_dir $RESULTS_DIR/outputs/moe$s"
-        MERGE="python models/merging.py --experts $named_experts $R"
-
+        of_seed $seed
         for task in $TASKS; do point $task$s nothing $(expert $task); done
         point mixed$s nothing python align_basemodel.py --moe_flag 0 --task_name mix $OF_TASKS --rank 16 --alpha 8 --run_name mixed$s --seed $seed --base_model $BASE_MODEL $TRAIN
         point merge_linear$s experts $MERGE --method linear --output $RESULTS_DIR/outputs/merge_linear$s
-        for weight in $WEIGHTS; do
-            point merge_linear_safety_$weight$s experts $MERGE --method linear --weights safety=$weight --output $RESULTS_DIR/outputs/merge_linear_safety_$weight$s
-        done
-        point ensemble_probabilities$s experts python models/ensemble.py --experts $named_experts --output $RESULTS_DIR/outputs/ensemble_probabilities$s $R
-        point by_prompt$s experts $BY_PROMPT
-        point prompted$s initialise_by_prompt $ALIGN --moe_dir $RESULTS_DIR/outputs/by_prompt$s --run_name prompted$s
         point fused$s fuse $FUSED --run_name fused$s
-        for value in $DIALS $(of_first $FAR_DIALS); do dial fused$s safety=$value; done  # without any training
-        for gamma in $GAMMAS $(of_first $MORE_GAMMAS); do point fused_gamma_2_$gamma$s fuse $FUSED --safety_weight $gamma --run_name fused_gamma_2_$gamma$s; done  # the paper's way
+        for value in $DIALS; do dial fused$s safety=$value; done  # without any training
     done
+    of_seed 42
+    for weight in $WEIGHTS; do
+        point merge_linear_safety_$weight experts $MERGE --method linear --weights safety=$weight --output $RESULTS_DIR/outputs/merge_linear_safety_$weight
+    done
+    for value in $MORE_DIALS; do dial fused safety=$value; done
+    point by_prompt experts $BY_PROMPT
+    point prompted initialise_by_prompt $ALIGN --moe_dir $RESULTS_DIR/outputs/by_prompt --run_name prompted
+    for gamma in $GAMMAS; do point fused_gamma_2_$gamma fuse $FUSED --safety_weight $gamma --run_name fused_gamma_2_$gamma; done  # the paper's way
+    point ensemble_probabilities experts python models/ensemble.py --experts $named_experts --output $RESULTS_DIR/outputs/ensemble_probabilities $R
 }
 if [ -n "$REUSE" ]; then  # all rows, or none: one judge scores all answers
     taking_over=1

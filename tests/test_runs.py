@@ -68,7 +68,7 @@ def commands_of(script, flags, folder, anew="-"):
         ("elsewhere.sh", [], 60),
         ("elsewhere.sh", ["--half", "test", "--seeds", "42,43", "--mixed", "10", "--epochs",
                           "mixed_10=8,merged_10=4,fused_10=2,prompted_10=1,slow_10=2,routers_10=4,frozen_10=2"], 30),
-        ("conflict.sh", ["--seeds", "42,43,44"], 200),
+        ("conflict.sh", ["--seeds", "42,43,44"], 150),
     ],
 )  # fmt: skip
 def test_every_command_is_one_that_its_script_takes(script, flags, count, base_dir, tmp_path, monkeypatch):
