@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import cli
@@ -149,10 +149,24 @@ class AlignArguments(SourceArguments):
             raise UserError(f"--init_adapter {self.init_adapter}: is for one expert; a fusion starts from --moe_dir")
         if self.moe_flag and not (self.train_router or self.train_experts or self.tune_attention):
             raise UserError("--train_router 0, --train_experts 0: leave nothing to train; give one of them, or neither")
+        if self.moe_flag:
+            self.check_gate()
         if self.moe_flag and not self.train_experts:
             for name in (f"{task}_weight" for task in TASKS):
                 check(name, getattr(self, name), getattr(self, name) == 0, "0 with --train_experts 0: nothing drifts")
             check_not_given("has no effect with --train_experts 0: nothing drifts", drift_weights=self.drift_weights)
+
+    def check_gate(self) -> None:
+        """UserError for settings of the gating loss where it has no effect."""
+        if not self.gate_loss_weight:
+            of_gate = ("gate_tokens", "gate_gradient", "gate_balance", "gate_schedule")
+            defaults = {item.name: item.metadata.get("default_value") for item in fields(self)}
+            given = {n: getattr(self, n) if getattr(self, n) != defaults[n] else None for n in of_gate}
+            check_not_given("has no effect with --gate_loss_weight 0", **given)
+        elif self.gate_gradient == "router" and not self.train_router:
+            raise UserError(
+                "--gate_gradient router: trains the router alone, which --train_router 0 freezes; leave one of them out"
+            )
 
     def read_drift_weights(self) -> dict[str, float]:
         """--drift_weights by task. UserError for what is no TASK=VALUE, or is one of the paper's tasks."""

@@ -19,6 +19,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 NF4 = "nf4"  # QLoRA's 4-bit data type (https://arxiv.org/abs/2305.14314)
 HELP_ALL = "--help_all"
 # How safetensors and PyTorch say that the system would not write: in errors that are no OSError
+SMALLER = "take a smaller --batch_size; what was finished is kept"
 WRITE_FAILED = ("(os error ", "PytorchStreamWriter", "iostream error", "inline_container.cc")
 NO_TASKS = (
     "raw",
@@ -52,6 +53,8 @@ def command(main):
         except UserError as error:
             exit_with(error)
         except Exception as error:
+            if out_of_memory(error):
+                exit_with(UserError(f"out of memory ({said(error)}); {SMALLER}"))
             if (problem := file_problem(error)) is None:
                 raise
             exit_with(UserError(f"{problem}; what was finished is kept: mend this, and run the same command again"))
@@ -62,15 +65,24 @@ def command(main):
     return run
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch could not allocate memory, on a GPU or (it has no class of its own for that) on the CPU."""
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def said(error: Exception) -> str:
+    """An error's words on one line."""
+    return " ".join(str(error).split())[:400]
+
+
 def file_problem(error: Exception) -> str | None:
     """What failed, in one line, if it was a file, a disk or a database; None for another error."""
-    said = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'a file'}: {error.strerror}"
     if isinstance(error, sqlite3.Error):
-        return f"the file of judgements: {said}"
-    if isinstance(error, OSError) or any(sign in said for sign in WRITE_FAILED):
-        return said[:400]
+        return f"the file of judgements: {said(error)}"
+    if isinstance(error, OSError) or any(sign in str(error) for sign in WRITE_FAILED):
+        return said(error)
     return None
 
 

@@ -68,7 +68,11 @@ class InferArguments(AnsweringArguments):
             raise UserError("--server_url and --server_model go together: the server, and the model's name on it")
         check_at_least(1, concurrency=self.concurrency)
         if self.server_url:
-            check_not_given("is of a model that runs here, not of --server_url", device_map=self.device_map)
+            reason = "is of a model that runs here, not of --server_url"
+            check_not_given(reason, device_map=self.device_map)
+            check_default(self, reason, "dtype", "batch_size", "cache_implementation")
+        else:
+            check_default(self, "counts requests to --server_url, which is not given", "concurrency")
         if self.server_url and self.expert_bias:
             raise UserError(f"--expert_bias {self.expert_bias}: is not known to a server; leave --server_url out")
         if self.server_url and self.cross_task == RAW_CHAT:
@@ -83,7 +87,7 @@ class InferArguments(AnsweringArguments):
             reason = "does not go with --chat 1"
             given = {name: getattr(self, name) for name in ("prompt", "compare", "task_name", "server_url")}
             check_not_given(reason, **given)
-            check_default(self, reason, "dataset_type", "num_samples", "concurrency", "batch_size")
+            check_default(self, reason, "dataset_type", "num_samples", "batch_size")
         if self.prompt is not None:
             check_default(self, "has no effect with --prompt", "dataset_type", "num_samples", "batch_size")
         run_is_named = bool(self.compare or self.cross_task or self.aligned_flag == 0)

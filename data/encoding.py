@@ -78,9 +78,7 @@ class Encoder:
         cut = ""
         if too_many > 0:
             cut, mark = "prompt", len(self._answer_ids(RESPONSE_MARK))
-            bos = [token for token in prompt[:1] if token == self.tokenizer.bos_token_id]
-            dropped = min(too_many, max(len(prompt) - len(bos) - mark, 0))
-            prompt, opening = bos + prompt[len(bos) + dropped :], max(opening - dropped, len(bos))
+            prompt, opening = self.shortened(prompt, opening, too_many, kept=mark)
             if len(prompt) + len(answer) > self.max_length:
                 cut, answer = "answer", answer[: self.max_length - len(prompt)]
         return {
@@ -91,6 +89,13 @@ class Encoder:
             "task": record.task,
             "cut": cut,
         }
+
+    def shortened(self, prompt: list[int], opening: int, too_many: int, kept: int = 0) -> tuple[list[int], int]:
+        """A prompt, and how many of its tokens are the template's opening, without `too_many` tokens of its beginning;
+        a BOS token and the last `kept` ones stay."""
+        bos = [token for token in prompt[:1] if token == self.tokenizer.bos_token_id]
+        dropped = min(too_many, max(len(prompt) - len(bos) - kept, 0))
+        return bos + prompt[len(bos) + dropped :], max(opening - dropped, len(bos)) if dropped else opening
 
     def encode_all(self, records: list[Record]) -> tuple[list[dict], dict[str, int]]:
         """Encode records; drop those without a label (an empty answer). Returns (samples, counts to be told)."""
@@ -110,7 +115,8 @@ def prompt_ids(tokenizer, record: Record, chat: bool = False) -> list[int]:
     is text. chat: by the tokenizer's own chat template; UserError without one."""
     if chat:
         return chat_ids(tokenizer, record)
-    return tokenizer(render_prompt(record.instruction, record.input), split_special_tokens=True)["input_ids"]
+    ids = tokenizer(render_prompt(record.instruction, record.input), split_special_tokens=True)["input_ids"]
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # of a tokenizer that ends every text with it
 
 
 def chat_ids(tokenizer, record: Record) -> list[int]:
@@ -124,6 +130,9 @@ def chat_turn_ids(tokenizer, turns: list[tuple[str, str]]) -> list[int]:
     if tokenizer.chat_template is None:
         raise UserError(f"{RAW_CHAT}: the tokenizer of {tokenizer.name_or_path} has no chat template; leave it out")
     texts = [text for turn in turns for text in turn][:-1]
+    if not any(spells_special_token(tokenizer, text) for text in texts):
+        spoken = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+        return tokenizer.apply_chat_template(spoken, tokenize=True, add_generation_prompt=True, return_dict=False)
     roles = [{"role": ("user", "assistant")[i % 2], "content": f"@@{i}@@"} for i in range(len(texts))]
     rest, ids = tokenizer.apply_chat_template(roles, tokenize=False, add_generation_prompt=True), []
 
@@ -136,6 +145,14 @@ def chat_turn_ids(tokenizer, turns: list[tuple[str, str]]) -> list[int]:
         add(text, True)
     add(rest, False)
     return ids
+
+
+def spells_special_token(tokenizer, text: str) -> bool:
+    """Whether a text has words that the tokenizer would take for one of its special tokens."""
+    split, whole = (
+        tokenizer(text, add_special_tokens=False, split_special_tokens=s)["input_ids"] for s in (True, False)
+    )
+    return split != whole
 
 
 def describe(counts: dict[str, int]) -> str:

@@ -118,6 +118,9 @@ def score(row: Row, one: Metric, tasks: tuple[str, ...]) -> dict | None:
     else:
         part = part_of(row, None, one.name, seeds)
         result = metric(part["ours"], part["sizes"], groups=part["groups"], **about)
+        corrected = [row.seeds[seed].metrics[one.name].score.get("corrected") for seed in sorted(seeds)]
+        if None not in corrected:
+            result["corrected_of_seeds"] = [of_seed["value"] for of_seed in corrected]
     about |= {"seeds": sorted(seeds) if row.kind != "raw" else []}
     return {**result, **about} | ({"of_seeds": of_seeds} if len(of_seeds) > 1 else {})
 

@@ -109,7 +109,7 @@ from data.encoding import Encoder
 from data.held_apart import held_apart_records
 from data.sources import Comparison, Record
 from evaluator.results import REMEDY, evaluation_folder, print_scores, write_scores
-from evaluator.scoring import Scored, score_answers, score_texts
+from evaluator.scoring import Scored, check_scored, score_answers, score_texts
 from evaluator.statistics import metric, share
 from models import base
 from models.base_identity import base_sha256
@@ -157,6 +157,7 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
         return
     items = {task: task_items(task, args, data_source) for task in todo if task != GENERAL}
     model, tokenizer = load_on_device(args, path, base_model, bias)
+    check_scored(model)
     window = model.config.max_position_embeddings
     check("max_length", args.max_length, (args.max_length or 0) <= window, f"at most {window}, the model's window")
     encoder = Encoder(tokenizer, args.max_length or window, chat=name == RAW_CHAT)

@@ -2,7 +2,7 @@
 
 from evaluator.comparison import split_seed
 from evaluator.page_words import SIGNIFICANT
-from evaluator.statistics import interval_text
+from evaluator.results import corrected_text
 
 COSTS = (  # key, heading, what it is, how a value is written
     ("trained_parameters", "trained parameters", "millions", lambda value: f"{value / 1e6:.2f} M"),
@@ -59,8 +59,8 @@ def score_cell(row: dict, rows: list[dict], one) -> dict:
     more = []
     if "of_seeds" in score:
         more.append(f"seeds {min(score['of_seeds']):.3f} to {max(score['of_seeds']):.3f}")
-    if (corrected := score.get("corrected")) is not None:
-        more.append(f"corrected {interval_text(corrected)}" if corrected["value"] is not None else "not correctable")
+    if corrected := corrected_text(score):
+        more.append(corrected)
     return {
         "text": f"{score['value']:.3f}{interval}",
         "sort": score["value"],

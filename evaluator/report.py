@@ -56,7 +56,7 @@ from evaluator.comparison import as_table, compare
 from evaluator.kept_runs import DUPLICATES, kept_folder, read_kept, save_run
 from evaluator.page import own_run, write_page
 from evaluator.page_answers import SHOWN, shown_answers
-from evaluator.results import INTERVALS, judge_name, judge_text
+from evaluator.results import INTERVALS, corrected_text, judge_name, judge_text
 from evaluator.run_scores import (
     JUDGED,
     LENGTH_CONTROLLED,
@@ -243,11 +243,7 @@ def judged_cell(score: dict | None) -> str:
     """One judged score: value, interval, n, and beside it the corrected estimate where there is one."""
     if score is None:
         return interval_text(None)
-    text = f"{interval_text(score)} (n = {score['n']})"
-    corrected = score.get("corrected")
-    if corrected is None:
-        return text
-    return f"{text}; {'not correctable' if corrected['value'] is None else f'corrected {interval_text(corrected)}'}"
+    return "; ".join(filter(None, [f"{interval_text(score)} (n = {score['n']})", corrected_text(score)]))
 
 
 def cost_table(runs: dict[str, RunScores]) -> str:

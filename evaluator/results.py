@@ -79,6 +79,17 @@ def show_corrected(corrected: dict) -> str:
     return f"corrected for the judge's errors {show(corrected)}"
 
 
+def corrected_text(score: dict) -> str:
+    """The same for a table's cell; of several seeds each one's. "" for a score that is not corrected."""
+    if (of_seeds := score.get("corrected_of_seeds")) is not None:
+        return "corrected, each seed: " + ", ".join(
+            "not correctable" if value is None else f"{value:.3f}" for value in of_seeds
+        )
+    if (corrected := score.get("corrected")) is None:
+        return ""
+    return "not correctable" if corrected["value"] is None else f"corrected {interval_text(corrected)}"
+
+
 def judge_name(judge: dict) -> str:
     """The short name of a judge, or of the two of a joint score: the last part of a folder or hub id."""
     return ", ".join(Path(one["name"]).name for one in judge.get("judges", [judge]))

@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from config import UserError
 from data.batching import batches_by_length, pad
 from data.encoding import IGNORED, Encoder
 from data.sources import Record
+from models.causal_lm import VERIFIED, why_scored_otherwise
 from models.losses import mean_routing_probs
 from models.processes import is_first, merge_shares, own_share
 from models.prompt_routing import routed_by_prompt
@@ -169,6 +171,13 @@ def _masks(base, seen: Tensor, positions: Tensor, device) -> Tensor | dict[str, 
         return added(seen & near)
     masks = {"full_attention": seen, "sliding_attention": seen & near}
     return {name: added(masks[name]) for name in sorted(set(layer_types))}
+
+
+def check_scored(model) -> None:
+    """UserError for a model, of a family that no test holds, whose likelihoods are not those of its head alone."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    if base.config.model_type not in VERIFIED and (why := why_scored_otherwise(base)):
+        raise UserError(f"a {base.config.model_type} model cannot be scored by likelihood here: {why}")
 
 
 @torch.inference_mode()

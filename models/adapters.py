@@ -2,6 +2,8 @@
 mixture cannot represent it."""
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from config import RAW, RAW_CHAT, UserError
 from models import base
 from models.causal_lm import skeleton
 from models.expert_ffn import PROJECTIONS
-from workspace.files import sha256
+from workspace.files import read_json, sha256
 from workspace.run_dir import find_run, read_run
 
 # LoraConfig fields that leave the form W + s B A as it is; any other one off its default is refused by name.
@@ -117,6 +119,26 @@ def save_adapter(
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+# of an adapter's configuration, what decides the change that its tensors make
+DECIDING = (
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+)
+
+
+def adapter_sha256(folder: Path) -> str:
+    """The digest of an adapter's tensors and, where no run.json says how it was made, of what in its configuration
+    decides what they do."""
+    weights = sha256(folder / "adapter_model.safetensors")
+    if read_run(folder) is not None:
+        return weights
+    settings = read_json(folder / "adapter_config.json")
+    deciding = {name: settings.get(name) for name in DECIDING}
+    if isinstance(deciding["target_modules"], list):
+        deciding["target_modules"] = sorted(deciding["target_modules"])
+    return f"{weights}, as {hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
 def one_line(error: Exception) -> str:
     """What an error of a library says, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -148,6 +170,8 @@ class Expert:
         self.base_model = recorded.get("base_model") or self.config.base_model_name_or_path
         self.data_source = recorded.get("data_source")
         self.task = recorded.get("task_name") or (self.name if self.name in tasks else None)
+        if self.task == "mix":  # of all tasks: of none
+            self.task = None
         if name in tasks and self.task != name:
             raise UserError(f"--experts {name}={folder}: that adapter was aligned on {self.task}")
         try:
@@ -160,7 +184,7 @@ class Expert:
         for key, value in self.weights.items():
             if not value.is_floating_point() or not value.isfinite().all():
                 raise self._refused(f"tensor {key} holds what is no finite number")
-        self.checksum = sha256(weights)
+        self.checksum = adapter_sha256(folder)
         self.dtype = next(iter(self.weights.values())).dtype
         self.layers: dict[str, LoraLayer] = {}
         self.rank = 0
@@ -252,7 +276,19 @@ def open_adapters(folder_of: dict[str, str], experts_dir: Path, tasks: tuple[str
     is the expert's task."""
     if {RAW, RAW_CHAT} & set(folder_of.values()):
         raise UserError("--experts raw: the raw base model is no expert; name folders with PEFT adapters")
-    return [
-        Expert(find_run(folder, experts_dir), None if folder == name else name, tasks)
-        for name, folder in folder_of.items()
-    ]
+    experts: list[Expert] = []
+    for name, folder in folder_of.items():
+        expert = Expert(find_run(folder, experts_dir), None if folder == name else name, tasks)
+        if expert.name in [known.name for known in experts]:
+            raise UserError(f"--experts {name}: another one is called {expert.name} too; name it, as in NAME={folder}")
+        experts.append(expert)
+    return experts
+
+
+def check_one_of_each_task(tasks: list[str | None], named: str) -> None:
+    """UserError for two experts of one task: the gating loss sends a task's prompts to its expert, not to several."""
+    known = [task for task in tasks if task is not None]
+    if twice := [task for task in known if known.count(task) > 1]:
+        raise UserError(
+            f"{named}: two experts are of the task {twice[0]}, and a router has one for each; take one of them"
+        )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import Trainer
 
 from config import UserError
@@ -52,9 +54,10 @@ def mixture_model(args, training: TrainArguments, load: Callable = load_fused) -
         )
     model = load(Path(args.moe_dir), args.base_model, args.dtype)
     model.set_top_k(args.expert_topk, recorded=args.answer_topk)
-    for name, parameter in model.named_parameters():
-        if ".lora_" in name:
-            parameter.requires_grad_(False)
+    for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):  # of an earlier alignment
+        layer.requires_grad_(False)
+        for name in layer.lora_dropout:
+            layer.lora_dropout[name] = nn.Identity()
     if args.tune_attention:
         torch.manual_seed(training.seed)
         model.add_attention_lora(args.attention_rank, args.attention_alpha, args.attention_dropout)

@@ -3,11 +3,12 @@ labels are, and nowhere else."""
 
 from copy import deepcopy
 from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -64,21 +65,41 @@ def activation_name(module: nn.Module) -> str | None:
 def why_computes_otherwise(model: PreTrainedModel) -> str | None:
     """Of a family that no test holds: what its forward does beside FFN = down(act(gate) up) and logits = head(states),
     found by running both on one input; None where it does nothing else."""
-    mlp, head = model.model.layers[0].mlp, model.lm_head
+    mlp = model.model.layers[0].mlp
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, mlp.gate_proj.in_features, generator=generator).to(model.device, model.dtype)
-    ids = torch.arange(3, device=model.device)[None]
     with torch.inference_mode():
         if differ(mlp(x), mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))):
             return "its FFN is not down(act(gate) up)"
-        states = model.model(input_ids=ids, use_cache=False).last_hidden_state
-        if differ(model(input_ids=ids, use_cache=False).logits, head(states)):
-            return "its logits are not those of its head alone"
+    return why_scored_otherwise(model)
+
+
+@torch.inference_mode()
+def why_scored_otherwise(model: PreTrainedModel) -> str | None:
+    """What a model's logits are beside head(states), found by running both on one input; None where nothing."""
+    if not hasattr(model, "model") or not hasattr(model, "lm_head"):
+        return "it has no model below a head of these names"
+    ids = torch.arange(3, device=model.device)[None]
+    states = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    if differ(model(input_ids=ids, use_cache=False).logits, model.lm_head(states)):
+        return "its logits are not those of its head alone"
     return None
 
 
 def differ(first: Tensor, second: Tensor) -> bool:
     return bool((first - second.to(first.device)).float().norm() > PROBE_TOLERANCE * first.float().norm())
+
+
+def save_generation_config(tokenizer, config: PreTrainedConfig, folder: Path) -> None:
+    """Write generation_config.json of an export: an answer ends with the tokenizer's EOS, as it was trained to, and
+    with whatever else the base's configuration names."""
+    others = getattr(config, "eos_token_id", None)
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *([others] if isinstance(others, int) else others or [])]))
+    GenerationConfig(
+        bos_token_id=getattr(config, "bos_token_id", None),
+        eos_token_id=ends[0] if len(ends) == 1 else ends,
+        pad_token_id=getattr(config, "pad_token_id", None),
+    ).save_pretrained(folder)
 
 
 def answer_log_probs(hidden: Tensor, lm_head: nn.Module, labels: Tensor) -> tuple[Tensor, Tensor]:

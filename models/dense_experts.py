@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    GenerationConfig,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedConfig,
@@ -19,6 +18,7 @@ from transformers import (
 )
 
 from config import UserError
+from models.causal_lm import save_generation_config
 from models.expert_ffn import PROJECTIONS
 from models.mixture import ATTENTION_PROJECTIONS, MixtureConfig, MixtureForCausalLM
 from workspace.files import read_json, write_json
@@ -81,9 +81,7 @@ def write_dense_experts(model: MixtureForCausalLM, tokenizer, folder: Path, form
     """
     settings = form_config(model.mixture, form, dtype)
     save_config(settings, folder)
-    GenerationConfig(
-        bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id
-    ).save_pretrained(folder)
+    save_generation_config(tokenizer, settings, folder)
     tokenizer.save_pretrained(folder)
     write_shards(model, FORMS[form], getattr(torch, dtype), folder)
 

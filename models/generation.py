@@ -19,11 +19,11 @@ def generate(model, tokenizer, batch: list[Record], args, seed: int) -> list[dic
     """
     window = prompt_window(model, args.max_new_tokens)
     encoder = Encoder(tokenizer, window, args.run == RAW_CHAT)
-    whole = [encoder.prompt_ids(record) for record in batch]
-    openings = [
-        max(encoder.opening(record) - max(len(ids) - window, 0), 0) for record, ids in zip(batch, whole, strict=True)
-    ]
-    prompts = [ids[-window:] for ids in whole]
+    prompts, openings = [], []
+    for record in batch:
+        ids = encoder.prompt_ids(record)
+        prompt, opening = encoder.shortened(ids, encoder.opening(record), max(len(ids) - window, 0))
+        prompts.append(prompt), openings.append(opening)
     answers, ends = [], end_tokens(model, tokenizer, args.run == RAW_CHAT)
     generated = generate_tokens(model, tokenizer, prompts, openings, args, seed)
     for record, tokens in zip(batch, generated, strict=True):

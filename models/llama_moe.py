@@ -139,7 +139,7 @@ import torch
 from data.encoding import Encoder
 from data.sources import absolute_source, data_sha256, source_files
 from models import base
-from models.adapters import FreshExpert, expert_folders, how_made, open_adapters
+from models.adapters import FreshExpert, check_one_of_each_task, expert_folders, how_made, open_adapters
 from models.add_expert import add_expert, fit_row
 from models.base_identity import base_sha256
 from models.expert_ffn import PROJECTIONS
@@ -174,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         origin = {"fresh_rank": args.fresh_rank}
     else:
         experts, base_model, data_source = open_experts(args)
+        check_one_of_each_task([expert.task for expert in experts], f"--experts {args.experts}")
         origin = {"adapters_sha256": [expert.checksum for expert in experts]}
     if args.router_init != "random":
         origin |= prototype_arguments(args, experts, absolute_source(args.data_source) or data_source)
@@ -243,6 +244,7 @@ def add_to_fused(args: FuseArguments) -> None:
     tasks = [known["task"] for known in mixture.experts] + [expert.task]
     if None in tasks:
         raise UserError(f"--add {args.add}: an expert of {args.to} has no task whose prompts to compare with")
+    check_one_of_each_task(tasks, f"--add {args.add}")
     source = absolute_source(args.data_source) or recorded.get("data_source")
     arguments = {
         "base_model": base_model,

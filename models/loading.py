@@ -1,19 +1,21 @@
 """The one loader of every run: raw base, aligned expert, fused mixture, and any checkpoint of them."""
 
+import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import config
 from cli import read_tasks
 from config import PAPER_BASE_MODEL, TASKS, UserError
 from data.sources import absolute_source
 from models import base
-from models.adapters import Expert, expert_folders, open_adapters
+from models.adapters import Expert, adapter_sha256, expert_folders, one_line, open_adapters
 from models.base_identity import base_sha256
 from models.causal_lm import VERIFIED
 from models.ensemble import load_ensemble
@@ -25,6 +27,7 @@ from workspace.files import as_written, read_json, sha256
 from workspace.run_dir import read_run
 
 WHOLE = ("causal_lm", "shared")  # kinds of run that are their own base
+EMBEDDING = re.compile(r"embed_tokens|lm_head")  # kept beside an adapter by PEFT where a vocabulary grew
 
 
 def run_kind(folder: Path | None) -> str:
@@ -189,10 +192,37 @@ def load_run(
         model = base.load_weights(AutoModelForCausalLM, base_model, base.load_config(base_model), dtype, device_map)
     else:
         model = base.load_base(base_model, dtype, device_map=device_map)
-    model.set_attn_implementation("sdpa")  # without gradients the faster one on a CPU too
+    with suppress(ValueError):  # of a family that has none: what it was loaded with computes the same
+        model.set_attn_implementation("sdpa")  # without gradients the faster one on a CPU too
+    # transformers fills what a generation leaves open from the base's own settings (a repetition penalty, say)
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    model.generation_config = GenerationConfig(eos_token_id=ends)
     if kind == "adapter":
-        model = PeftModel.from_pretrained(model, str(path))
+        model = with_adapter(model, path)
     return model.eval(), base.load_tokenizer(base_model)
+
+
+def with_adapter(model, folder: Path) -> PeftModel:
+    """A base with a PEFT adapter. UserError for one whose tensors are not all used, or do not fit, and for virtual
+    tokens, which are no part of the layers."""
+    settings = PeftConfig.from_pretrained(str(folder))
+    if settings.is_prompt_learning:
+        raise UserError(f"{folder}: is a {settings.peft_type.value} adapter; virtual tokens cannot be run here")
+    try:
+        model = PeftModel.from_pretrained(model, str(folder))
+    except RuntimeError as error:
+        raise UserError(f"{folder}: does not fit its base ({one_line(error)})") from error
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        held = set(file.keys())
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if missing := expected - held:
+        raise UserError(
+            f"{folder}: has no tensor {min(missing)}, one of {len(missing)} that its adapter_config.json asks for: an "
+            "adapter of another model, or of other names"
+        )
+    if odd := {key for key in held - expected if not EMBEDDING.search(key)}:
+        raise UserError(f"{folder}: its tensor {min(odd)} has no place in its base; an adapter of another model")
+    return model
 
 
 def load_on_device(args, path: Path | None, base_model: str, bias: ExpertBias | None):
@@ -210,15 +240,21 @@ def check_device_map(device_map: str | None) -> None:
 
 
 def weights_sha256(path: Path | None) -> str | None:
-    """The digest of what a run learnt; None for the raw base."""
+    """The digest of what a run learnt, and of the settings that its answers depend on; None for the raw base."""
     kind = run_kind(path)
     if kind == "raw":
         return None
     if kind in WHOLE:
         return base_sha256(str(path))
-    weights = sha256(path / ("adapter_model.safetensors" if kind == "adapter" else "model.safetensors"))
-    routing = None if kind == "adapter" else read_mixture(path).routing
-    return weights if routing is None else f"{weights}, routed by {routing}"
+    if kind == "adapter":
+        return adapter_sha256(path)
+    mixture = read_mixture(path)
+    settings = [
+        f"routed by {mixture.routing}" if mixture.routing else "",
+        f"top-{mixture.num_experts_per_tok}" if mixture.num_experts_per_tok != 2 and kind != "ensemble" else "",
+        f"average of {mixture.average}" if mixture.average not in (None, "probabilities") else "",
+    ]
+    return ", ".join(filter(None, [sha256(path / "model.safetensors"), *settings]))
 
 
 def run_sources(

@@ -48,6 +48,7 @@ class Method:
     in_mergekit: bool = True
 
 
+DELLA_EPSILON = 0.15  # mergekit's usual one
 RANDOM = ("dare_ties", "della")  # drop entries at random
 LEFT_OUT_AT = {"weights": None}  # a flag that run.json leaves out at this default
 UNWEIGHTED = ("sce", "model_stock")  # find their own weights
@@ -115,6 +116,9 @@ class MergeArguments(BaseArguments):
         for name, value in (("scale", self.scale), ("density", self.density)):
             check(name, value, value is None or is_positive(value), "a finite number above 0")
         check("density", self.density, (self.density or 0) <= 1, "at most 1")
+        if self.method == "della" and self.density is not None:  # kept with a probability this far below and above it
+            low, high = DELLA_EPSILON, 1 - DELLA_EPSILON
+            check("density", self.density, low < self.density < high, f"between {low} and {high} with --method della")
         if self.method in RANDOM:
             self.seed = 42 if self.seed is None else self.seed
         else:

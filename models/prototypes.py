@@ -87,6 +87,8 @@ def scaled_routers(directions: Tensor, states: Tensor) -> list[Tensor]:
     routers = without_common(directions, states)
     own_logits = (routers * states).sum(-1).mean(0)  # (L,)
     scaled = routers * (OWN_LOGIT / own_logits)[:, None]
+    if not scaled.isfinite().all():
+        raise UserError("the tasks' prompts have the same mean states: no router can be made from them")
     return [scaled[:, layer].contiguous() for layer in range(scaled.shape[1])]
 
 

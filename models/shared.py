@@ -15,12 +15,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from config import BASE_MODELS_DIR, UserError
 from models import base, expert_ffn, four_bit, router
 from models.base_identity import base_sha256
-from models.causal_lm import activation_name, model_class_of, skeleton
+from models.causal_lm import activation_name, model_class_of, save_generation_config, skeleton
 from models.embedded import PACKAGES
 from models.expert_ffn import PROJECTIONS
 from models.mixture import ATTENTION_PROJECTIONS, SHARED, MixtureConfig, MixtureForCausalLM, mixture_class, read_mixture
@@ -139,8 +139,7 @@ def write_shared(
         settings["mixture"] |= {"base_model_name_or_path": base_id, "base": describe_base(base_model, base_id)}
     (folder / f"{MODELING}.py").write_text(modeling_source(base_config), encoding="utf-8")
     tokenizer.save_pretrained(folder)
-    ids = {name: getattr(base_config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    GenerationConfig(**ids).save_pretrained(folder)
+    save_generation_config(tokenizer, base_config, folder)
     write_json(folder / "config.json", settings)
     if base_id is None:
         write_weights(run_dir, mixture, base_model, base_config, getattr(torch, dtype), folder)

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from cli import out_of_memory
 from config import UserError
 from data.encoding import IGNORED
 from data.sampling import PaddedSamples, StepSampler
@@ -62,8 +63,8 @@ class AlignmentTrainer(Trainer):
             cost.resume(checkpoint)
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+        except RuntimeError as error:
+            if not out_of_memory(error):
                 raise
             size, batches = self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps
             raise UserError(
@@ -150,11 +151,6 @@ class AlignmentTrainer(Trainer):
             args.train_sampling_strategy,
             padded_to=args.world_size * args.train_batch_size if args.world_size > 1 else 1,
         )
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch could not allocate memory, on a GPU or (it has no class of its own for that) on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 class MixtureTrainer(AlignmentTrainer):

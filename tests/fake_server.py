@@ -14,7 +14,7 @@ class FakeServer(ThreadingHTTPServer):
     "not json", "redirect URL", "stall" (no answer), "gone" (it hangs up), "late SECONDS", "twice" (then with other
     words), or "model NAME" (that one answers).
     requests: all that came in, with those that got a fault. answered: those that got a whole answer. keys: the
-    Authorization headers.
+    Authorization headers; headers: all of each request, {name in lower case: value}.
     """
 
     daemon_threads = True
@@ -22,6 +22,7 @@ class FakeServer(ThreadingHTTPServer):
     def __init__(self, answer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer, self.faults, self.requests, self.answered, self.keys = answer, [], [], [], set()
+        self.headers: list[dict] = []
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
@@ -49,6 +50,7 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.requests.append(request)
             self.server.keys.add(self.headers["Authorization"])
+            self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
             fault = self.server.faults.pop(0) if self.server.faults else None
         if isinstance(fault, bytes):
             self.reply(200, fault)

@@ -57,6 +57,24 @@ def test_every_text_gets_its_own_answer(server):
     assert completions[TEXTS[0]].choices[0].finish_reason == "length" and server.requests[-1]["stop"] == ["\n"]
 
 
+@pytest.mark.parametrize("key", [KEY, None])
+def test_what_the_environment_says_to_openai_goes_to_no_other_server(server, monkeypatch, key):
+    monkeypatch.delenv("SERVER_API_KEY")
+    if key:
+        monkeypatch.setenv("SERVER_API_KEY", key)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
+    monkeypatch.setenv("OPENAI_ORG_ID", "an organisation")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "a project")
+    headers = "X-Api-Key: sk-secret\nAuthorization: Bearer sk-another\nContent-Type: application/json"
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", headers)
+    assert dict(ask_all(client_of(server), "m", TEXTS[:1]))
+    (sent,) = server.headers
+    assert sent.get("authorization") == (f"Bearer {key}" if key else None)
+    assert not {"openai-organization", "openai-project", "x-api-key"} & {*sent} and "sk-" not in str(
+        {name: value for name, value in sent.items() if name != "authorization"}
+    )
+
+
 @pytest.mark.parametrize("fault", ["500", "half", "stall"])
 def test_what_passes_is_retried(server, fault):
     server.faults = [fault]

@@ -393,6 +393,22 @@ def test_words_that_are_no_verdict_are_left_out_of_both_runs(results, tmp_path):
     assert row_of(table, "safety")["metrics"]["flagged"]["n"] == 3
 
 
+def test_what_a_judges_errors_leave_is_said_of_each_seed(results, tmp_path):
+    results = shutil.copytree(results, tmp_path / "results")
+    write_verdicts(results, FUSED, "judge", "1", [1, 0, 1])
+    for run, value in (("mixed", 0.25), ("mixed_seed_43", None)):
+        path = write_verdicts(results, run, "judge", "1", [1, 0, 1]) / "metrics.json"
+        scores = json.loads(path.read_text())
+        scores["metrics"]["flagged"]["corrected"] = dict(
+            value=value, interval=None, n_labelled=9, sensitivity=0.8, specificity=0.9
+        )
+        path.write_text(json.dumps(scores))
+    call(report, "--runs", f"mixed,mixed_seed_43,{FUSED}", "--results_dir", results)
+    table = json.loads((results / "report" / "table.json").read_text())
+    assert row_of(table, "mixed")["metrics"]["flagged"]["corrected_of_seeds"] == [0.25, None]
+    assert "corrected, each seed: 0.250, not correctable" in (results / "report" / "index.html").read_text()
+
+
 def test_scores_of_other_precision_or_length_are_not_compared(results, tmp_path, capsys):
     results = shutil.copytree(results, tmp_path / "results")
     for name, value in (("dtype", "bfloat16"), ("max_length", 300)):

@@ -4,6 +4,7 @@ import json
 from itertools import combinations
 
 import pytest
+import torch
 from conftest import run_script
 
 import align_basemodel
@@ -70,8 +71,6 @@ def test_weight_text_is_injective():
         (["--tune_attention", "1"], "_attention_tuned"),
         (["--expert_topk", "3", "--answer_topk", "2"], "_topk_3_answer_topk_2"),
         (["--expert_dropout", "0.1"], "_expert_dropout_0.1"),
-        (["--gate_schedule", "linear"], "_gate_schedule_linear"),
-        (["--gate_tokens", "all"], "_gate_tokens_all"),
         (["--max_length", "200", "--router_learning_rate", "0.1", "--base_model", "x"], ""),
     ],
 )
@@ -79,10 +78,20 @@ def test_method_flags_off_their_default_are_in_the_name(argv, suffix):
     assert fused_name(*argv) == PLAIN + suffix
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("gate_schedule", "linear"), ("gate_tokens", "all"), ("gate_gradient", "router"), ("gate_balance", "sample")],
+)
+def test_flags_of_the_gating_loss_off_their_default_are_in_the_name(flag, value):
+    gated = PLAIN.replace("gate_00000", "gate_01000")
+    assert fused_name("--gate_loss_weight", "0.1", f"--{flag}", value) == f"{gated}_{flag}_{value}"
+
+
 def test_all_suffixes_together():
     argv = ["--expert_topk", "1", "--train_router", "0", "--tune_attention", "1", "--gate_tokens", "all"]
     suffixes = "_topk_1_router_frozen_attention_tuned_gate_tokens_all_seed_7"
-    assert fused_name(*argv, seed=7) == PLAIN + suffixes
+    gated = PLAIN.replace("gate_00000", "gate_01000")
+    assert fused_name("--gate_loss_weight", "0.1", *argv, seed=7) == gated + suffixes
 
 
 def test_run_name_of_an_expert_and_by_hand():
@@ -244,6 +253,21 @@ def test_a_flag_that_would_be_ignored_is_an_error(argv, ignored):
         align(*argv)
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--gate_loss_weight", "0", "--gate_tokens", "all"], "--gate_tokens all: has no effect with"),
+        (["--gate_loss_weight", "0", "--gate_gradient", "router"], "--gate_gradient router: has no effect with"),
+        (["--gate_loss_weight", "0", "--gate_balance", "sample"], "--gate_balance sample: has no effect with"),
+        (["--gate_loss_weight", "0", "--gate_schedule", "linear"], "--gate_schedule linear: has no effect with"),
+        (["--gate_loss_weight", "1", "--train_router", "0", "--gate_gradient", "router"], "trains the router alone"),
+    ],
+)
+def test_a_gating_loss_that_would_change_nothing_is_an_error(argv, said):
+    with pytest.raises(UserError, match=said):
+        align("--moe_flag", "1", *argv)
+
+
 def test_attention_has_flags_of_its_own_that_are_recorded():
     default = align("--moe_flag", "1", "--tune_attention", "1")
     assert (default.attention_rank, default.attention_alpha, default.attention_dropout) == (8, 4, 0.1)
@@ -264,9 +288,20 @@ def test_attention_has_flags_of_its_own_that_are_recorded():
 def test_command_turns_a_user_error_into_one_line_and_code_2(capsys):
     @cli.command
     def main(argv):
-        raise {"wrong": UserError("--x 1: must be 2"), "stop": KeyboardInterrupt(), "bug": ZeroDivisionError()}[argv]
+        raise {
+            "wrong": UserError("--x 1: must be 2"),
+            "stop": KeyboardInterrupt(),
+            "gpu": torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+            "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+            "bug": ZeroDivisionError(),
+        }[argv]
 
-    for argv, code, line in (("wrong", 2, "error: --x 1: must be 2\n"), ("stop", 130, "stopped: ")):
+    for argv, code, line in (
+        ("wrong", 2, "error: --x 1: must be 2\n"),
+        ("stop", 130, "stopped: "),
+        ("gpu", 2, "error: out of memory (CUDA out of memory. Tried); take a smaller --batch_size"),
+        ("cpu", 2, "error: out of memory (DefaultCPUAllocator"),
+    ):
         with pytest.raises(SystemExit) as stopped:
             main(argv)
         out, err = capsys.readouterr()

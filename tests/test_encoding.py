@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 import align_basemodel
 import inference
@@ -265,6 +265,23 @@ def test_a_tokenizer_without_eos_is_refused(tokenizer):
     without = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>")
     with pytest.raises(UserError, match="no EOS"):
         Encoder(without, 300)
+
+
+def test_an_eos_that_a_tokenizer_ends_texts_with_is_not_put_before_the_answer(tokenizer):
+    ending = copy.deepcopy(tokenizer)
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", EOS)])
+    assert Encoder(ending, 300).prompt_ids(PLAIN) == Encoder(tokenizer, 300).prompt_ids(PLAIN)
+
+
+def test_a_chat_prompt_is_what_the_template_itself_tokenises():
+    """By a tokenizer like Llama-2's, whose words begin with a mark for the space before them: a piece that is tokenised
+    by itself would begin with one more."""
+    words = ["<unk>", "<s>", "</s>", "▁", "[", "INST", "]", "/", "▁Hello", "Hello", "▁["]
+    like_llama = LlamaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[])
+    like_llama.chat_template = "{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]"
+    spoken = [{"role": "user", "content": "Hello"}]
+    expected = like_llama.apply_chat_template(spoken, add_generation_prompt=True, return_dict=False)
+    assert chat_turn_ids(like_llama, [("Hello", "")]) == expected
 
 
 def test_text_that_spells_a_special_token_is_text(tokenizer):

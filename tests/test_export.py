@@ -26,6 +26,7 @@ from config import UserError
 from data.prompts import render_prompt
 from models import base, behaviour, dense_experts, export, llama_moe
 from models.adapters import Expert
+from models.causal_lm import save_generation_config
 from models.expert_ffn import PROJECTIONS
 from models.loading import load_run
 from models.released import low_rank_difference
@@ -161,6 +162,13 @@ def test_the_checkpoint_is_mixtrals_on_disk(fused, tmp_path, capsys):
     export.main(arguments)
     assert "nothing to do" in capsys.readouterr().out
     assert "dtype=bfloat16" in failed([*arguments[:-1], "float16"], capsys)
+
+
+def test_an_answer_of_an_export_ends_with_what_it_was_trained_to_end_with(tmp_path, tokenizer):
+    """The tokenizer's EOS, also where the base's configuration names others."""
+    for given, written in ((1, 1), (None, 1), (0, [1, 0]), ([5, 1], [1, 5])):
+        save_generation_config(tokenizer, tiny_config(eos_token_id=given), tmp_path)
+        assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == written
 
 
 @pytest.mark.parametrize("spoilt", ["input_layernorm", "experts.2.w2", "gate"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, decode
 from fake_server import FakeServer
+from tokenizers import processors
 
 import inference
 from data import sources
@@ -122,6 +124,51 @@ def test_the_base_by_its_chat_template_ends_where_its_generation_config_says(bas
         args = inference.InferArguments(prompt="-", cross_task=run, max_new_tokens=8)
         (answer,) = inference.generate(model, tokenizer, RECORDS[:1], args, seed=0)
         assert answer["output"] == tokenizer.decode(expected).strip()
+
+
+def test_the_bases_own_settings_of_generation_are_not_ours(base_dir, tmp_path):
+    """Answers come from the whole distribution: a base that ships a repetition penalty and a threshold is asked
+    without."""
+    with_own = shutil.copytree(base_dir, tmp_path / "with-own")
+    settings = {"eos_token_id": [1, 40], "repetition_penalty": 1.9, "min_p": 0.5, "num_beams": 2, "top_k": 1}
+    (with_own / "generation_config.json").write_text(json.dumps(settings))
+    answers = []
+    for folder in (base_dir, with_own):
+        model, tokenizer = load_run(folder, dtype="float32")
+        for temperature in (0.0, 0.6):
+            args = InferArguments(task_name="safety", temperature=temperature, max_new_tokens=30)
+            answers.append(inference.generate(model, tokenizer, RECORDS, args, seed=0))
+    assert answers[:2] == answers[2:] and model.generation_config.eos_token_id == [1, 40]
+
+
+def test_a_prompt_beyond_the_window_keeps_its_bos(base_dir, monkeypatch):
+    """As in training and scoring."""
+    model, tokenizer = load_run(base_dir, dtype="float32")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
+    seen = []
+
+    def generate(input_ids, **_):
+        seen.append(input_ids)
+        return input_ids
+
+    monkeypatch.setattr(model, "generate", generate)
+    args = InferArguments(task_name="safety", max_new_tokens=20)
+    record = Record("long", "safety", "word " * 900, "", "")
+    inference.generate(model, tokenizer, [record], args, seed=0)
+    window = model.config.max_position_embeddings - 20
+    whole = tokenizer(render_prompt(record.instruction, ""))["input_ids"]
+    assert seen[0].tolist() == [[0, *whole[1 - window :]]]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--dtype", "bfloat16"], ["--batch_size", "3"], ["--cache_implementation", "static"], ["--concurrency", "3"]],
+)
+def test_what_a_server_or_this_machine_would_ignore_is_refused(flags, capsys):
+    served = ["--server_url", "http://localhost:1/v1", "--server_model", "m"] if "--concurrency" not in flags else []
+    with pytest.raises(SystemExit):
+        inference.main(["--task_name", "safety", "--aligned_flag", "0", *served, *flags])
+    assert f"error: {' '.join(flags)}: " in capsys.readouterr().err
 
 
 def test_generation_stops_at_the_stop_string(base_dir):
@@ -291,11 +338,14 @@ def test_a_routing_picture_that_fails_is_a_warning_and_is_drawn_the_next_time(
     assert (folder / "outputs.jsonl").read_bytes() == answers
 
 
+OF_US = ("--batch_size", "4")  # a server batches as it likes
+
+
 @pytest.fixture
 def server_arguments(tmp_path, base_dir, tiny_source):
     def of(url, model="tiny", *more):
         return [
-            *arguments(tmp_path, base_dir, tiny_source, "--aligned_flag", "0"),
+            *(word for word in arguments(tmp_path, base_dir, tiny_source, "--aligned_flag", "0") if word not in OF_US),
             "--server_url",
             url,
             "--server_model",

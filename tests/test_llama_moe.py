@@ -239,6 +239,24 @@ def test_experts_of_different_bases_or_shapes_are_refused(tmp_path, base_dir, ad
     assert not (tmp_path / "m").exists()
 
 
+def test_two_experts_of_one_name_or_task_are_refused(tmp_path, base_dir, capsys):
+    """One would stand for both. One LoRA on all tasks is of none."""
+    for folder, task in (("a/safety", "safety"), ("b/safety", "safety"), ("more", "safety"), ("mix", "mix")):
+        save_adapter(tmp_path / folder, base_dir, 1)
+        arguments = {"task_name": task, "base_model": str(base_dir)}
+        (tmp_path / folder / "run.json").write_text(
+            json.dumps({"run": {"script": "align_basemodel.py", "arguments": arguments}, "train": {}, "meta": {}})
+        )
+    for experts, said in (
+        (f"{tmp_path / 'a/safety'},{tmp_path / 'b/safety'}", "another one is called safety too"),
+        (f"safety={tmp_path / 'a/safety'},{tmp_path / 'more'}", "two experts are of the task safety"),
+    ):
+        with pytest.raises(SystemExit):
+            llama_moe.main(["--experts", experts, "--output", str(tmp_path / "m")])
+        assert said in capsys.readouterr().err and not (tmp_path / "m").exists()
+    assert Expert(tmp_path / "mix").task is None and Expert(tmp_path / "more").task == "safety"
+
+
 def test_router_weights_are_top_k_renormalised():
     logits = torch.tensor([[0.3, 0.2, 0.5]]).log()
     for top_k, experts, shares in ((1, [2], [1.0]), (2, [2, 0], [0.625, 0.375]), (3, [2, 0, 1], [0.5, 0.3, 0.2])):

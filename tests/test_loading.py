@@ -7,12 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import other_base, save_adapter
-from transformers import AutoConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from conftest import other_base, save_adapter, tiny_config
+from peft import PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GraniteConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import config
 from config import UserError
+from evaluator.scoring import check_scored
 from models import base_identity, export, loading
+from models.adapters import Expert
 from models.base_identity import base_sha256
 from models.loading import load_run, run_kind, weights_sha256
 from models.mixture import MixtureForCausalLM
@@ -145,3 +157,64 @@ def test_a_base_that_moved_is_given_by_its_new_place(base_dir, tmp_path):
 def test_weights_that_a_run_learnt_have_a_digest(base_dir, adapter_dirs, fused_dir):
     digests = [weights_sha256(folder) for folder in (*adapter_dirs, fused_dir, base_dir)]
     assert weights_sha256(None) is None and len(set(digests)) == 5
+
+
+def changed(folder: Path, to: Path, name: str, **settings) -> Path:
+    """A copy of a folder with other settings in a file of it."""
+    shutil.copytree(folder, to)
+    path = to / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return to
+
+
+def test_the_digest_is_also_of_the_settings_that_answers_depend_on(adapter_dirs, fused_dir, tmp_path):
+    """The same tensors with another top-k, or of an adapter that nothing else describes with another alpha, are another
+    model."""
+    single = changed(fused_dir, tmp_path / "single", "config.json", num_experts_per_tok=1)
+    assert weights_sha256(single) == f"{weights_sha256(fused_dir)}, top-1"
+    adapter = shutil.copytree(adapter_dirs[0], tmp_path / "adapter")
+    louder = changed(adapter, tmp_path / "louder", "adapter_config.json", lora_alpha=64)
+    moved = changed(adapter, tmp_path / "moved", "adapter_config.json", base_model_name_or_path="elsewhere")
+    assert weights_sha256(adapter) == weights_sha256(moved) != weights_sha256(louder)
+    assert Expert(adapter).checksum == weights_sha256(adapter)
+
+
+def test_adapters_that_would_not_be_run_as_they_are_are_refused(base_dir, adapter_dirs, tmp_path, tokenizer):
+    """Virtual tokens, which scoring would leave out; tensors of other names, for which PEFT takes random ones; and of
+    another shape."""
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(base_dir), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    )
+    model.save_pretrained(tmp_path / "prompt")
+    renamed = shutil.copytree(adapter_dirs[1], tmp_path / "renamed")
+    tensors = load_file(renamed / "adapter_model.safetensors")
+    odd = {name.replace("model.layers", "language_model.layers"): value for name, value in tensors.items()}
+    save_file(odd, renamed / "adapter_model.safetensors")
+    wider = tmp_path / "wider"
+    LlamaForCausalLM(tiny_config(intermediate_size=64)).save_pretrained(wider)
+    tokenizer.save_pretrained(wider)
+    of_wider = save_adapter(tmp_path / "of_wider", wider, 1)
+    changed(of_wider, tmp_path / "misfit", "adapter_config.json", base_model_name_or_path=str(base_dir))
+    for name, said in (
+        ("prompt", "virtual tokens cannot be run here"),
+        ("renamed", "has no tensor base_model.model.model.layers.0"),
+        ("misfit", "does not fit its base"),
+    ):
+        with pytest.raises(UserError, match=said) as refused:
+            load_run(tmp_path / name, dtype="float32")
+        assert "\n" not in str(refused.value)
+
+
+def test_a_model_whose_head_is_not_all_of_its_logits_is_run_but_not_scored(tmp_path, tokenizer):
+    """Granite divides its logits, Gemma 2 bends them and has no attention but eager's."""
+    shape = dict(vocab_size=600, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=1)  # fmt: skip
+    for name, settings in (
+        ("granite", GraniteConfig(**shape, logits_scaling=8.0)),
+        ("gemma2", Gemma2Config(**shape, head_dim=8, final_logit_softcapping=0.01)),
+    ):
+        AutoModelForCausalLM.from_config(settings).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        model, _ = load_run(tmp_path / name, dtype="float32")
+        with pytest.raises(UserError, match=f"a {name} model cannot be scored by likelihood here"):
+            check_scored(model)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, other_base, run_script
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -22,7 +23,7 @@ from config import TASKS, UserError
 from data.encoding import Collator
 from evaluator import report
 from evaluator.run_scores import read_run_scores
-from models import alignment, llama_moe, loading
+from models import alignment, llama_moe, loading, training_arguments
 from models.loading import load_run
 from models.trainer import AlignmentTrainer
 from workspace.files import sha256
@@ -293,7 +294,7 @@ def test_attention_lora_is_saved_and_loaded(results):
     assert not any("base_layer" in key or "embed" in key for key in saved)
 
 
-def test_a_fusion_with_tuned_attention_is_aligned_again_with_its_attention_as_it_is(results, capsys):
+def test_a_fusion_with_tuned_attention_is_aligned_again_with_its_attention_as_it_is(results, capsys, tmp_path):
     tuned, again = "mix_moe_reg_00000_00000_00000_gate_00000_attention_tuned", results / "outputs" / "again"
     if not (results / "outputs" / tuned / "run.json").exists():
         fused(results, "--tune_attention", 1, "--max_steps", 3, "--attention_dropout", 0)
@@ -301,6 +302,16 @@ def test_a_fusion_with_tuned_attention_is_aligned_again_with_its_attention_as_it
     with pytest.raises(SystemExit):
         fused(results, *begin, "--tune_attention", 1, "--run_name", "refused")
     assert "has LoRA on its attention, which would begin anew" in capsys.readouterr().err
+    with_dropout = shutil.copytree(results / "outputs" / tuned, tmp_path / "with-dropout")
+    settings = json.loads((with_dropout / "config.json").read_text())
+    settings["attention_lora"]["dropout"] = 0.5
+    (with_dropout / "config.json").write_text(json.dumps(settings))
+    flags = ["--moe_flag", "1", "--moe_dir", str(with_dropout), "--gate_loss_weight", "0"]
+    args, training = training_arguments.parse([*flags, "--dtype", "float32"], align_basemodel.AlignArguments)
+    align_basemodel.resolve_sources(args)
+    model = alignment.mixture_model(args, training)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert layers and all(isinstance(layer.lora_dropout["default"], torch.nn.Identity) for layer in layers)
     fused(results, *begin, "--run_name", "again")
     before, after = (load_file(folder / "model.safetensors") for folder in (results / "outputs" / tuned, again))
     assert set(before) == set(after)

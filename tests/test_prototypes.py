@@ -8,7 +8,7 @@ from conftest import decode
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from config import TASKS
+from config import TASKS, UserError
 from data.encoding import Encoder
 from data.held_apart import held_apart_records
 from data.sources import Record, draw, read_rows, trainable_rows
@@ -148,3 +148,8 @@ def test_mistakes_are_one_line(flags, said, adapter_dirs, tmp_path, capsys):
         fuse(tmp_path / "moe", *flags, *experts)
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and said in error and len(error.splitlines()) == 1
+
+
+def test_prompts_that_are_alike_give_no_router():
+    with pytest.raises(UserError, match="the same mean states"):
+        prototypes.prototype_routers(torch.ones(2, 3, 4))

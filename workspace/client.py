@@ -26,6 +26,7 @@ from config import UserError
 
 OPENAI_URL = "https://api.openai.com/v1"
 NO_KEY = "no key"  # the openai package wants one; it is not sent
+OF_HTTP = ("host", "content-type", "content-length", "connection")  # headers without which there is no request
 FAILURES_IN_A_ROW = 3  # after which a server among several is given up
 MAX_RETRIES = 8  # waits double from 0.5 s to at most 8 s (or as the server's Retry-After says): 40 s in all
 TIMEOUT_S = 120.0  # without a whole answer
@@ -93,7 +94,7 @@ def make_client(
         default_headers={"Connection": "close"},
         http_client=openai.DefaultHttpxClient(
             follow_redirects=False,  # texts and key go where the user said
-            event_hooks={"request": [] if key else [remove_key]},
+            event_hooks={"request": [] if is_openai(url) else [with_key_alone(key)]},
         ),
     )
     return Client(api, concurrency)
@@ -108,9 +109,19 @@ def make_clients(given_urls: str, concurrency: int, *, flag: str, max_retries: i
     return [make_client(url, concurrency, flag=flag, max_retries=max_retries) for url in urls]
 
 
-def remove_key(request) -> None:
-    """Take the header with the key out of an HTTP request: the openai package always puts one in."""
-    request.headers.pop("Authorization", None)
+def with_key_alone(key: str | None) -> Callable:
+    """What leaves a server's own key (or none) in an HTTP request, of all that the openai package puts there: a key in
+    any case, and whatever the environment says to OpenAI (OPENAI_ORG_ID, OPENAI_PROJECT_ID, OPENAI_CUSTOM_HEADERS)."""
+    lines = os.environ.get("OPENAI_CUSTOM_HEADERS", "").splitlines()
+    custom = {name for line in lines if (name := line.partition(":")[0].strip().lower())} - {*OF_HTTP}
+
+    def mend(request) -> None:
+        for name in ("Authorization", "OpenAI-Organization", "OpenAI-Project", *custom):
+            request.headers.pop(name, None)
+        if key is not None:
+            request.headers["Authorization"] = f"Bearer {key}"
+
+    return mend
 
 
 def is_openai(url: str) -> bool:
