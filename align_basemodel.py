@@ -222,6 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     name = run_name(args, training)
     folder = Path(args.results_dir) / "outputs" / name
     arguments = result_arguments(args, training)
+    window = base.load_config(args.base_model).max_position_embeddings
+    cli.check("max_length", args.max_length, args.max_length <= window, f"at most {window}, the base's window")
     remedy = "give this run a name of its own with --run_name, or move that one"
     state = on_first_process(lambda: run_dir.begin(folder, SCRIPT, arguments, remedy))
     if state == "complete":

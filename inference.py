@@ -200,7 +200,7 @@ def answer_task(
         "temperature": args.temperature,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
-        **(server_arguments(args) if args.server_url else local_arguments(args, path, base_model)),
+        **(server_arguments(args, path) if args.server_url else local_arguments(args, path, base_model)),
     }
     rows = sources.read_rows(args.task_name, args.dataset_type, data_source)
     records = sources.spread(sources.prompt_records(args.task_name, rows, data_source), args.num_samples)
@@ -288,9 +288,10 @@ def local_arguments(args: InferArguments, path: Path | None, base_model: str) ->
     }
 
 
-def server_arguments(args: InferArguments) -> dict:
-    """What else decides the answers of a server. Its address does not: the same model may move."""
-    return {"server_model": args.server_model}
+def server_arguments(args: InferArguments, path: Path | None) -> dict:
+    """What else decides the answers of a server: the model's name, and the weights of its run where that lies here. Its
+    address does not: the same model may move."""
+    return {"server_model": args.server_model} | ({"weights_sha256": weights_sha256(path)} if path else {})
 
 
 def directory_name(args: InferArguments, bias: ExpertBias | None = None) -> str:

@@ -268,6 +268,14 @@ def test_a_gating_loss_that_would_change_nothing_is_an_error(argv, said):
         align("--moe_flag", "1", *argv)
 
 
+def test_samples_longer_than_the_bases_window_are_refused(base_dir, tmp_path, capsys):
+    """Answers and scores are cut to it."""
+    given = ["--task_name", "safety", "--base_model", str(base_dir), "--data_source", "sample"]
+    with pytest.raises(SystemExit):
+        align_basemodel.main([*given, "--max_length", "5000", "--results_dir", str(tmp_path / "results")])
+    assert "--max_length 5000: must be at most " in capsys.readouterr().err and not (tmp_path / "results").exists()
+
+
 def test_attention_has_flags_of_its_own_that_are_recorded():
     default = align("--moe_flag", "1", "--tune_attention", "1")
     assert (default.attention_rank, default.attention_alpha, default.attention_dropout) == (8, 4, 0.1)

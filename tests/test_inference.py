@@ -356,6 +356,21 @@ def server_arguments(tmp_path, base_dir, tiny_source):
     return of
 
 
+def test_a_servers_answers_are_of_the_weights_that_lie_here(base_dir, adapter_dirs, tmp_path, capsys):
+    """Of a run that was trained anew they are not its answers."""
+    adapter = shutil.copytree(adapter_dirs[1], tmp_path / "outputs" / "served")
+    with FakeServer(lambda request: {"text": " Yes."}) as server:
+        asked = ["--task_name", "safety", "--cross_task", "served", "--data_source", "sample", "--num_samples", "2"]
+        asked += ["--server_url", server.url, "--server_model", "m", "--results_dir", str(tmp_path)]
+        inference.main(asked)
+        inference.main(asked)
+        assert "is complete: nothing to do" in capsys.readouterr().out and len(server.requests) == 2
+        shutil.copy(adapter_dirs[2] / "adapter_model.safetensors", adapter)
+        with pytest.raises(SystemExit):
+            inference.main(asked)
+    assert "weights_sha256" in capsys.readouterr().err and len(server.requests) == 2
+
+
 SERVER = """
 import sys, time
 from fake_server import FakeServer
