@@ -20,8 +20,10 @@ from evaluator.embedding_drift import DriftArguments
 from evaluator.evaluate_likelihood import LikelihoodArguments
 from evaluator.evaluate_safety import SafetyArguments
 from evaluator.evaluate_truth_and_info import TruthArguments
+from evaluator.kept_runs import read_kept
 from evaluator.report import ReportArguments
 from evaluator.select_answers import SelectArguments
+from evaluator.sweeps import mean_nll
 from inference import InferArguments
 
 ARGUMENTS = {
@@ -35,6 +37,7 @@ ARGUMENTS = {
     "evaluator/select_answers.py": SelectArguments,
     "inference.py": InferArguments,
 }
+TRIES = ROOT / "docs" / "results" / "recipes" / "held_apart"
 MAKERS = ("align_basemodel.py", "models/ensemble.py", "models/llama_moe.py", "models/merging.py")
 STUB = """#!/bin/bash
 [ "$1" != -c ] || {{ echo "Converting the embedded model"; exec {python} "$@"; }}
@@ -69,6 +72,7 @@ def commands_of(script, flags, folder, anew="-"):
         ("elsewhere.sh", ["--half", "test", "--seeds", "42,43", "--mixed", "10", "--epochs",
                           "mixed_10=8,merged_10=4,fused_10=2,prompted_10=1,slow_10=2,routers_10=4,frozen_10=2"], 30),
         ("conflict.sh", ["--seeds", "42,43,44"], 150),
+        ("recipe.sh", [], 7),
     ],
 )  # fmt: skip
 def test_every_command_is_one_that_its_script_takes(script, flags, count, base_dir, tmp_path, monkeypatch):
@@ -157,6 +161,23 @@ def test_answers_are_of_one_judge_or_the_kept_ones_are_left_alone(base_dir, tmp_
     assert {"raw", "safety", "prompted", "fused"} <= {after(words, "--run") for words in made}
     report = next(words for name, *words in commands if name == "evaluator/report.py" and "--reference" in words)
     assert "--saved" not in report and "raw" in after(report, "--runs").split(",")
+
+
+def test_the_recipe_is_the_best_one_that_was_tried(base_dir, tmp_path):
+    """On questions held apart, by runs/recipes.sh."""
+    tried = {path.stem: read_kept(TRIES, path.stem) for path in TRIES.glob("*.json")}
+    fusions = {name: run for name, run in tried.items() if name.startswith("fused")}
+    best = min(fusions.values(), key=mean_nll).record
+    recorded = {"mix": best["run"]["arguments"]} | best["meta"]["experts"]
+    commands = commands_of("recipe.sh", ["--base_model", str(base_dir), "--results_dir", str(tmp_path)], tmp_path)
+    aligned = [words for name, *words in commands if name == "align_basemodel.py"]
+    assert len(aligned) == 4
+    for words in aligned:
+        asked = importlib.import_module("align_basemodel").asked(words)
+        kept = recorded[asked["task_name"]]
+        compared = {*asked} & {*kept} - {"base_model", "data_source", "data_sha256", "dtype"}
+        assert {"learning_rate", "num_train_epochs", "num_samples"} <= compared
+        assert not [name for name in compared if asked[name] is not None and asked[name] != kept[name]]
 
 
 NAMED = ("mix_moe_reg_00000_00000_00000_gate_03000",)
