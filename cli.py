@@ -18,8 +18,8 @@ from config import EMBEDDED_MODEL, GENERAL, PAPER_BASE_MODEL, RESULTS_DIR, XSTES
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 NF4 = "nf4"  # QLoRA's 4-bit data type (https://arxiv.org/abs/2305.14314)
 HELP_ALL = "--help_all"
+SMALLER = "take a smaller --batch_size where it has one, or another --dtype; what was finished is kept"
 # How safetensors and PyTorch say that the system would not write: in errors that are no OSError
-SMALLER = "take a smaller --batch_size; what was finished is kept"
 WRITE_FAILED = ("(os error ", "PytorchStreamWriter", "iostream error", "inline_container.cc")
 NO_TASKS = (
     "raw",

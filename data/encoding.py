@@ -115,8 +115,13 @@ def prompt_ids(tokenizer, record: Record, chat: bool = False) -> list[int]:
     is text. chat: by the tokenizer's own chat template; UserError without one."""
     if chat:
         return chat_ids(tokenizer, record)
-    ids = tokenizer(render_prompt(record.instruction, record.input), split_special_tokens=True)["input_ids"]
-    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # of a tokenizer that ends every text with it
+    return text_ids(tokenizer, render_prompt(record.instruction, record.input))
+
+
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a prompt's text, without the EOS that some tokenizers end every text with."""
+    ids = tokenizer(text, split_special_tokens=True)["input_ids"]
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
 
 
 def chat_ids(tokenizer, record: Record) -> list[int]:
@@ -126,7 +131,8 @@ def chat_ids(tokenizer, record: Record) -> list[int]:
 
 def chat_turn_ids(tokenizer, turns: list[tuple[str, str]]) -> list[int]:
     """Token ids of a conversation, (what was said, the answer) of each turn, up to where the last answer begins. Only
-    the chat template's own special tokens count as such."""
+    the chat template's own special tokens count as such: a conversation that spells one is tokenised piece by piece,
+    which adds a mark of a word's beginning at each border where a tokenizer has such marks (Llama-2's)."""
     if tokenizer.chat_template is None:
         raise UserError(f"{RAW_CHAT}: the tokenizer of {tokenizer.name_or_path} has no chat template; leave it out")
     texts = [text for turn in turns for text in turn][:-1]

@@ -170,10 +170,10 @@ class Expert:
         self.base_model = recorded.get("base_model") or self.config.base_model_name_or_path
         self.data_source = recorded.get("data_source")
         self.task = recorded.get("task_name") or (self.name if self.name in tasks else None)
-        if self.task == "mix":  # of all tasks: of none
-            self.task = None
         if name in tasks and self.task != name:
             raise UserError(f"--experts {name}={folder}: that adapter was aligned on {self.task}")
+        if self.task == "mix":  # of all tasks: of none
+            self.task = None
         try:
             loaded = load_file(weights)
         except (SafetensorError, OSError) as error:

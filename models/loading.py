@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import config
-from cli import read_tasks
+from cli import out_of_memory, read_tasks
 from config import PAPER_BASE_MODEL, TASKS, UserError
 from data.sources import absolute_source
 from models import base
@@ -27,7 +27,9 @@ from workspace.files import as_written, read_json, sha256
 from workspace.run_dir import read_run
 
 WHOLE = ("causal_lm", "shared")  # kinds of run that are their own base
-EMBEDDING = re.compile(r"embed_tokens|lm_head")  # kept beside an adapter by PEFT where a vocabulary grew
+EMBEDDING = re.compile(
+    r"(embed_tokens|lm_head)(\.base_layer)?\.weight$"
+)  # kept beside an adapter by PEFT where a vocabulary grew
 
 
 def run_kind(folder: Path | None) -> str:
@@ -210,7 +212,9 @@ def with_adapter(model, folder: Path) -> PeftModel:
         raise UserError(f"{folder}: is a {settings.peft_type.value} adapter; virtual tokens cannot be run here")
     try:
         model = PeftModel.from_pretrained(model, str(folder))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # tensors of another shape, or modules that it has not
+        if out_of_memory(error):
+            raise
         raise UserError(f"{folder}: does not fit its base ({one_line(error)})") from error
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         held = set(file.keys())
@@ -244,11 +248,13 @@ def weights_sha256(path: Path | None) -> str | None:
     kind = run_kind(path)
     if kind == "raw":
         return None
-    if kind in WHOLE:
-        return base_sha256(str(path))
     if kind == "adapter":
         return adapter_sha256(path)
     mixture = read_mixture(path)
+    if kind in WHOLE:
+        of_form = read_json(path / "config.json").get("num_experts_per_tok", 2)
+        top_k = mixture.num_experts_per_tok if mixture else of_form
+        return base_sha256(str(path)) + (f", top-{top_k}" if top_k != 2 else "")
     settings = [
         f"routed by {mixture.routing}" if mixture.routing else "",
         f"top-{mixture.num_experts_per_tok}" if mixture.num_experts_per_tok != 2 and kind != "ensemble" else "",

@@ -116,9 +116,10 @@ class MergeArguments(BaseArguments):
         for name, value in (("scale", self.scale), ("density", self.density)):
             check(name, value, value is None or is_positive(value), "a finite number above 0")
         check("density", self.density, (self.density or 0) <= 1, "at most 1")
-        if self.method == "della" and self.density is not None:  # kept with a probability this far below and above it
+        if self.method == "della" and self.density not in (None, 1):  # kept with a probability this far around it
             low, high = DELLA_EPSILON, 1 - DELLA_EPSILON
-            check("density", self.density, low < self.density < high, f"between {low} and {high} with --method della")
+            fits = low < self.density < high
+            check("density", self.density, fits, f"between {low} and {high}, or 1, with --method della")
         if self.method in RANDOM:
             self.seed = 42 if self.seed is None else self.seed
         else:

@@ -16,6 +16,7 @@ from models.prompt_routing import routed_by_prompt
 
 # The logit that a task's own mean state gets from its prototype; of three tasks that are as far from each other, the
 # others' prototypes give it half of that, negative: 0.91 of the softmax is the own one's.
+LEAST_DIFFERENCE = 1e-4  # between tasks, of the length of a mean state
 OWN_LOGIT = 2.0
 
 
@@ -63,7 +64,12 @@ def prototype_routers(states: Tensor) -> list[Tensor]:
 
     A prototype is the mean state less that of all tasks.
     """
-    return scaled_routers(states - states.mean(0), states)
+    centred = states - states.mean(0)
+    if (
+        centred.norm(dim=-1).amax(0) < LEAST_DIFFERENCE * states.norm(dim=-1).amax(0)
+    ).any():  # what is left is rounding
+        raise UserError("the tasks' prompts have the same mean states: no router can be made from them")
+    return scaled_routers(centred, states)
 
 
 def arrow_routers(states: Tensor, directions: Tensor) -> list[Tensor]:
@@ -87,8 +93,6 @@ def scaled_routers(directions: Tensor, states: Tensor) -> list[Tensor]:
     routers = without_common(directions, states)
     own_logits = (routers * states).sum(-1).mean(0)  # (L,)
     scaled = routers * (OWN_LOGIT / own_logits)[:, None]
-    if not scaled.isfinite().all():
-        raise UserError("the tasks' prompts have the same mean states: no router can be made from them")
     return [scaled[:, layer].contiguous() for layer in range(scaled.shape[1])]
 
 

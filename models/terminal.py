@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import TextStreamer
 
 from config import RAW_CHAT
-from data.encoding import Encoder, chat_turn_ids
+from data.encoding import Encoder, chat_turn_ids, text_ids
 from data.prompts import STOP_STRING, render_prompt
 from data.sources import Record
 from models.expert_bias import ExpertBias
@@ -77,8 +77,9 @@ def converse(args, path: Path | None, base_model: str, bias: ExpertBias | None) 
             kept = kept[1:]
         if len(kept) <= len(turns):
             print(f"(the first {len(turns) + 1 - len(kept)} turns no longer fit the model's window)")
-        streamer, prompt = AnswerStreamer(tokenizer), ids[-window:]
-        opening = max(Encoder(tokenizer, window).opening(Record("", "", said)) - (len(ids) - len(prompt)), 0)
+        streamer, encoder = AnswerStreamer(tokenizer), Encoder(tokenizer, window)
+        opening = encoder.opening(Record("", "", said))
+        prompt, opening = encoder.shortened(ids, opening, max(len(ids) - window, 0))
         seed = args.seed + len(turns)
         (answer,) = generate_tokens(model, tokenizer, [prompt], [opening], args, seed, streamer)
         turns.append((said, streamer.answer.strip()))
@@ -96,7 +97,7 @@ def turn_ids(tokenizer, turns: list[tuple[str, str]], chat: bool) -> list[int]:
     text = opening + "\n\n".join(
         render_prompt(said).removeprefix(opening) + (f" {answer}" if answer else "") for said, answer in turns
     )
-    return tokenizer(text, split_special_tokens=True)["input_ids"]
+    return text_ids(tokenizer, text)
 
 
 def compare_runs(args, runs: list[tuple[str, Path | None, str]]) -> None:

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 . runs/rows.sh
 take_flags "base_model=smollm2 data_source= num_samples=160 num_scored=100 num_answered=100 max_new_tokens=64
     answer_batch_size=16 num_train_epochs=2 batch_size=4 dtype=auto seeds=42 save= reuse= results_dir=results/conflict" "$@"
-DIALS="-2 2" MORE_DIALS="-4 4 off only" WEIGHTS="2" GAMMAS="1 0.1"  # all but the first: with the first seed alone
+DIALS="-2 2" MORE_DIALS="-4 4 off only" WEIGHTS="2" GAMMAS="1 0.1"  # MORE_DIALS, WEIGHTS and GAMMAS: seed 42 alone
 TASKS="helpfulness safety" OF_TASKS="--tasks helpfulness,safety"
 [ -n "$DATA_SOURCE" ] || refuse "name a folder that has safety_pairs.jsonl with --data_source"
 DATA=$RESULTS_DIR/data

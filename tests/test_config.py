@@ -307,7 +307,7 @@ def test_command_turns_a_user_error_into_one_line_and_code_2(capsys):
     for argv, code, line in (
         ("wrong", 2, "error: --x 1: must be 2\n"),
         ("stop", 130, "stopped: "),
-        ("gpu", 2, "error: out of memory (CUDA out of memory. Tried); take a smaller --batch_size"),
+        ("gpu", 2, "error: out of memory (CUDA out of memory. Tried); take a smaller --batch_size where"),
         ("cpu", 2, "error: out of memory (DefaultCPUAllocator"),
     ):
         with pytest.raises(SystemExit) as stopped:

@@ -16,6 +16,7 @@ from config import TASKS, UserError
 from data.encoding import Collator, Encoder, chat_ids, chat_turn_ids, describe
 from data.sources import Record
 from models import alignment
+from models.terminal import turn_ids
 
 HEAD = "Below is an instruction that describes a task"
 OPENING = f"{HEAD}. Write a response that appropriately completes the request.\n\n### Instruction:\n"
@@ -271,6 +272,8 @@ def test_an_eos_that_a_tokenizer_ends_texts_with_is_not_put_before_the_answer(to
     ending = copy.deepcopy(tokenizer)
     ending.backend_tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", EOS)])
     assert Encoder(ending, 300).prompt_ids(PLAIN) == Encoder(tokenizer, 300).prompt_ids(PLAIN)
+    turns = [("Hi.", "Hello."), ("Why?", "")]
+    assert turn_ids(ending, turns, False) == turn_ids(tokenizer, turns, False)
 
 
 def test_a_chat_prompt_is_what_the_template_itself_tokenises():

@@ -170,6 +170,13 @@ def changed(folder: Path, to: Path, name: str, **settings) -> Path:
 def test_the_digest_is_also_of_the_settings_that_answers_depend_on(adapter_dirs, fused_dir, tmp_path):
     """The same tensors with another top-k, or of an adapter that nothing else describes with another alpha, are another
     model."""
+    for to in ("mixtral", "shared"):
+        export.main(["--cross_task", str(fused_dir), "--to", to, "--output", str(tmp_path / to)])
+    others = changed(tmp_path / "mixtral", tmp_path / "mixtral_1", "config.json", num_experts_per_tok=1)
+    assert weights_sha256(others) == f"{weights_sha256(tmp_path / 'mixtral')}, top-1"
+    mixture = json.loads((tmp_path / "shared" / "config.json").read_text())["mixture"]
+    others = changed(tmp_path / "shared", tmp_path / "shared_1", "config.json", mixture=mixture | {"top_k": 1})
+    assert weights_sha256(others) == f"{weights_sha256(tmp_path / 'shared')}, top-1"
     single = changed(fused_dir, tmp_path / "single", "config.json", num_experts_per_tok=1)
     assert weights_sha256(single) == f"{weights_sha256(fused_dir)}, top-1"
     adapter = shutil.copytree(adapter_dirs[0], tmp_path / "adapter")
@@ -195,10 +202,16 @@ def test_adapters_that_would_not_be_run_as_they_are_are_refused(base_dir, adapte
     tokenizer.save_pretrained(wider)
     of_wider = save_adapter(tmp_path / "of_wider", wider, 1)
     changed(of_wider, tmp_path / "misfit", "adapter_config.json", base_model_name_or_path=str(base_dir))
+    changed(adapter_dirs[1], tmp_path / "elsewhere", "adapter_config.json", target_modules=["c_attn"])
+    head = shutil.copytree(adapter_dirs[1], tmp_path / "head")
+    more = {f"base_model.model.lm_head.lora_{letter}.weight": torch.ones(4, 4) for letter in "AB"}
+    save_file(tensors | more, head / "adapter_model.safetensors")
     for name, said in (
         ("prompt", "virtual tokens cannot be run here"),
         ("renamed", "has no tensor base_model.model.model.layers.0"),
         ("misfit", "does not fit its base"),
+        ("elsewhere", "does not fit its base"),
+        ("head", "its tensor base_model.model.lm_head.lora_A.weight has no place"),
     ):
         with pytest.raises(UserError, match=said) as refused:
             load_run(tmp_path / name, dtype="float32")

@@ -151,5 +151,7 @@ def test_mistakes_are_one_line(flags, said, adapter_dirs, tmp_path, capsys):
 
 
 def test_prompts_that_are_alike_give_no_router():
-    with pytest.raises(UserError, match="the same mean states"):
-        prototypes.prototype_routers(torch.ones(2, 3, 4))
+    for scale in (1e-3, 1, 1e3):
+        states = scale * torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(1)).repeat(3, 1, 1)
+        with pytest.raises(UserError, match="the same mean states"):
+            prototypes.prototype_routers(states)

@@ -96,6 +96,8 @@ def compare_arguments(folder: Path, before: dict, now: dict, remedy: str) -> Non
             now = {key: value for key, value in now.items() if key != digest}
         elif before[digest] and now.get(digest):
             before, now = ({k: v for k, v in one.items() if k != location} for one in (before, now))
+    if before.get("weights_sha256") is None:  # nor did every version record these
+        now = {key: value for key, value in now.items() if key != "weights_sha256"}
     files, files_now = before.pop("data_sha256", None), now.pop("data_sha256", None)
     for file in sorted({**(files or {}), **(files_now or {})}):
         if (files or {}).get(file) != (files_now or {}).get(file):
