@@ -188,6 +188,8 @@ def load_weights(
         )
     except (OSError, ValueError) as error:
         raise _not_loaded(base_model, error) from error
+    if dtype == NF4:
+        four_bit.keep_order(model)
     if any(parameter.is_meta for parameter in model.parameters()):  # left on the CPU or the disk, fetched at each call
         raise UserError(f"--device_map {device_map}: {base_model} does not fit on the GPUs; take --dtype nf4, or more")
     return model

@@ -23,6 +23,14 @@ def quantization(dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
+def keep_order(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from packing weights anew at the first product without gradients, as it does on CPUs with
+    AVX-512's bfloat16: into an order that neither dequantising nor autograd knows."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def make_trainable(model: PreTrainedModel) -> None:
     """Let the Trainer train what in `model` is not quantised, which it allows to PEFT's adapters only, and keep the
     base's precision, which is each command's own, out of the saved configuration."""
@@ -50,6 +58,11 @@ def dense_weight(linear: nn.Linear) -> Tensor:
                 f"the weights of the mixture's base {form}: with gradients only dense ones and NF4 are taken"
             )
         return linear.weight
+    if getattr(linear.weight.quant_state, "packing_format_for_cpu", False):
+        raise ValueError(
+            "the 4-bit weights were packed for inference, as bitsandbytes does on this CPU at the first product "
+            "without gradients: train a freshly loaded model"
+        )
     functional = importlib.import_module("bitsandbytes.functional")  # not asked of those who have no use for it
     return functional.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
 

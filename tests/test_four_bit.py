@@ -54,6 +54,9 @@ def gradients(model):
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 small = load_fused(folder, base_model, "nf4")
+with torch.no_grad():
+    small.eval()(input_ids=ids)  # where bitsandbytes would pack the weights for this CPU
+made.clear()
 loss = small.train()(input_ids=ids, labels=ids).loss
 gc.collect()
 assert len(made) == 9 and not any(weight() is not None for weight in made), "dense weights outlive the forward"
@@ -87,11 +90,13 @@ from models.loading import load_run
 
 folder, out, cache, *base_model = sys.argv[1:]
 dynamic_module_utils.HF_MODULES_CACHE = cache
+torch.cpu.get_capabilities = dict  # in float32, whatever this CPU is fast in
 small = AutoModelForCausalLM.from_pretrained(
     out, trust_remote_code=True, quantization_config=four_bit.quantization(torch.float32), dtype=torch.float32,
     **({"base_model": base_model[0]} if base_model else {}),
 )
 assert four_bit.is_quantized(small.model.layers[0].mlp.gate_proj)
+four_bit.keep_order(small)
 ids = torch.randint(3, 600, (2, 24), generator=torch.Generator().manual_seed(0))
 with torch.no_grad():
     ours, theirs = load_run(folder, dtype="nf4")[0](ids).logits, small.eval()(ids).logits
