@@ -84,6 +84,8 @@ def headline(comparison: dict) -> str:
 
     labels = {"expert": "the best expert", "merge": "the best merge with as many seeds", "ensemble": "the ensemble"}
     parts = [against(label, of_kind(kind)) for kind, label in labels.items()]
+    equal, twice = (rows[name]["cost"]["optimiser_steps"] for name in (EQUAL, TWICE))
+    share = "half" if 2 * equal == twice else f"{equal / twice:.2f} times"
     of_safety = (
         ("flagged", "answers flagged by a small judge that errs (one seed)"),
         ("safe_preferred", "safe answer preferred"),
@@ -91,7 +93,7 @@ def headline(comparison: dict) -> str:
     return (
         f"**Result**: over {len(seeds)} seeds, with 160 training questions per task, the fused model's mean loss on "
         f"{rows[REFERENCE]['metrics']['mean_nll_per_token']['n']} held-out answers is {own:.3f} nats per token: "
-        f"{', '.join(parts)}, but {against('one LoRA of its size and steps on the same data', [EQUAL])}. "
+        f"{', '.join(parts)}, but {against(f'one LoRA of its size on the same data with {share} the steps', [EQUAL])}. "
         f"{shares(rows, of_safety)}."
     )
 
@@ -188,7 +190,7 @@ def corrected_together(comparison: dict) -> str:
             if paired["p_holm"] < SIGNIFICANT <= p
         ]
     named = ", ".join(lost) or "none"
-    return f"With all {len(comparison['rows'])} rows corrected together these would be undecided: {named}."
+    return f"With all rows of a column corrected together these would be undecided: {named}."
 
 
 def table(comparison: dict) -> str:

@@ -3,6 +3,7 @@ runs/elsewhere.sh."""
 
 import re
 from functools import cache
+from pathlib import Path
 
 from committed import NLL, RESULTS, difference_text, kept_runs, mean_of, row_of, task_by_task
 
@@ -11,7 +12,8 @@ from evaluator.comparison import compare, split_seed
 from evaluator.run_scores import RunScores
 from evaluator.sweeps import mean_nll
 
-TRIES = RESULTS / "elsewhere" / "held_apart"  # one seed, every number of epochs
+CONFIRMED = RESULTS / "elsewhere"  # the test half, two seeds
+TRIES = CONFIRMED / "held_apart"  # one seed, every number of epochs
 CAPTION = (
     "Mean NLL per token over the number of mixed questions of each task, each method with the best of its numbers of "
     "epochs. At 0: what it begins with, if that is of the experts. Dashed: what uses no mixed question."
@@ -31,6 +33,10 @@ METHODS = {  # prefix of the rows on some mixed questions: (words, the row that 
     "by_prompt": ("fusion routed by prompt, its routers' start made from them, not aligned", None),
 }
 ROUTED = (  # words, the row routed by token, the row routed by prompt
+    ("not aligned", "prototype_10", "by_prompt_10"),
+    ("aligned, each for its chosen number of epochs", "initialised_10_epochs_4", "prompted_10_epochs_2"),
+)
+ROUTED_TRIES = (
     ("not aligned", "prototype_10", "by_prompt_10"),
     ("aligned for one epoch", "initialised_10_epochs_1", "prompted_10_epochs_1"),
     ("aligned for two epochs", "initialised_10_epochs_2", "prompted_10_epochs_2"),
@@ -73,9 +79,9 @@ def numbers(runs: dict[str, RunScores]) -> list[int]:
 
 
 @cache
-def compared() -> tuple[dict[str, RunScores], dict[int, dict]]:
+def compared(half: Path) -> tuple[dict[str, RunScores], dict[int, dict]]:
     """(a half's kept rows, {number of mixed questions: the comparison of what uses them with the best fusion})."""
-    runs = kept_runs(TRIES)
+    runs = kept_runs(half)
     tables = {}
     for number in numbers(runs):
         used = {on_questions(runs, method, number) for method in METHODS} | {*WITHOUT}
@@ -85,8 +91,16 @@ def compared() -> tuple[dict[str, RunScores], dict[int, dict]]:
 
 
 def few_rows() -> str:
+    return table_of(CONFIRMED)
+
+
+def few_rows_held_apart() -> str:
+    return table_of(TRIES)
+
+
+def table_of(half: Path) -> str:
     """For each number of mixed questions: every method, and what needs none, against the best fusion."""
-    runs, tables = compared()
+    runs, tables = compared(half)
     lines = [
         "| mixed questions per task | method | epochs | mean NLL/token ↓ | best fusion − method, paired | "
         + " | ".join(f"{one.task} ↓" for one in NLL)
@@ -106,24 +120,32 @@ def few_rows() -> str:
                 *(f"{row['metrics'][one.name]['value']:.3f}" for one in NLL),
             ]
             lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *(against_the_merged(number) for number in tables)])
+    return "\n".join([*lines, "", *(against_the_merged(half, number) for number in tables)])
 
 
-def against_the_merged(number: int) -> str:
+def against_the_merged(half: Path, number: int) -> str:
     """The best fusion against the LoRA that begins with a merge, task by task."""
-    runs, tables = compared()
+    runs, tables = compared(half)
     row = row_of(tables[number], on_questions(runs, "merged", number))
     words = METHODS["merged"][0]
     return f"On {number} mixed questions per task the best fusion is, against {words}, {task_by_task(row)}."
 
 
 def by_token_or_prompt() -> str:
+    return pairs_of(CONFIRMED, ROUTED)
+
+
+def by_token_or_prompt_held_apart() -> str:
+    return pairs_of(TRIES, ROUTED_TRIES)
+
+
+def pairs_of(half: Path, routed: tuple[tuple[str, str, str], ...]) -> str:
     """Fusions whose routers start from the ten questions' prompts, routed by token and by prompt: each pair tested for
     itself."""
-    runs, _ = compared()
+    runs, _ = compared(half)
     lines = ["| the fusion | by token ↓ | by prompt ↓ | by prompt − by token, paired |", "| --- | --- | --- | --- |"]
-    for words, token, prompt in ROUTED:
-        pair = compare({name: runs[name] for name in (token, prompt)}, prompt)
+    for words, token, prompt in routed:
+        pair = compare({name: run for name, run in runs.items() if split_seed(name)[0] in (token, prompt)}, prompt)
         by_token, by_prompt = row_of(pair, token), row_of(pair, prompt)
         lines.append(f"| {words} | {mean_of(by_token):.3f} | {mean_of(by_prompt):.3f} | {difference_text(by_token)} |")
     return "\n".join(lines)
@@ -131,7 +153,7 @@ def by_token_or_prompt() -> str:
 
 def epochs_tried() -> str:
     """The mean loss of every number of epochs that was tried."""
-    runs, _ = compared()
+    runs, _ = compared(TRIES)
     tried: dict[tuple[str, int], dict[int, float]] = {}
     for name, run in runs.items():
         if found := re.fullmatch(r"([a-z]+)_(\d+)_epochs_(\d+)", name):
@@ -151,7 +173,7 @@ def epochs_tried() -> str:
 
 def curve() -> str:
     """Nats per token against the number of mixed questions, a line a method."""
-    runs, tables = compared()
+    runs, tables = compared(CONFIRMED)
     lines = {}
     for method, words in DRAWN.items():
         begin = METHODS[method][1]

@@ -98,11 +98,11 @@ def sections() -> tuple[Section, ...]:
     few = [
         Section(
             f"Experts from elsewhere, {number} mixed questions per task",
-            "Experts of 160 questions of their own task; few questions of all tasks that no expert saw. One seed, "
-            "training questions held apart.",
+            "Experts of 160 questions of their own task; few questions of all tasks that no expert saw. Two "
+            "seeds, the test half.",
             table,
         )
-        for number, table in elsewhere.compared()[1].items()
+        for number, table in elsewhere.compared(elsewhere.CONFIRMED)[1].items()
     ]
     curve = {"heading": "Likelihood over mixed questions", "svg": elsewhere.curve(), "caption": elsewhere.CAPTION}
     few[-1] = replace(few[-1], figures=(curve,))
@@ -114,7 +114,9 @@ def sections() -> tuple[Section, ...]:
         Section("Recipes, to choose by", text.replace("`", ""), recipes.compared_tries()[2]),
         Section("The chosen recipes", chosen.replace("`", ""), recipes.compared_chosen()[2]),
         *few,
-        Section("Tasks in conflict", conflict.SETTING, conflict.compared()[1], (drawn,), conflict.SHOWN),
+        Section(
+            "Tasks in conflict", conflict.SETTING, conflict.compared(conflict.CONFIRMED)[1], (drawn,), conflict.SHOWN
+        ),
     )
 
 
@@ -131,7 +133,15 @@ def documents() -> dict[Path, str]:
             conflict.conflict,
             conflict.dial_or_mean,
         ),
-        ALL_TRIES: (recipes.best_tries, recipes.tries, recipes.single_changes, elsewhere.epochs_tried),
+        ALL_TRIES: (
+            recipes.best_tries,
+            recipes.tries,
+            recipes.single_changes,
+            elsewhere.epochs_tried,
+            elsewhere.few_rows_held_apart,
+            elsewhere.by_token_or_prompt_held_apart,
+            conflict.conflict_of_one_seed,
+        ),
     }
     figures_of = {
         "tries.svg": recipes.picture(),
