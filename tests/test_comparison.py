@@ -409,6 +409,15 @@ def test_what_a_judges_errors_leave_is_said_of_each_seed(results, tmp_path):
     assert "corrected, each seed: 0.250, not correctable" in (results / "report" / "index.html").read_text()
 
 
+def test_a_share_over_several_seeds_stays_one(results, tmp_path):
+    results = shutil.copytree(results, tmp_path / "results")
+    for run in ("mixed", "mixed_seed_43", FUSED):
+        write_verdicts(results, run, "judge", "1", [0, 0, 0, 0, 0, 0, 0, 0, 0, run == "mixed"])
+    runs = {name: read_run_scores(results, name, "test", None) for name in ("mixed", "mixed_seed_43", FUSED)}
+    low, high = row_of(comparison.compare(runs, FUSED), "mixed")["metrics"]["flagged"]["interval"]
+    assert 0 <= low <= 0.05 <= high <= 1
+
+
 def test_scores_of_other_precision_or_length_are_not_compared(results, tmp_path, capsys):
     results = shutil.copytree(results, tmp_path / "results")
     for name, value in (("dtype", "bfloat16"), ("max_length", 300)):
