@@ -178,15 +178,17 @@ BATCHES = [("8", []), ("2", ["--gradient_accumulation_steps", "4", "--gradient_c
 
 
 @pytest.mark.parametrize(
-    ("features", "dtype"),
+    ("features", "used", "dtype"),
     [
-        ({"amx_bf16": True, "avx512_bf16": True}, torch.bfloat16),
-        ({"avx512_bf16": True}, torch.float32),
-        ({}, torch.float32),
+        ({"amx_bf16": True, "avx512_bf16": True}, "AVX512", torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": True}, "DEFAULT", torch.float32),
+        ({"avx512_bf16": True}, "AVX512", torch.float32),
+        ({}, "AVX2", torch.float32),
     ],
 )
-def test_auto_is_bfloat16_on_a_cpu_with_amx_only(features, dtype, monkeypatch):
+def test_auto_is_bfloat16_on_a_cpu_with_amx_only(features, used, dtype, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
     assert base.pick_dtype("auto") == base.pick_dtype("nf4") == dtype
     assert base.pick_dtype("bfloat16") == torch.bfloat16
