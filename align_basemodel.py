@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import cli
@@ -12,6 +12,7 @@ from cli import (
     SourceArguments,
     check,
     check_at_least,
+    check_default,
     check_not_given,
     check_num_samples,
     effective_flags,
@@ -160,9 +161,7 @@ class AlignArguments(SourceArguments):
         """UserError for settings of the gating loss where it has no effect."""
         if not self.gate_loss_weight:
             of_gate = ("gate_tokens", "gate_gradient", "gate_balance", "gate_schedule")
-            defaults = {item.name: item.metadata.get("default_value") for item in fields(self)}
-            given = {n: getattr(self, n) if getattr(self, n) != defaults[n] else None for n in of_gate}
-            check_not_given("has no effect with --gate_loss_weight 0", **given)
+            check_default(self, "has no effect with --gate_loss_weight 0", *of_gate)
         elif self.gate_gradient == "router" and not self.train_router:
             raise UserError(
                 "--gate_gradient router: trains the router alone, which --train_router 0 freezes; leave one of them out"

@@ -18,7 +18,6 @@ from config import EMBEDDED_MODEL, GENERAL, PAPER_BASE_MODEL, RESULTS_DIR, XSTES
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 NF4 = "nf4"  # QLoRA's 4-bit data type (https://arxiv.org/abs/2305.14314)
 HELP_ALL = "--help_all"
-SMALLER = "take a smaller --batch_size where it has one, or another --dtype; what was finished is kept"
 # How safetensors and PyTorch say that the system would not write: in errors that are no OSError
 WRITE_FAILED = ("(os error ", "PytorchStreamWriter", "iostream error", "inline_container.cc")
 NO_TASKS = (
@@ -54,7 +53,8 @@ def command(main):
             exit_with(error)
         except Exception as error:
             if out_of_memory(error):
-                exit_with(UserError(f"out of memory ({said(error)}); {SMALLER}"))
+                remedy = "take a smaller --batch_size where it has one, or another --dtype; what was finished is kept"
+                exit_with(UserError(f"out of memory ({said(error)}); {remedy}"))
             if (problem := file_problem(error)) is None:
                 raise
             exit_with(UserError(f"{problem}; what was finished is kept: mend this, and run the same command again"))
@@ -160,7 +160,7 @@ def check_not_given(reason: str, **values) -> None:
 
 def check_default(args, reason: str, *names: str) -> None:
     """Raise a UserError for a flag that is not at its default although it would be ignored, and say why."""
-    defaults = {item.name: item.default for item in dataclasses.fields(args)}
+    defaults = {item.name: item.metadata.get("default_value", item.default) for item in dataclasses.fields(args)}
     check_not_given(reason, **{n: getattr(args, n) if getattr(args, n) != defaults[n] else None for n in names})
 
 

@@ -47,6 +47,10 @@ HARMLESS = {
     "eva_config",
     "runtime_config",
 }
+DECIDING = (  # of them, those that decide the change which an adapter's tensors make
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+)
 BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the others (pissa, loftq, ...) change the base
 
 
@@ -117,13 +121,6 @@ def save_adapter(
         for letter, matrix in zip("AB", pair, strict=True)
     }
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-# of an adapter's configuration, what decides the change that its tensors make
-DECIDING = (
-    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-)
 
 
 def adapter_sha256(folder: Path) -> str:

@@ -90,11 +90,15 @@ def differ(first: Tensor, second: Tensor) -> bool:
     return bool((first - second.to(first.device)).float().norm() > PROBE_TOLERANCE * first.float().norm())
 
 
+def end_ids(tokenizer, others: int | list[int] | None) -> list[int]:
+    """The tokens that end an answer: EOS, and others that a configuration names beside it."""
+    return list(dict.fromkeys([tokenizer.eos_token_id, *([others] if isinstance(others, int) else others or [])]))
+
+
 def save_generation_config(tokenizer, config: PreTrainedConfig, folder: Path) -> None:
     """Write generation_config.json of an export: an answer ends with the tokenizer's EOS, as it was trained to, and
     with whatever else the base's configuration names."""
-    others = getattr(config, "eos_token_id", None)
-    ends = list(dict.fromkeys([tokenizer.eos_token_id, *([others] if isinstance(others, int) else others or [])]))
+    ends = end_ids(tokenizer, getattr(config, "eos_token_id", None))
     GenerationConfig(
         bos_token_id=getattr(config, "bos_token_id", None),
         eos_token_id=ends[0] if len(ends) == 1 else ends,

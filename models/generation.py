@@ -8,6 +8,7 @@ from data.batching import pad
 from data.encoding import Encoder
 from data.prompts import STOP_STRING
 from data.sources import Record
+from models.causal_lm import end_ids
 from models.prompt_routing import by_prompt, prompt_mask, routed_by_prompt
 
 
@@ -38,7 +39,7 @@ def end_tokens(model, tokenizer, chat: bool) -> list[int]:
     """What ends an answer: EOS, and in the base's own chat format whatever its generation config names beside it (of
     Gemma the end of a turn)."""
     others = model.generation_config.eos_token_id if chat and model.generation_config else None
-    return list(dict.fromkeys([tokenizer.eos_token_id, *([others] if isinstance(others, int) else others or [])]))
+    return end_ids(tokenizer, others)
 
 
 def prompt_window(model, max_new_tokens: int) -> int:

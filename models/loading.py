@@ -27,9 +27,8 @@ from workspace.files import as_written, read_json, sha256
 from workspace.run_dir import read_run
 
 WHOLE = ("causal_lm", "shared")  # kinds of run that are their own base
-EMBEDDING = re.compile(
-    r"(embed_tokens|lm_head)(\.base_layer)?\.weight$"
-)  # kept beside an adapter by PEFT where a vocabulary grew
+# what PEFT keeps beside an adapter where a vocabulary grew
+EMBEDDING = re.compile(r"(embed_tokens|lm_head)(\.base_layer)?\.weight$")
 
 
 def run_kind(folder: Path | None) -> str:

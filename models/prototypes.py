@@ -65,9 +65,8 @@ def prototype_routers(states: Tensor) -> list[Tensor]:
     A prototype is the mean state less that of all tasks.
     """
     centred = states - states.mean(0)
-    if (
-        centred.norm(dim=-1).amax(0) < LEAST_DIFFERENCE * states.norm(dim=-1).amax(0)
-    ).any():  # what is left is rounding
+    difference, length = (x.norm(dim=-1).amax(0) for x in (centred, states))  # (L,) each
+    if (difference < LEAST_DIFFERENCE * length).any():  # what is left is rounding
         raise UserError("the tasks' prompts have the same mean states: no router can be made from them")
     return scaled_routers(centred, states)
 

@@ -21,6 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 SHARED_DATA = ROOT.parent / "shared" / "data"  # slices of the public data sets, where a checkout has them beside it
 FFN = ["gate_proj", "up_proj", "down_proj"]
+needs_attention_in_bfloat16 = pytest.mark.skipif(
+    bool(torch.cpu.get_capabilities().get("amx_bf16")) and torch.backends.cpu.get_cpu_capability() != "AVX512",
+    reason="PyTorch's attention in bfloat16 fails on a CPU with AMX where ATEN_CPU_CAPABILITY switches AVX-512 off",
+)
 
 
 def make_tokenizer(more: str = "", **special) -> PreTrainedTokenizerFast:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, decode
+from conftest import ROOT, decode, needs_attention_in_bfloat16
 from fake_server import FakeServer
 from tokenizers import processors
 
@@ -60,11 +60,10 @@ def test_greedy_answers_do_not_depend_on_the_batch(fused_dir):
         assert alone == answer
 
 
+@needs_attention_in_bfloat16
 @pytest.mark.parametrize("aligned", [False, True])
 def test_no_product_with_a_frozen_weight_copies_it_once_per_sample(fused_dir, adapter_dirs, aligned):
     """What PyTorch does for a frozen weight and an input that is a slice: at 49,152 words and a batch of 32, 1.8 GB."""
-    if torch.cpu.get_capabilities().get("amx_bf16") and torch.backends.cpu.get_cpu_capability() != "AVX512":
-        pytest.skip("PyTorch's attention in bfloat16 fails on a CPU with AMX where AVX-512 is switched off")
     model, tokenizer = load_run(adapter_dirs[1] if aligned else fused_dir, dtype="bfloat16")
     args = InferArguments(task_name="safety", temperature=0.0, max_new_tokens=3)
     with torch.profiler.profile(record_shapes=True) as profile:

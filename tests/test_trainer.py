@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import decode
+from conftest import decode, needs_attention_in_bfloat16
 from safetensors.torch import load_file, save_file
 from torch.optim import SGD
 
@@ -342,6 +342,7 @@ def test_accelerate_runs_the_precision_that_dtype_says(fused_dir, base_dir, tmp_
         assert dtypes == {True: {torch.float32}, False: {getattr(torch, dtype)}}
 
 
+@needs_attention_in_bfloat16
 def test_the_fusions_losses_and_drift_are_fp32_under_mixed_precision(fused_dir, base_dir, samples, tmp_path):
     """With bf16 products: the drift is that of the fp32 matrices, the gating loss that of fp32 router logits."""
     trainer = make_trainer(fused_dir, samples, tmp_path, gate=0.5, drift=0.1, bf16=True, max_steps=2)
