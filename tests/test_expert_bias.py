@@ -134,10 +134,11 @@ def test_one_bias_has_one_name(fused_dir, given, text):
 def test_answers_and_scores_with_a_bias_are_a_row_of_their_own(fused_dir, tmp_path, capsys):
     results = tmp_path / "results"
     run = shutil.copytree(fused_dir, results / "outputs" / "mixture")
-    place = ["--results_dir", str(results), "--dtype", "float32", "--data_source", "sample"]
-    ask = ["--task_name", "safety", "--cross_task", "mixture", "--num_samples", "3", "--max_new_tokens", "4", *place]
-    inference.main([*ask, "--expert_bias", "safety=4"])
-    inference.main(ask)
+    served = ["--results_dir", str(results), "--data_source", "sample"]
+    place = [*served, "--dtype", "float32"]
+    few = ["--task_name", "safety", "--cross_task", "mixture", "--num_samples", "3", "--max_new_tokens", "4"]
+    inference.main([*few, *place, "--expert_bias", "safety=4"])
+    inference.main([*few, *place])
     answers = results / "inference" / "safety" / "test"
     assert {path.name for path in answers.iterdir() if path.is_dir()} == {
         "cross_mixture",
@@ -163,9 +164,9 @@ def test_answers_and_scores_with_a_bias_are_a_row_of_their_own(fused_dir, tmp_pa
     scores = read_run_scores(results, name, "test")
     assert sweeps.settings(scores) is None  # a dial is no point of a sweep
     for refused in (
-        ["--expert_bias", "safety=1", "--cross_task", "raw_chat"],
-        ["--expert_bias", "safety=1", "--server_url", "http://localhost:1/v1", "--server_model", "m"],
+        [*place, "--cross_task", "raw_chat"],
+        [*served, "--server_url", "http://localhost:1/v1", "--server_model", "m"],
     ):
         with pytest.raises(SystemExit):
-            inference.main([*ask, *refused])
+            inference.main([*few, *refused, "--expert_bias", "safety=1"])
         assert "--expert_bias safety=1" in capsys.readouterr().err

@@ -184,6 +184,7 @@ SHORT = {
     "evaluator/embedding_drift.py": ["--num_samples", "4", "--dtype", "float32"],
     "evaluator/train_judge.py": [*TRAINING, "--num_samples", "12", "--num_held_out", "12"],
 }
+SERVED = ["--num_samples", "4", "--max_new_tokens", "5"]  # a server has its own dtype
 
 
 JUDGES = {"evaluator/evaluate_safety.py": ("safety",), "evaluator/evaluate_truth_and_info.py": ("truth", "information")}
@@ -225,6 +226,7 @@ def test_the_whole_chain_of_commands_runs_on_a_base_without_a_pad_token(
         of_four_tasks = "DIR" in argv and any("politeness" in word for word in argv)
         in_terminal = {"--chat", "--prompt"} & set(argv)  # where there are no samples to be few
         short = ["--max_new_tokens", "5"] if in_terminal else SHORT.get(script, ())
+        short = SERVED if "--server_url" in argv and script == "inference.py" else short
         argv = with_flags([*argv, *short], results_dir=results)
         if "--moe_flag" in argv and argv[argv.index("--moe_flag") + 1] == "0":
             argv = with_flags(argv, base_model=base_dir, data_source="sample")

@@ -1,5 +1,6 @@
 """Kill a command at random moments and give it again until it ends: it must end as if nothing had happened."""
 
+import contextlib
 import faulthandler
 import multiprocessing
 import os
@@ -90,6 +91,12 @@ def wait(process, folder: Path, seconds: float, changes: float = float("inf")) -
     return seen
 
 
+def kill(process) -> None:
+    """End a process, and its group where it leads one, unless it has come to its end by itself."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL) if os.getpgid(process.pid) == process.pid else process.kill()
+
+
 class Killer:
     """Runs a stage in fresh copies of what it starts from. ready: that; folder: where the copies lie."""
 
@@ -131,10 +138,10 @@ class Killer:
                 wait(process, self.results, rng.uniform(0, seconds))
             else:
                 wait(process, self.results, stage.at_most, rng.randint(1, max(changes, 1)))
-            if not process.is_alive():
-                break
-            os.killpg(process.pid, signal.SIGKILL) if os.getpgid(process.pid) == process.pid else process.kill()
+            kill(process)
             process.join()
+            if process.exitcode != -signal.SIGKILL:
+                break
             tally.times += 1
             now = finished_work(self.results)
             self.compare_work(tally, stage, done, now)

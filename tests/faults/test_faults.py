@@ -1,6 +1,7 @@
 """The campaign's short form: each stage killed in one life of it, each other fault once. `make faults` does more."""
 
 import json
+import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from evaluator.judges.cache import JudgementCache, cache_path
 from faults import stages
 from faults.campaign import Campaign, table
 from faults.damage import Faults, leave_journal
-from faults.kills import Killer, Tally, fork_server
+from faults.kills import Killer, Tally, fork_server, kill
 from faults.trees import content, lost_work, rows_of
 
 pytestmark = pytest.mark.slow
@@ -62,6 +63,14 @@ def test_a_fault_loses_nothing(faults, name):
     tally = faults.all()[name](1)
     check(tally)
     assert tally.times
+
+
+def test_what_has_ended_by_itself_is_not_killed():
+    process = multiprocessing.get_context("spawn").Process(target=print)
+    process.start()
+    process.join()
+    kill(process)
+    assert process.exitcode == 0
 
 
 def test_counts_are_kept_and_added_to(tmp_path):
