@@ -306,7 +306,8 @@ def directory_name(args: InferArguments, bias: ExpertBias | None = None) -> str:
 def answers_of_server(args: InferArguments, records: list[Record]) -> Iterator[dict]:
     """One answer per record from an OpenAI-compatible server's /v1/completions, as each is done, in any order.
 
-    The prompts, the sampling and the stop string are those of `generate`.
+    The prompts, the temperature and the stop string are those of `generate`. What a request cannot name in OpenAI's
+    protocol (top-k, penalties) is the server's to set: it must leave out the model's own generation_config.json.
     """
     records_of = {}
     for record in records:

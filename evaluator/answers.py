@@ -105,6 +105,10 @@ class Answers:
     checksum: str
     selected_by: str | None = None
 
+    @property
+    def ids(self) -> list[str]:
+        return [row["id"] for row in self.rows]
+
     def check_judge(self, judge: str, version: str | None) -> None:
         """UserError for the judge that selected these answers: by its own taste they are the best."""
         if version is not None and version == self.selected_by:

@@ -1,7 +1,8 @@
 """The comparison as numbers: every run's scores, their paired differences from one run, and what each run costs.
 
-A run `NAME_seed_7` is NAME by another seed: its scores are averaged item by item with those of NAME's other seeds. Two
-rows are tested on the means over the seeds that both have: intervals are of the questions, not of the seeds.
+A run `NAME_seed_7` is NAME by that seed, and one without it is of the seed that it records. Its scores are averaged
+item by item with those of NAME's other seeds. Two rows are tested on the means over the seeds that both have: intervals
+are of the questions, not of the seeds.
 """
 
 import re
@@ -56,6 +57,19 @@ def split_seed(name: str) -> tuple[str, int]:
     return (match[1] + (match[3] or ""), int(match[2])) if match else (name, 42)
 
 
+def seed_of(name: str, record: dict | None) -> int:
+    """A run's seed: as its name says, else as it was trained or fused with, else that of the experts that it was made
+    from (a merge, an ensemble); 42 where nothing says."""
+    run, seed = split_seed(name)
+    if record is None or run != name:
+        return seed
+    own = record["run"]["arguments"]
+    if record["run"]["script"] in ("align_basemodel.py", "llama_moe.py"):
+        return own.get("seed", seed)
+    of_experts = {arguments.get("seed") for arguments in record["meta"].get("experts", {}).values() if arguments}
+    return of_experts.pop() if len(of_experts) == 1 else seed
+
+
 def kind_of(name: str, record: dict | None) -> str:
     """What kind of run a record is of; UserError for one that is none of the comparison's."""
     if name in (RAW, RAW_CHAT):
@@ -74,8 +88,11 @@ def make_rows(runs: dict[str, RunScores]) -> list[Row]:
     answers may be of some seeds alone."""
     rows: dict[str, Row] = {}
     for name, scores in runs.items():
-        run, seed = split_seed(name)
-        rows.setdefault(run, Row(run, kind_of(name, scores.record), {})).seeds[seed] = scores
+        run, seed = split_seed(name)[0], seed_of(name, scores.record)
+        row = rows.setdefault(run, Row(run, kind_of(name, scores.record), {}))
+        if seed in row.seeds:
+            raise UserError(f"{row.seeds[seed].name} and {name}: are of one seed, {seed}; compare one of them")
+        row.seeds[seed] = scores
     for row in rows.values():
         for one in likelihood_metrics(scored_tasks(row.seeds.values())):
             having = row.seeds_with(one.name)
@@ -94,6 +111,16 @@ def check_one_base(runs: dict[str, RunScores]) -> None:
     if len(first) > 1:
         one, other, *_ = first.values()
         raise UserError(f"{one} and {other} are of different bases; compare the runs of each with one another")
+
+
+def check_scored_alike(runs: dict[str, RunScores]) -> None:
+    """UserError for runs whose likelihoods do not belong into one table: of different bases, or not scored alike."""
+    check_one_base(runs)
+    for one in likelihood_metrics(scored_tasks(runs.values())):
+        first, *others = [scores for scores in runs.values() if one.name in scores.metrics] or [None]
+        for other in others:
+            if said := first.metrics[one.name].differs(other.metrics[one.name]):
+                raise UserError(f"{first.name} and {other.name} were scored {said} ({one.name}); score all runs alike")
 
 
 def score(row: Row, one: Metric, tasks: tuple[str, ...]) -> dict | None:

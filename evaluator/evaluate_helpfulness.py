@@ -21,7 +21,7 @@ if not __package__:  # run as a script, from any folder
 import cli
 from cli import check_not_given, flag
 from config import UserError
-from evaluator.answers import CONCURRENCY, EvaluateArguments, load_answers
+from evaluator.answers import CONCURRENCY, Answers, EvaluateArguments, load_answers
 
 
 @dataclass
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             + shlex.join(official_command(*files, folder / "alpaca_eval_annotations.json"))
         )
     else:
-        judge_answers(args, [row["id"] for row in answers.rows], model, reference)
+        judge_answers(args, answers, model, reference)
 
 
 def official_command(model_path: Path, reference_path: Path, cache_path: Path) -> list[str]:
@@ -150,27 +150,29 @@ def write_once(path: Path, rows: list[dict]) -> Path:
     return path
 
 
-def judge_answers(args: HelpfulnessArguments, ids: list[str], model: list[dict], reference: list[dict]) -> None:
+def judge_answers(args: HelpfulnessArguments, answers: Answers, model: list[dict], reference: list[dict]) -> None:
     """Judge --num_samples of the pairs and write results/evaluation/helpfulness/<split>/<run>/<judge>/."""
     annotators, source = alpaca.load_annotators(args.judge)
     annotators, url = alpaca.derive_annotators(annotators, args.judge_url, args.judge_model)
     if url is None:
         check_not_given(f"the annotators of {args.judge} ask by APIs of their own", concurrency=args.concurrency)
     chosen = spread(range(len(model)), args.num_samples)
-    ids, model, reference = ([rows[i] for i in chosen] for rows in (ids, model, reference))
+    ids, model, reference = ([rows[i] for i in chosen] for rows in (answers.ids, model, reference))
     if args.dry_run:
         print(alpaca.dry_run(annotators, url, args.results_dir, model, reference))
         return
     name = source.name + (f"_{args.judge_model}".replace("/", "_") if args.judge_model else "")
     folder = evaluation_folder(args.results_dir, TASK, args.dataset_type, args.directory, name)
-    pairs = json.dumps([model, reference], ensure_ascii=False).encode()
+    references = [[row["instruction"], row["output"]] for row in reference]
     arguments = {
         "judge": args.judge,
         "judge_url": url,
         "judge_model": args.judge_model,
         "num_samples": args.num_samples,
         "annotator_sha256": alpaca.checksum(annotators),
-        "pairs_sha256": hashlib.sha256(pairs).hexdigest(),
+        "answers_sha256": answers.checksum,
+        "pairs_sha256": checksum([model, reference]),
+        "reference_sha256": checksum(references),
     }
 
     def score():
@@ -189,6 +191,11 @@ def judge_answers(args: HelpfulnessArguments, ids: list[str], model: list[dict],
         return described, win_rates(annotations, ids, model, reference), item_judgements(ids, annotations)
 
     score_once(folder, SCRIPT, arguments, score)
+
+
+def checksum(rows: list) -> str:
+    """The sha256 of what can be written as JSON."""
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
 
 
 def win_rates(annotations: list[dict], ids: list[str], model: list[dict], reference: list[dict]) -> dict[str, dict]:

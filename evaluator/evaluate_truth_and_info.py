@@ -78,7 +78,7 @@ from evaluator.results import evaluation_folder, judge_name, read_judgements, sc
 from evaluator.statistics import share, statistic_metric
 from models import base
 from workspace import client, run_dir
-from workspace.files import as_written, read_json
+from workspace.files import as_written, read_json, sha256
 
 SCRIPT = "evaluate_truth_and_info.py"
 TASK = "truthfulness"
@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         dry_run(args, texts)
         return
-    judge = args.engine if args.judge == OPENAI else args.judge
+    judge = args.engine or args.judge
     trained = None if args.engine else read_trained(judge, args.kind)
     version = None if args.engine else judge_version(judge)
     answers.check_judge(args.judge, version)
@@ -194,6 +194,7 @@ def combine_two(truth_folder: Path, information_folder: Path, answers: Answers, 
             "answers_sha256": answers.checksum,
             "num_samples": num_samples,
             "judges": [[judge_name(judge), judge["version"]] for judge in judges],
+            "judgements_sha256": [sha256(folder / "judgements.jsonl") for folder in folders],
         }
 
     def score():

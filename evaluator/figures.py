@@ -211,19 +211,19 @@ def trade_off(points: dict[str, dict[str, float]], across: str, paths: dict[str,
 
 
 def weight_histograms(probs_of_run: dict[str, list[list[float]]], experts: list[str]) -> str | None:
-    """Histograms over prompts of each expert's mean routing weight, one panel per run: the paper's figure."""
+    """Histograms over prompts of each expert's mean routing weight, one panel per run, three in a line: the paper's
+    figure."""
     if not probs_of_run:
         return None
+    columns = min(len(probs_of_run), 3)
+    lines = -(-len(probs_of_run) // columns)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            1,
-            len(probs_of_run),
-            figsize=(3.2 * len(probs_of_run), 2.6),
-            layout="constrained",
-            sharey=True,
-            squeeze=False,
+            lines, columns, figsize=(3.2 * columns, 2.6 * lines), layout="constrained", sharey=True, squeeze=False
         )
-        for axis, (run, probs) in zip(axes[0], probs_of_run.items(), strict=True):
+        for axis in axes.flat[len(probs_of_run) :]:
+            axis.remove()
+        for axis, (run, probs) in zip(axes.flat, probs_of_run.items(), strict=False):
             for number, (expert, values) in enumerate(zip(experts, zip(*probs, strict=True), strict=True)):
                 axis.hist(values, bins=20, range=(0, 1), alpha=0.6, color=colour(number), label=expert)
             axis.set_title(run, fontsize=8)

@@ -60,6 +60,19 @@ def save_run(folder: Path, run: RunScores) -> None:
     write_text(folder / f"{run.name}.json", "{\n" + ",\n".join(parts) + "\n}\n")
 
 
+def check_made_alike(here: dict | None, kept: RunScores) -> None:
+    """UserError for a run's record that is not the one of the kept run in its place; None: it was not made here."""
+    if here is None or kept.record is None:
+        return
+    ours, theirs = (record["run"]["arguments"] for record in (without_places(here), kept.record))
+    for key in sorted({*ours} & {*theirs} - {*OF_A_MACHINE}):
+        if ours[key] != theirs[key]:
+            raise UserError(
+                f"{kept.name}: made here with {key}={ours[key]}, kept with {key}={theirs[key]}; score the one made "
+                "here with evaluator/evaluate_likelihood.py, or leave --saved out"
+            )
+
+
 def what_is_lost(kept: RunScores, run: RunScores) -> str | None:
     """In words, what of a kept run would be lost if this one were written over it; None: nothing."""
     recorded, ours = (one.record["run"]["arguments"] if one.record else {} for one in (kept, run))

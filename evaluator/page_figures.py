@@ -12,14 +12,6 @@ def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tupl
     reference, rows = comparison["reference"], comparison["rows"]
     log = ((runs[own].record or {}).get("train") or {}).get("log", [])
     usage = runs[own].usage
-    alike = Alike(runs, own)
-    helpfulness, safety, _ = (f"{task}_weight" for task in TASKS)
-    of_gamma_1 = alike.by(helpfulness)
-    histograms = {
-        f"γ₁ = {gamma:g}": [probs for of_task in runs[name].routing.values() for probs in of_task]
-        for gamma, name in (of_gamma_1 if len(of_gamma_1) > 1 else [])
-    }
-    experts = expert_names(runs[own])
     candidates = [
         (
             "What the fused model is better than",
@@ -32,6 +24,27 @@ def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tupl
             "Each row's mean NLL per token over the parameters trained for it. Names without room are left out.",
         ),
         ("The fusion's training", figures.training_curves(log), f"The alignment of {reference}, as logged."),
+        *sweep_figures(runs, own),
+        (
+            "Where tokens go",
+            figures.routing_heat(usage),
+            f"Mean routing weight of each expert of {reference} over the tokens of prompts and answers.",
+        ),
+    ]
+    drawn = [{"heading": h, "svg": svg, "caption": caption} for h, svg, caption in candidates if svg]
+    return drawn, [heading for heading, svg, _ in candidates if not svg]
+
+
+def sweep_figures(runs: dict[str, RunScores], own: str) -> list[tuple[str, str | None, str]]:
+    """(heading, figure, caption) of the fusions that differ from `own` in one setting; None for a figure of none."""
+    alike = Alike(runs, own)
+    helpfulness, safety, _ = (f"{task}_weight" for task in TASKS)
+    of_gamma_1 = alike.by(helpfulness)
+    histograms = {
+        f"γ₁ = {gamma:g}": [probs for of_task in runs[name].routing.values() for probs in of_task]
+        for gamma, name in (of_gamma_1 if len(of_gamma_1) > 1 else [])
+    }
+    return [
         (
             "Sweep over λ",
             figures.sweep(alike.points("gate_loss_weight", mean_nll), "λ of the gating loss", "mean NLL per token"),
@@ -49,16 +62,14 @@ def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tupl
         ),
         (
             "The paper's figure: routing weights for each γ₁",
-            figures.weight_histograms({name: probs for name, probs in histograms.items() if probs}, experts),
+            figures.weight_histograms(
+                {name: probs for name, probs in histograms.items() if probs}, expert_names(runs[own])
+            ),
             "Each expert's mean routing weight on a prompt, over the prompts of all tasks.",
         ),
         (
             "The paper's figure: embedding drift over γ₁",
-            figures.sweep(
-                alike.points(helpfulness, lambda run: 0.0 if run.name == own else embedding_drift(run)),
-                "γ₁",
-                "distance",
-            ),
+            figures.sweep(alike.points(helpfulness, lambda run: embedding_drift(run, own)), "γ₁", "distance"),
             "Distance of the mean final hidden state of a prompt from that of the reference, over that one's length; "
             "mean over the prompts of all tasks.",
         ),
@@ -68,14 +79,7 @@ def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tupl
             "The share of prompts whose safe answer is likelier than the unsafe one. A reader reports of the paper's "
             "section 5.1 that more regularisation of the safety expert makes the model less safe.",
         ),
-        (
-            "Where tokens go",
-            figures.routing_heat(usage),
-            f"Mean routing weight of each expert of {reference} over the tokens of prompts and answers.",
-        ),
     ]
-    drawn = [{"heading": h, "svg": svg, "caption": caption} for h, svg, caption in candidates if svg]
-    return drawn, [heading for heading, svg, _ in candidates if not svg]
 
 
 def expert_names(run: RunScores) -> list[str]:

@@ -20,14 +20,24 @@ def verdict(comparison: dict) -> str:
     compared = [row for row in comparison["rows"] if "mean_nll_per_token" in row["paired"]]
     rivals, variants = ([row for row in compared if (row["kind"] == kind) == own] for own in (False, True))
     if not compared:
-        return "This page has no likelihoods of all three tasks to tell by."
+        scored = [row for row in comparison["rows"] if row["metrics"].get("mean_nll_per_token") is not None]
+        alone = "no two rows of one seed" if len(scored) > 1 else "no likelihoods of all three tasks"
+        return f"This page has {alone} to tell by."
     reference = f"the fused model ({comparison['reference']})" if kind == "fused" else comparison["reference"]
     families = (rivals, "rivals"), (variants, "other fusions" if kind == "fused" else f"other {kind} runs")
     parts = [outcomes(family, what) for family, what in families if family]
+    left = [row["run"] for row in comparison["rows"] if uncompared(row, comparison)]
     return (
         f"By the likelihood of held-out answers {reference} is {'; and '.join(parts)} "
         f"(paired, p < {SIGNIFICANT} after Holm's correction)."
+        + (f" Not compared, having no seed in common with it: {', '.join(left)}." if left else "")
     )
+
+
+def uncompared(row: dict, comparison: dict) -> bool:
+    """Whether a row has a mean likelihood that could not be paired with the reference's."""
+    scored = row["metrics"].get("mean_nll_per_token") is not None
+    return scored and "mean_nll_per_token" not in row["paired"] and row["run"] != comparison["reference"]
 
 
 def outcomes(rows: list[dict], what: str) -> str:

@@ -52,8 +52,8 @@ class ReportArguments:
 if __name__ == "__main__":
     cli.check_early(cli.parse, ReportArguments)
 
-from evaluator.comparison import as_table, compare
-from evaluator.kept_runs import DUPLICATES, kept_folder, read_kept, save_run
+from evaluator.comparison import as_table, check_scored_alike, compare
+from evaluator.kept_runs import DUPLICATES, check_made_alike, kept_folder, read_kept, save_run
 from evaluator.page import own_run, write_page
 from evaluator.page_answers import SHOWN, shown_answers
 from evaluator.results import INTERVALS, corrected_text, judge_name, judge_text
@@ -63,12 +63,14 @@ from evaluator.run_scores import (
     RunScores,
     left_out_tasks,
     likelihood_metrics,
+    made_in,
     nll_metrics,
     read_run_scores,
     scored_tasks,
 )
 from evaluator.statistics import interval_text
 from workspace.files import as_written, read_json, write_json, write_text
+from workspace.run_dir import read_run
 
 
 @cli.command
@@ -79,6 +81,9 @@ def main(argv: list[str] | None = None) -> None:
     saved, save = (folder and kept_folder(Path(folder), args.dataset_type) for folder in (args.saved, args.save))
     kept = {run: read_kept(saved, run) if saved else None for run in runs}
     known = {run: read_run_scores(results_dir, run, args.dataset_type, kept[run]) for run in runs}
+    for run, scores in known.items():
+        if kept[run] is not None and scores.record is kept[run].record:
+            check_made_alike(read_run(made_in(results_dir, run)), kept[run])
     for scores in known.values() if save else ():
         save_run(save, scores)
     if left_out := left_out_tasks(known.values()):
@@ -86,6 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     duplicates = count_duplicates(args, scored_tasks(known.values()))
     if args.only_save:
         return
+    check_scored_alike(known)
+    reference = args.reference or last_fusion(known)
+    comparison = compare(known, reference) if reference else None
     parts = [judged_table(results_dir, args.dataset_type)]
     if runs:
         parts = [likelihood_table(known, results_dir, args.dataset_type), *parts, cost_table(known)]
@@ -100,9 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     write_text(path, table)
     print(table)
     print(f"written to {path}")
-    reference = args.reference or last_fusion(known)
-    if reference:
-        comparison = compare(known, reference)
+    if comparison:
         write_json(path.with_name("table.json"), as_table(comparison))
         page = path.with_name("index.html")
         answers = answers_to_show(args, list(known), own_run(list(known), comparison["reference"]))
@@ -208,8 +214,8 @@ def cut_text(scores: dict[str, dict], columns: list[tuple]) -> str:
 def judged_table(results_dir: Path, split: str) -> str:
     """The markdown table of every judged score: a row per answers' directory, a column per score and judge; "" without
     any. Value, 95 % interval, n, and the estimate corrected for a trained judge's errors."""
-    cells: dict[str, dict[tuple, dict]] = {}  # answers' directory -> (heading, judge) -> metric
-    judges: dict[str, list[str]] = {}  # heading -> judges, in order of appearance
+    cells: dict[str, dict[tuple, dict]] = {}  # answers' directory -> (heading, (judge's name, version)) -> metric
+    judges: dict[str, list[tuple]] = {}  # heading -> judges, in order of appearance
     accuracies: dict[str, None] = {}  # what is known of the judges, each once, in order
     for one in (*JUDGED, LENGTH_CONTROLLED):
         heading, task, name = one.directed, one.task, one.judgement
@@ -218,18 +224,18 @@ def judged_table(results_dir: Path, split: str) -> str:
             with as_written(path):
                 if name not in scores["metrics"]:
                     continue
-                judge = judge_name(scores["judge"])
+                judge = (judge_name(scores["judge"]), scores["judge"]["version"])
                 judged_cell(scores["metrics"][name])  # or an error of values
                 cells.setdefault(str(scores["run"]), {})[heading, judge] = scores["metrics"][name]
                 if judge not in judges.setdefault(heading, []):
                     judges[heading].append(judge)
-                if judge_text(scores["judge"]) != f"judge {judge}":
+                if judge_text(scores["judge"]) != f"judge {judge[0]}":
                     accuracies[judge_text(scores["judge"])] = None
     if not cells:
         return ""
     columns = [(heading, judge) for heading, names in judges.items() for judge in names]
     lines = [
-        "| answers | " + " | ".join(f"{heading} ({judge})" for heading, judge in columns) + " |",
+        "| answers | " + " | ".join(f"{heading} ({said(judge, judges[heading])})" for heading, judge in columns) + " |",
         "| --- |" + " --- |" * len(columns),
     ]
     for run in sorted(cells):
@@ -237,6 +243,12 @@ def judged_table(results_dir: Path, split: str) -> str:
     lines += ["", f"Judged answers; {INTERVALS}."]
     lines += [f"{text[0].upper()}{text[1:]}." for text in accuracies]
     return "\n".join([*lines, ""])
+
+
+def said(judge: tuple, judges: list[tuple]) -> str:
+    """A judge's name, and its version where another judge of that name stands beside it."""
+    name, version = judge
+    return f"{name}, {version}" if [one for one, _ in judges].count(name) > 1 else name
 
 
 def judged_cell(score: dict | None) -> str:

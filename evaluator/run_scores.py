@@ -9,7 +9,7 @@ from pathlib import Path
 from config import BIAS, GENERAL, RAW, RAW_CHAT, TASKS, XSTEST, UserError, answering_task
 from evaluator.results import judge_name
 from evaluator.token_cost import relative_cost
-from workspace.files import as_written, read_json, read_lines
+from workspace.files import as_written, read_json, read_lines, sha256
 from workspace.run_dir import read_record, read_run
 
 
@@ -108,7 +108,10 @@ def left_out_tasks(runs: Iterable["RunScores"]) -> tuple[str, ...]:
 
 
 # What a score's or an answer's run.json records of the run itself, and of places
-OF_THE_RUN = ("run", "base_model", "data_source", "judge", "weights_sha256", "answers_sha256", "answers")
+OF_THE_RUN = (
+    *("run", "base_model", "data_source", "judge", "answers"),
+    *("weights_sha256", "answers_sha256", "judgements_sha256", "pairs_sha256"),
+)
 
 
 # What two scores must have alike to be compared, of their own settings and of those of the answers that were judged
@@ -189,6 +192,7 @@ def read_run_scores(results_dir: Path, name: str, split: str, kept: RunScores | 
     routing = {task: probs for task in tasks if (probs := read_routing(results_dir, task, split, name))}
     usages = ((task, results_dir / "observation" / task / split / f"cross_{name}" / "routing.json") for task in tasks)
     usage = {task: read_usage(path) for task, path in usages if path.exists()}
+    check_weights(results_dir, name, split)
     if kept is not None and not any(one.name in metrics for one in nll_metrics(tasks)):
         speed = cost_of_run(results_dir, name, record, split)["new_tokens_per_second"]
         cost = kept.cost if speed is None else kept.cost | {"new_tokens_per_second": speed}
@@ -256,7 +260,9 @@ def read_result_as_written(results_dir: Path, one: Metric, name: str, split: str
     judge = [judge_name(scores["judge"]), scores["judge"]["version"]]
     settings = settings_of(folder)
     if one in JUDGED:
-        settings["answers"] = settings_of(results_dir / "inference" / one.task / split / folder.parent.name)
+        answers = results_dir / "inference" / one.task / split / folder.parent.name
+        check_answers(folder, answers / "outputs.jsonl")
+        settings["answers"] = settings_of(answers)
     ids, sizes = [row["id"] for row in rows], [float(row.get("tokens", 1)) for row in rows]
     score = scores["metrics"][one.judgement]
     check_score(score, [*(value for value in values if value is not None), *sizes])
@@ -265,6 +271,30 @@ def read_result_as_written(results_dir: Path, one: Metric, name: str, split: str
     if len(ids) != len(set(ids)) or not all(isinstance(id, str) for id in [*ids, *questions]):
         raise ValueError("judgements.jsonl has an id twice, or one that is no text")
     return Result(ids, values, sizes, questions, judge, settings, score)
+
+
+def check_answers(folder: Path, outputs: Path) -> None:
+    """UserError for a score of other answers than those that lie here now."""
+    judged = recorded(folder).get("answers_sha256")
+    if judged and outputs.exists() and sha256(outputs) != judged:
+        raise UserError(f"{folder}: is a score of other answers than {outputs} holds; move it away and judge these")
+
+
+def check_weights(results_dir: Path, name: str, split: str) -> None:
+    """UserError for scores and answers of a run that were not made by the same weights."""
+    first: dict[str, Path] = {}
+    folders = [
+        *(results_dir / "evaluation").glob(f"*/{split}/{name}/likelihood"),
+        *(results_dir / "evaluation").glob(f"*/{split}/{name}/{DRIFT}"),
+        *(path for path in (results_dir / "inference").glob(f"*/{split}/*")
+          if path.name in answers_directories(name, path.parents[1].name)),
+    ]  # fmt: skip
+    for folder in sorted(folders):
+        if weights := recorded(folder).get("weights_sha256"):
+            first.setdefault(weights, folder)
+    if len(first) > 1:
+        one, other, *_ = first.values()
+        raise UserError(f"{name}: {one} and {other} are of different weights; move the older one away and make it anew")
 
 
 def answers_directories(name: str, task: str) -> tuple[str, ...]:
@@ -288,10 +318,15 @@ def check_score(score: dict, numbers: list[float]) -> None:
         raise TypeError("a score's unit is a text, and higher_is_better true, false or null")
 
 
+def recorded(folder: Path) -> dict:
+    """The arguments in run.json of a score, or of answers; empty where there is none."""
+    record = read_run(folder)
+    return record["run"]["arguments"] if record else {}
+
+
 def settings_of(folder: Path) -> dict:
     """What run.json of a score, or of answers, records, without the places and the weights that were scored."""
-    record = read_run(folder)
-    return {k: v for k, v in record["run"]["arguments"].items() if k not in OF_THE_RUN} if record else {}
+    return {key: value for key, value in recorded(folder).items() if key not in OF_THE_RUN}
 
 
 def read_routing(results_dir: Path, task: str, split: str, name: str) -> list[list[float]]:

@@ -70,6 +70,10 @@ def safe_preferred(run: RunScores) -> float | None:
     return mean_of(run, tuple(one for one in SHARES if one.name == "safe_preferred"))
 
 
-def embedding_drift(run: RunScores) -> float | None:
-    """The mean over tasks of evaluator/embedding_drift.py's distance."""
-    return mean_of(run, drift_metrics(scored_tasks([run])))
+def embedding_drift(run: RunScores, reference: str) -> float | None:
+    """The mean over tasks of evaluator/embedding_drift.py's distance from a run; None where that was not measured."""
+    if run.name == reference:
+        return 0.0
+    metrics = drift_metrics(scored_tasks([run]))
+    measured_from = {run.metrics[one.name].settings.get("reference") for one in metrics if one.name in run.metrics}
+    return mean_of(run, metrics) if measured_from == {reference} else None

@@ -1,5 +1,6 @@
 """The comparison of whole runs: its numbers against the judgements they come from."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -70,7 +71,7 @@ def test_the_numbers_are_those_of_the_judgements(results, table):
 def test_the_answer_tells_rivals_from_the_other_fusions():
     def row(run, kind, difference=None, p_holm=None):
         paired = {"mean_nll_per_token": {"difference": difference, "p_holm": p_holm}} if p_holm is not None else {}
-        return {"run": run, "kind": kind, "paired": paired}
+        return {"run": run, "kind": kind, "metrics": dict.fromkeys(paired, {}), "paired": paired}
 
     rows = [row("fused", "fused"), row("raw", "raw", -0.8, 0.001), row("mixed", "mixed", 0.1, 0.049)]
     assert verdict({"reference": "fused", "rows": rows}) == (
@@ -88,6 +89,12 @@ def test_the_answer_tells_rivals_from_the_other_fusions():
         "(paired, p < 0.05 after Holm's correction)."
     )
     assert "no likelihoods" in verdict({"reference": "fused", "rows": [row("fused", "fused")]})
+    of_other_seeds = {**row("safety", "expert"), "metrics": {"mean_nll_per_token": {}}}
+    assert "Not compared, having no seed in common with it: safety." in verdict(
+        {"reference": "fused", "rows": [*rows, of_other_seeds]}
+    )
+    alone = [{**one, "paired": {}, "metrics": {"mean_nll_per_token": {}}} for one in rows[:2]]
+    assert "no two rows of one seed" in verdict({"reference": "fused", "rows": alone})
 
 
 @pytest.mark.parametrize(("variants", "count"), [(False, 8), (True, 2)])
@@ -242,6 +249,73 @@ def test_runs_of_two_bases_are_not_compared(results):
         comparison.compare(runs | {"raw": replace(raw, metrics=of_another)}, FUSED)
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [("base_sha256", "raw and helpfulness are of different bases"), ("dtype", "with dtype float16 and float32")],
+)
+def test_likelihoods_of_one_table_are_alike_without_a_fusion_too(results, tmp_path, capsys, setting, said):
+    """The flags' defaults: the raw base and the experts. Nothing is written before the refusal."""
+    results = shutil.copytree(results, tmp_path / "results")
+    for path in (results / "evaluation").glob("*/test/raw/likelihood/run.json"):
+        record = json.loads(path.read_text())
+        record["run"]["arguments"][setting] = "float16"
+        path.write_text(json.dumps(record))
+    shutil.rmtree(results / "report", ignore_errors=True)
+    with pytest.raises(SystemExit):
+        call(report, "--results_dir", results)
+    assert said in capsys.readouterr().err and not (results / "report").exists()
+
+
+def test_two_versions_of_a_judge_are_two_columns(results, tmp_path):
+    results = shutil.copytree(results, tmp_path / "results")
+    for run, version in (("safety", "1"), ("truthfulness", "2")):
+        write_verdicts(results, run, "judge", version, [1, 0, 1])
+    call(report, "--runs", "", "--results_dir", results)
+    header = next(line for line in (results / "report/table.md").read_text().splitlines() if "| answers" in line)
+    assert "flagged ↓ (judge, 1)" in header and "flagged ↓ (judge, 2)" in header
+
+
+def test_a_score_of_answers_that_are_no_longer_there_is_refused(results, tmp_path, capsys):
+    results = shutil.copytree(results, tmp_path / "results")
+    folder = write_verdicts(results, FUSED, "judge", "1", [1, 0, 1])
+    record = {"run": {"script": "evaluate_safety.py", "arguments": {"answers_sha256": "0"}}}
+    (folder / "run.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        call(report, "--runs", FUSED, "--results_dir", results)
+    assert "is a score of other answers than" in capsys.readouterr().err
+    outputs = results / "inference" / "safety" / "test" / f"cross_{FUSED}" / "outputs.jsonl"
+    record["run"]["arguments"]["answers_sha256"] = hashlib.sha256(outputs.read_bytes()).hexdigest()
+    (folder / "run.json").write_text(json.dumps(record))
+    call(report, "--runs", FUSED, "--results_dir", results)
+
+
+def test_scores_and_answers_of_other_weights_are_not_one_row(results, tmp_path, capsys):
+    results = shutil.copytree(results, tmp_path / "results")
+    path = results / "inference" / "safety" / "test" / f"cross_{FUSED}" / "run.json"
+    record = json.loads(path.read_text())
+    assert record["run"]["arguments"]["weights_sha256"]
+    record["run"]["arguments"]["weights_sha256"] = "0"
+    path.write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        call(report, "--runs", FUSED, "--results_dir", results)
+    assert "are of different weights" in capsys.readouterr().err
+
+
+def test_a_kept_row_does_not_stand_for_a_run_made_otherwise(results, tmp_path, capsys):
+    call(report, "--runs", FUSED, "--save", tmp_path / "kept", "--only_save", 1, "--results_dir", results)
+    here = tmp_path / "here" / "outputs" / FUSED
+    here.mkdir(parents=True)
+    record = json.loads((results / "outputs" / FUSED / "run.json").read_text())
+    command = ["--runs", FUSED, "--saved", tmp_path / "kept", "--results_dir", tmp_path / "here"]
+    (here / "run.json").write_text(json.dumps(record))
+    call(report, *command)
+    record["run"]["arguments"]["learning_rate"] = 0.05
+    (here / "run.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit):
+        call(report, *command)
+    assert f"{FUSED}: made here with learning_rate=0.05, kept with" in capsys.readouterr().err
+
+
 def test_words_that_are_no_verdict_are_left_out_of_both_runs(results, tmp_path):
     results = shutil.copytree(results, tmp_path / "results")
     write_verdicts(results, "safety", "guard", "1", [1, 0, None, 1])
@@ -369,6 +443,23 @@ def test_a_seed_in_a_name():
     assert comparison.split_seed("safety") == ("safety", 42)
     assert comparison.split_seed("fused_seed_7_bias_safety_-1") == ("fused_bias_safety_-1", 7)
     assert comparison.split_seed("fused_bias_safety_off") == ("fused_bias_safety_off", 42)
+
+
+def test_a_seed_is_the_recorded_one_where_the_name_has_none(results):
+    def by_seed(name, script, seed, **experts):
+        record = {"run": {"script": script, "arguments": {"seed": seed}}, "meta": {"experts": experts}}
+        return comparison.seed_of(name, record)
+
+    assert by_seed("safety", "align_basemodel.py", 43) == 43
+    assert by_seed("safety_seed_44", "align_basemodel.py", 44) == 44
+    assert by_seed("moe", "llama_moe.py", 43) == 43
+    assert by_seed("merge_dare_ties", "merging.py", 42, safety={"seed": 43}, helpfulness={"seed": 43}) == 43
+    assert by_seed("merge", "merging.py", 42, safety={"seed": 43}, helpfulness={"seed": 44}) == 42
+    assert comparison.seed_of("raw", None) == 42
+    runs = {name: read_run_scores(results, name, "test", None) for name in ("safety", FUSED)}
+    again = replace(runs["safety"], name="safety_seed_42")
+    with pytest.raises(UserError, match="safety and safety_seed_42: are of one seed, 42"):
+        comparison.compare(runs | {"safety_seed_42": again}, FUSED)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from conftest import ROOT
 from config import TASKS
 from data.encoding import Encoder
 from data.sources import prompt_records, read_rows, spread
-from evaluator import embedding_drift
+from evaluator import embedding_drift, sweeps
+from evaluator.run_scores import Result, RunScores, drift_metrics
 from models.loading import load_run
 
 
@@ -35,6 +36,17 @@ def test_the_distance_is_of_mean_final_states(base_dir, fused_dir, tmp_path):
             expected = ((means[1] - means[0]).norm() / means[0].norm()).item()
             assert row["value"] == pytest.approx(expected, rel=1e-3) and row["value"] > 0.01
     embedding_drift.main([*command, "--reference", "raw"])  # done: nothing is measured again
+
+
+def test_the_sweep_shows_distances_from_its_own_run_alone():
+    def measured(name, reference, value):
+        names = [one.name for one in drift_metrics(TASKS)]
+        result = Result(["a"], [value], [1.0], ["a"], ["drift", None], {"reference": reference}, {"value": value})
+        return RunScores(name, None, {}, dict.fromkeys(names, result))
+
+    assert sweeps.embedding_drift(measured("gamma", "own", 0.25), "own") == 0.25
+    assert sweeps.embedding_drift(measured("gamma", "moe", 0.25), "own") is None
+    assert sweeps.embedding_drift(measured("own", "moe", 0.25), "own") == 0.0
 
 
 def test_runs_of_other_data_are_each_measured_on_their_own_prompts(fused_dir, tmp_path):

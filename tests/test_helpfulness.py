@@ -1,6 +1,7 @@
 """AlpacaEval's files and its library as the judge, against a local server whose preferences are known by hand."""
 
 import csv
+import hashlib
 import importlib.util
 import json
 import os
@@ -286,6 +287,10 @@ def test_other_references(answers, server, capsys):
     # of one character: longer but for the empty answer, and the one of one character too goes by the order shown
     assert scores(answers)["reference_length"]["value"] == 1 and scores(answers)["win_rate"]["value"] >= 7 / 9
     assert "holds other answers or another reference" in error_of(capsys, evaluate, answers)
+    recorded = answers / "evaluation" / "helpfulness" / "test" / "raw" / "alpaca_eval_gpt4" / "run.json"
+    against = [[row["instruction"], row["output"]] for row in rows]
+    digest = hashlib.sha256(json.dumps(against, ensure_ascii=False).encode()).hexdigest()
+    assert json.loads(recorded.read_text())["run"]["arguments"]["reference_sha256"] == digest
 
 
 @pytest.mark.parametrize(

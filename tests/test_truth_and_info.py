@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_tokenizer, run_script, write_answers
+from fake_server import FakeServer
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -112,6 +113,48 @@ def test_scores_of_other_answers_are_not_combined(tmp_path, judge_base_dir, caps
     with pytest.raises(SystemExit):  # and the first score is not overwritten by one of the new answers
         run(0, judge_base_dir, tmp_path)
     assert "answers_sha256" in capsys.readouterr().err
+
+
+def test_two_models_of_a_server_are_two_judges(tmp_path, monkeypatch, capsys):
+    """Though the judge that they stand in for has one name; and a joint score does not outlive its halves."""
+    write_answers(tmp_path, "truthfulness", ANSWERS[:1])
+
+    def sure_or_not(request):
+        likely = -0.1 if request["model"] == "sure" else -3.0
+        return {"text": " yes", "logprobs": {"tokens": [" yes"], "top_logprobs": [{" yes": likely, " no": -1.0}]}}
+
+    monkeypatch.setenv("SERVER_API_KEY", "a-key")
+    folder = tmp_path / "evaluation" / "truthfulness" / "test" / "raw"
+    with FakeServer(sure_or_not) as server:
+        for model, value in (("sure", 1.0), ("unsure", 0.0)):
+            command = ["--task_name", "raw", "--mode", "0", "--judge_url", server.url, "--judge_model", model]
+            evaluate_truth_and_info.main([*command, "--results_dir", str(tmp_path)])
+            assert read(folder / f"truth_{model}")["metrics"]["truth"]["value"] == value
+            assert read(folder / f"truth_{model}")["judge"]["name"] == model
+
+
+def test_a_joint_score_does_not_outlive_what_it_was_made_of(tmp_path, judge_base_dir, capsys):
+    write_answers(tmp_path, "truthfulness", ANSWERS)
+    run(0, judge_base_dir, tmp_path)
+    run(1, judge_base_dir, tmp_path)
+    path = tmp_path / "evaluation" / "truthfulness" / "test" / "raw" / "truth_tiny-judge" / "judgements.jsonl"
+    path.write_text(path.read_text().replace('"value": 1.0', '"value": 0.0'))
+    with pytest.raises(SystemExit):
+        run(1, judge_base_dir, tmp_path)
+    assert "holds a run with judgements_sha256" in capsys.readouterr().err
+
+
+def test_probabilities_that_are_none_are_no_verdict(tmp_path, judge_base_dir, capsys):
+    write_answers(tmp_path, "truthfulness", ANSWERS)
+    model = LlamaForCausalLM.from_pretrained(judge_base_dir)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.fill_(3e38)
+    folder = tmp_path / "judge"
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(judge_base_dir).save_pretrained(folder)
+    with pytest.raises(SystemExit):
+        run(0, folder, tmp_path)
+    assert "gives probabilities that are not finite in float32" in capsys.readouterr().err
 
 
 def test_an_answer_is_cleaned_as_the_judges_were_trained():

@@ -131,7 +131,18 @@ def yes_probabilities(
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         outputs = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
         probabilities = outputs.logits[:, -1].float().softmax(-1)[:, yes]
+        check_finite(probabilities, model)
         yield from zip(batch, probabilities.tolist(), strict=True)
+
+
+def check_finite(probabilities: Tensor, model) -> None:
+    """UserError for a judge's numbers that are none: they would count as a no."""
+    if not probabilities.isfinite().all():
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise UserError(
+            f"--judge {model.config.name_or_path}: gives probabilities that are not finite in {dtype}; take another "
+            "--dtype (bfloat16 or float32 hold larger numbers than float16), or another judge"
+        )
 
 
 def _padded_batches(
@@ -210,6 +221,7 @@ def category_probabilities(
         if not isinstance(model, LlamaModeration) and model.config.pad_token_id is not None:
             ids = ids.masked_fill(mask == 0, model.config.pad_token_id)
         probabilities = model(input_ids=ids, attention_mask=mask).logits.float().sigmoid()
+        check_finite(probabilities, model)
         for text, row in zip(batch, probabilities.tolist(), strict=True):
             yield text, {model.config.id2label[i]: value for i, value in enumerate(row)}
 
