@@ -200,7 +200,7 @@ if __name__ == "__main__":
 from data.sources import absolute_source, data_sha256, source_files
 from models import base, training_arguments
 from models.alignment import estimate, expert_trainer, mixture_trainer, training_samples
-from models.base_identity import base_sha256
+from models.base_identity import base_sha256, tokenizer_sha256
 from models.loading import resolve_base, run_kind
 from models.mixture import read_mixture
 from models.processes import on_first_process
@@ -290,7 +290,9 @@ def resolve_sources(args: AlignArguments) -> None:
     for name in ("expert_topk", "answer_topk"):
         value, most = getattr(args, name), mixture.num_experts
         check(name, value, value is None or 1 <= value <= most, f"1 to {most}")
-    if args.tasks is None and args.task_name == "mix" and not set(mixture.expert_of_task) <= set(TASKS):
+    of_experts, all_known = set(mixture.expert_of_task), len(mixture.expert_of_task) == mixture.num_experts
+    others = of_experts != set(TASKS) if all_known else not of_experts <= set(TASKS)
+    if args.tasks is None and args.task_name == "mix" and others:
         args.tasks = ",".join(mixture.expert_of_task)
     weights = args.all_drift_weights
     for task in {**dict.fromkeys(args.trained_tasks), **weights}:
@@ -315,7 +317,10 @@ def run_name(args: AlignArguments, training: TrainArguments) -> str:
 def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     """What run.json records and a later command with the same folder must repeat."""
     arguments = {"base_model": args.base_model, "data_source": args.data_source}
-    arguments |= flag_arguments(args, training) | {"base_sha256": base_sha256(args.base_model)}
+    arguments |= flag_arguments(args, training) | {
+        "base_sha256": base_sha256(args.base_model),
+        "tokenizer_sha256": tokenizer_sha256(args.base_model),
+    }
     if args.moe_flag:
         arguments["fused_sha256"] = sha256(Path(args.moe_dir) / "model.safetensors")
         if routing := read_mixture(Path(args.moe_dir)).routing:

@@ -134,7 +134,7 @@ from data.encoding import prompt_ids
 from data.prompts import STOP_STRING, render_prompt
 from data.sources import Record
 from models import base
-from models.base_identity import base_sha256
+from models.base_identity import base_sha256, tokenizer_sha256
 from models.expert_bias import ExpertBias, read_bias
 from models.generation import answer_row, answered_record, generate
 from models.loading import check_device_map, is_fused, load_on_device, run_sources, weights_sha256
@@ -281,6 +281,7 @@ def local_arguments(args: InferArguments, path: Path | None, base_model: str) ->
     """What else decides the answers of a model that runs here."""
     return {
         "base_sha256": base_sha256(base_model),
+        "tokenizer_sha256": tokenizer_sha256(base_model),
         "batch_size": args.batch_size,
         "dtype": base.dtype_name(args.dtype),
         "weights_sha256": weights_sha256(path),

@@ -112,7 +112,7 @@ from evaluator.results import REMEDY, evaluation_folder, print_scores, write_sco
 from evaluator.scoring import Scored, check_scored, score_answers, score_texts
 from evaluator.statistics import metric, share
 from models import base
-from models.base_identity import base_sha256
+from models.base_identity import base_sha256, tokenizer_sha256
 from models.expert_bias import read_bias
 from models.loading import check_device_map, is_fused, load_on_device, run_sources, weights_sha256
 from models.losses import routing_hits
@@ -191,6 +191,12 @@ def check_held_apart(args: LikelihoodArguments, name: str, path: Path) -> None:
     for made in (record["run"]["arguments"], *(record["meta"].get("experts") or {}).values()):
         drawn = {key: (made or {}).get(key) for key in asked}
         read = (made or {}).get("data_sha256") or {}
+        changed = sorted(file for file, digest in scored.items() if file in read and read[file] != digest)
+        if changed and (made or {}).get("data_source") == source:
+            raise UserError(
+                f"--num_trained {args.num_trained}: {name} was trained on another {changed[0]} than {source} has now: "
+                "nobody knows which rows are held apart"
+            )
         learnt = drawn["num_samples"] is not None and any(read.get(file) == digest for file, digest in scored.items())
         if learnt and drawn != asked:
             raise UserError(
@@ -204,6 +210,7 @@ def settings_of(args: LikelihoodArguments, task: str, base_model: str, source: s
     split = "train" if args.num_trained is not None else args.dataset_type
     return {
         "base_sha256": base_sha256(base_model),
+        "tokenizer_sha256": tokenizer_sha256(base_model),
         "num_samples": args.num_samples,
         "max_length": args.max_length,
         "dtype": base.dtype_name(args.dtype),

@@ -171,6 +171,8 @@ def likelihood_differs(args: ReuseArguments, run: RunScores) -> str | None:
         if one.name in run.metrics:
             asked = {"comparisons": 1, **settings_of(scoring, one.task, args.base_model, args.data_source)}
             scored = {"comparisons": 1, **run.metrics[one.name].settings}
+            if "tokenizer_sha256" not in scored:  # of an earlier version
+                del asked["tokenizer_sha256"]
             if base_sha256:  # a merge is scored as a base of its own; what counts is what it was made from
                 scored = scored | {"base_sha256": base_sha256}
             if scored.get("max_length") != asked["max_length"]:  # none asked for: the model's window

@@ -117,10 +117,10 @@ OF_THE_RUN = (
 # What two scores must have alike to be compared, of their own settings and of those of the answers that were judged
 ALIKE, ANSWERS_ALIKE = (
     (
-        *("num_samples", "max_length", "dtype", "data_sha256"),
+        *("num_samples", "max_length", "dtype", "data_sha256", "tokenizer_sha256"),
         *("judge_protocol", "judge_version", "judge_model", "annotator_sha256", "reference_sha256"),
     ),
-    ("num_samples", "max_new_tokens", "temperature", "dtype", "data_sha256"),
+    ("num_samples", "max_new_tokens", "temperature", "dtype", "data_sha256", "tokenizer_sha256"),
 )
 
 

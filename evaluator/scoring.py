@@ -11,7 +11,7 @@ from config import UserError
 from data.batching import batches_by_length, pad
 from data.encoding import IGNORED, Encoder
 from data.sources import Record
-from models.causal_lm import VERIFIED, why_scored_otherwise
+from models.causal_lm import is_verified, why_scored_otherwise
 from models.losses import mean_routing_probs
 from models.processes import is_first, merge_shares, own_share
 from models.prompt_routing import routed_by_prompt
@@ -176,7 +176,7 @@ def _masks(base, seen: Tensor, positions: Tensor, device) -> Tensor | dict[str, 
 def check_scored(model) -> None:
     """UserError for a model, of a family that no test holds, whose likelihoods are not those of its head alone."""
     base = getattr(model, "get_base_model", lambda: model)()
-    if base.config.model_type not in VERIFIED and (why := why_scored_otherwise(base)):
+    if not is_verified(base.config) and (why := why_scored_otherwise(base)):
         raise UserError(f"a {base.config.model_type} model cannot be scored by likelihood here: {why}")
 
 

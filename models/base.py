@@ -14,7 +14,15 @@ from cli import NF4
 from config import EMBEDDED_MODEL, PAPER_BASE_MODEL, UserError
 from data import hub
 from models import four_bit
-from models.causal_lm import VERIFIED, answer_loss_class, model_class_of, skeleton, why_computes_otherwise, why_unfit
+from models.causal_lm import (
+    VERIFIED,
+    answer_loss_class,
+    is_verified,
+    model_class_of,
+    skeleton,
+    why_computes_otherwise,
+    why_unfit,
+)
 from models.embedded import PACKAGES, embedded_model_dir
 from workspace.files import read_json
 
@@ -145,7 +153,7 @@ def load_base(
     if it cannot be had, or does not fit the mixture, or holds experts too (with_experts: whose base is wanted)."""
     base_config = load_base_config(base_model, with_experts)
     model = load_weights(with_class(model_class_of(base_config)), base_model, base_config, dtype, device_map)
-    if base_config.model_type not in VERIFIED and (why := why_computes_otherwise(model)):
+    if not is_verified(base_config) and (why := why_computes_otherwise(model)):
         raise _unfit(base_model, base_config, why)
     return model
 

@@ -1,7 +1,9 @@
-"""What a base model is, wherever it lies and whatever it is called: one digest of its shape and its tensors."""
+"""What a base model is, wherever it lies and whatever it is called: one digest of its shape and its tensors, and one of
+its tokenizer."""
 
 import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -39,6 +41,10 @@ OTHER_SHAPE = (  # what other families than Llama have beside it
     "final_logit_softcapping",
     "use_bidirectional_attention",
 )
+PROBE = (
+    "### Instruction:\nWhy 3.14, 1 000 or 2^10?\t(don't  guess)\r\n\n### Response:\n Ärger, naïveté, ΑΒΓ; Жизнь! "
+    "שלום 日本語 한국어 हिन्दी العربية 🙂 <s></s> def f(x): return x_1 == 'y'"
+)
 EARLIER = ("llama", "mixtral")  # whose digests were made before there were others
 KEPT = BASE_MODELS_DIR / "identities.json"  # digests already made: reading 13 GB takes a minute
 CHUNK_BYTES = 2**24
@@ -65,6 +71,21 @@ def base_sha256(base_model: str) -> str:
         kept = {"files": files, "sha256": sha256}
         keep_digest(folder.resolve(), kept)
     return hashlib.sha256(json.dumps([shape, kept["sha256"]], sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def tokenizer_sha256(base_model: str) -> str:
+    """The digest of how a `--base_model` makes tokens of text: its vocabulary, the tokens of a text of many scripts,
+    those at a text's ends, and its chat template. UserError if the tokenizer cannot be had."""
+    tokenizer = base.load_tokenizer(base_model)
+    seen = [
+        sorted(tokenizer.get_vocab().items()),
+        tokenizer(PROBE)["input_ids"],
+        tokenizer(PROBE, split_special_tokens=True)["input_ids"],
+        [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        tokenizer.chat_template,
+    ]
+    return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()
 
 
 def tensors_sha256(files: list[Path], tied: bool) -> str:

@@ -23,6 +23,11 @@ VERIFIED = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "
 PROBE_TOLERANCE = 1e-2  # relative: of bfloat16; another formula is off by its whole size
 
 
+def is_verified(config: PreTrainedConfig) -> bool:
+    """Whether a model is of the form that the tests hold its family by: no cap on its logits, which are its head's."""
+    return config.model_type in VERIFIED and getattr(config, "final_logit_softcapping", None) is None
+
+
 def model_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """transformers' causal language model of a configuration. UserError for a configuration that has none."""
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -192,6 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(args.output or config.fused_dir(args.results_dir))
     state = run_dir.begin(output, "llama_moe.py", arguments, "move it away, or name another folder with --output")
     if state == "complete":
+        check_tasks(output, [expert.task for expert in experts])
         print(f"{output} is already fused from these experts: nothing to do")
         return
     base_config, routers = base.load_base_config(base_model), None
@@ -218,6 +219,16 @@ def main(argv: list[str] | None = None) -> None:
     meta = {} if args.from_pt or args.fresh_rank else {"experts": how_made(experts)}
     run_dir.finish(output, "llama_moe.py", arguments, train={}, meta=meta)
     report_sizes(output, model)
+
+
+def check_tasks(folder: Path, tasks: list[str | None]) -> None:
+    """UserError for a finished fusion of these experts by other tasks."""
+    fused = [expert["task"] for expert in read_mixture(folder).experts]
+    if tasks and fused != tasks:  # of a released file, none are known before it is read
+        raise UserError(
+            f"{folder}: is fused from experts for {', '.join(map(str, fused))}, and --tasks says "
+            f"{', '.join(map(str, tasks))}; move it away, or name another folder with --output"
+        )
 
 
 def add_to_fused(args: FuseArguments) -> None:

@@ -16,8 +16,8 @@ from config import PAPER_BASE_MODEL, TASKS, UserError
 from data.sources import absolute_source
 from models import base
 from models.adapters import Expert, adapter_sha256, expert_folders, one_line, open_adapters
-from models.base_identity import base_sha256
-from models.causal_lm import VERIFIED
+from models.base_identity import base_sha256, tokenizer_sha256
+from models.causal_lm import is_verified
 from models.ensemble import load_ensemble
 from models.expert_bias import ExpertBias, set_expert_bias
 from models.mixture import ENSEMBLE, SHARED, load_fused, read_mixture
@@ -144,6 +144,13 @@ def one_base(experts: list[Expert], given: str | None) -> str:
                 f"the experts have different bases: {experts[0].name} {bases[0]}, {expert.name} {base_model}; align "
                 "them on one"
             )
+    for expert in experts:
+        record = read_run(expert.folder) or {"run": {"arguments": {}}}
+        recorded = record["run"]["arguments"].get("tokenizer_sha256")
+        if recorded not in (None, tokenizer_sha256(bases[0])):
+            raise UserError(
+                f"{expert.name} was aligned with another tokenizer than {bases[0]} has; align it with this one"
+            )
     return bases[0]
 
 
@@ -189,7 +196,7 @@ def load_run(
         if (compute_dtype := base.pick_dtype(dtype)) != torch.float32:
             for block in model.blocks:
                 block.experts.fold_scaling(compute_dtype)
-    elif kind == "causal_lm" and base.load_config(base_model).model_type not in VERIFIED:
+    elif kind == "causal_lm" and not is_verified(base.load_config(base_model)):
         model = base.load_weights(AutoModelForCausalLM, base_model, base.load_config(base_model), dtype, device_map)
     else:
         model = base.load_base(base_model, dtype, device_map=device_map)

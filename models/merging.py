@@ -373,6 +373,15 @@ def held_apart_from(args: MergeArguments, experts: list[Expert], source: str) ->
     drawn = {(run["run"]["arguments"]["num_samples"], run["run"]["arguments"]["seed"]) for run in recorded if run}
     if None in recorded or len(drawn) != 1:
         raise UserError("--num_held_apart: needs experts whose run.json says, alike, which rows they were aligned on")
+    for expert, run in zip(experts, recorded, strict=True):
+        files = data_sha256(source_files(expert.task, "train", source)) if expert.task else {}
+        read = run["run"]["arguments"].get("data_sha256") or {}
+        if changed := sorted(file for file in files if file in read and read[file] != files[file]):
+            raise UserError(
+                f"--num_held_apart: {expert.name} was aligned on another {changed[0]} than that of {source}, so that "
+                "nobody knows which rows are held apart; name its own data with --data_source, or take all rows of "
+                "other data with --num_held_apart -1"
+            )
     num_trained, seed = drawn.pop()
     return held_apart_records(tasks_of(experts), source, num_trained, args.num_held_apart, seed)
 

@@ -38,6 +38,16 @@ class LogSums(TrainerCallback, ExportableState):
             self.trainer.resume_log(kept)
 
 
+def check_deepspeed(settings: dict) -> None:
+    """UserError for a DeepSpeed configuration that would take the place of what flags say."""
+    for section, flags in (
+        ("optimizer", "--optim, --learning_rate, --router_learning_rate and --weight_decay"),
+        ("scheduler", "--lr_scheduler_type and --warmup_steps"),
+    ):
+        if section in settings:
+            raise UserError(f"the DeepSpeed configuration has a section {section!r}; leave it out: {flags} decide it")
+
+
 class AlignmentTrainer(Trainer):
     """Trainer that goes on from where it was stopped, whose steps do not depend on the number of processes, and that
     stops at the first loss or gradient that is not finite."""
@@ -46,6 +56,8 @@ class AlignmentTrainer(Trainer):
         # transformers removes old checkpoints by their time, before the new one is sealed
         self.checkpoints_kept, args.save_total_limit = args.save_total_limit, None
         super().__init__(model, args, train_dataset=PaddedSamples(train_dataset), **kwargs)
+        if self.is_deepspeed_enabled:
+            check_deepspeed(self.accelerator.state.deepspeed_plugin.hf_ds_config.config)
         self.log_sums = LogSums(self)
         self.add_callback(self.log_sums)
 
@@ -72,6 +84,11 @@ class AlignmentTrainer(Trainer):
                 f"--gradient_accumulation_steps {2 * batches}, half of it makes the same steps), or "
                 "--gradient_checkpointing 1"
             ) from error
+        if self.state.global_step < self.state.max_steps:
+            raise UserError(
+                f"the training stopped at step {self.state.global_step} of {self.state.max_steps}; give the same "
+                "command again to resume it"
+            )
         if self.is_world_process_zero():
             run_dir.begin_again(folder)
             (folder / "README.md").unlink(missing_ok=True)  # PEFT adds to what a killed process left of it
@@ -189,10 +206,10 @@ class MixtureTrainer(AlignmentTrainer):
         # the last entry is that of the padding samples, whose task is -1
         self.expert_of_task_id = torch.tensor([*(expert_of_task.get(task, -1) for task in tasks), -1])
         ids = torch.tensor([tasks.index(sample["task"]) for sample in self.train_dataset])
-        counts = torch.bincount(ids, minlength=len(tasks))
+        counts = torch.bincount(ids, minlength=len(tasks)) * (self.expert_of_task_id[:-1] >= 0)
         self.weight_of_task_id = torch.ones(len(tasks))
         if gate_balance == "task":
-            self.weight_of_task_id = counts.sum() / ((counts > 0).sum() * counts.clamp(min=1))
+            self.weight_of_task_id = counts.sum() / ((counts > 0).sum().clamp(min=1) * counts.clamp(min=1))
         self.drift_weights = torch.zeros(model.mixture.num_experts)
         for task, weight in drift_weights.items():
             if weight:

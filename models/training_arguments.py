@@ -111,12 +111,13 @@ FREE = words("""
     logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
     log_level_replica include_num_input_tokens_seen disable_tqdm report_to run_name project trackio_space_id
     trackio_bucket_id trackio_static_space_id save_strategy save_steps save_total_limit save_on_each_node
-    enable_jit_checkpoint debug skip_memory_metrics local_rank
+    debug skip_memory_metrics local_rank
 """)
 REFUSED = {  # reason: fields
     "--results_dir and --run_name (a judge's --output) say where a run is written": words("output_dir"),
     "a command given again resumes by itself": words("""
         resume_from_checkpoint ignore_data_skip save_only_model restore_callback_states_from_checkpoint do_train
+        enable_jit_checkpoint
     """),
     "--seed orders the data": words("data_seed dataloader_in_order dataloader_drop_last"),
     "the loss is the cross-entropy of the answers' tokens, each weighing alike": words("""

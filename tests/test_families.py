@@ -327,6 +327,7 @@ def test_a_family_that_nobody_tried_loads_with_a_warning(tmp_path, tokenizer, ca
         (LlamaConfig(**{**SHAPE, "hidden_act": "relu"}), "its activation is"),
         (GraniteConfig(**SHAPE, logits_scaling=4.0), "its logits are not those of its head alone"),
         (Gemma2Config(**SHAPE, final_logit_softcapping=0.5), "its logits are not those of its head alone"),
+        (Gemma3TextConfig(**SHAPE, final_logit_softcapping=0.5), "its logits are not those of its head alone"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )

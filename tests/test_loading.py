@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import other_base, save_adapter, tiny_config
+from conftest import make_tokenizer, other_base, save_adapter, tiny_config
 from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -20,12 +20,13 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+import align_basemodel
 import config
 from config import UserError
 from evaluator.scoring import check_scored
-from models import base_identity, export, loading
+from models import base_identity, export, llama_moe, loading
 from models.adapters import Expert
-from models.base_identity import base_sha256
+from models.base_identity import base_sha256, tokenizer_sha256
 from models.loading import load_run, run_kind, weights_sha256
 from models.mixture import MixtureForCausalLM
 
@@ -119,6 +120,31 @@ def test_a_base_is_read_once_and_again_when_its_file_changes(base_dir, tmp_path,
     assert base_sha256(str(folder)) == first and len(read) == 1
     other_base(base_dir, folder)
     assert base_sha256(str(folder)) != first and len(read) == 2
+
+
+def test_another_tokenizer_makes_another_run(base_dir, adapter_dirs, tmp_path, capsys):
+    """Of the same weights: other tokens, or another chat template."""
+    other, chatty = (Path(shutil.copytree(base_dir, tmp_path / name)) for name in ("other", "chatty"))
+    make_tokenizer("Other words are tokens here. " * 40).save_pretrained(other)
+    templated = make_tokenizer()
+    templated.chat_template = "{{ messages[0]['content'] }}"
+    templated.save_pretrained(chatty)
+    digests = {tokenizer_sha256(str(folder)) for folder in (base_dir, other, chatty)}
+    assert len(digests) == 3 and len({base_sha256(str(folder)) for folder in (base_dir, other, chatty)}) == 1
+    moved = shutil.copytree(base_dir, tmp_path / "moved")
+    assert tokenizer_sha256(str(moved)) == tokenizer_sha256(str(base_dir))
+    align = ["--task_name", "safety", "--data_source", "sample", "--num_samples", "2", "--max_steps", "1",
+             "--batch_size", "2", "--dtype", "float32", "--results_dir", str(tmp_path)]  # fmt: skip
+    align_basemodel.main([*align, "--base_model", str(base_dir)])
+    align_basemodel.main([*align, "--base_model", str(moved)])
+    assert "nothing to do" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        align_basemodel.main([*align, "--base_model", str(other)])
+    assert "tokenizer_sha256" in capsys.readouterr().err
+    experts = f"helpfulness={adapter_dirs[0]},safety={tmp_path}/outputs/safety"
+    with pytest.raises(SystemExit):
+        llama_moe.main(["--experts", experts, "--base_model", str(other), "--output", str(tmp_path / "moe")])
+    assert "safety was aligned with another tokenizer" in capsys.readouterr().err
 
 
 def test_the_digest_of_a_mixtral_is_what_it_was(tmp_path):

@@ -259,7 +259,7 @@ def test_coefficients_are_chosen_on_training_rows_held_apart(tmp_path, base_dir,
         file.write("\n")
     with pytest.raises(SystemExit):
         merge(tmp_path, "--method", "task_arithmetic", "--num_held_apart", 2)
-    assert "the data file safety_train.jsonl is not the one" in capsys.readouterr().err
+    assert "safety was aligned on another safety_train.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,19 @@ def test_a_run_is_not_scored_on_rows_held_apart_from_another_draw(base_dir, tmp_
     call(evaluate_likelihood, *score, "--num_trained", 4)
 
 
+def test_a_run_is_not_scored_on_rows_held_apart_of_a_file_that_has_changed(base_dir, tiny_source, tmp_path, capsys):
+    place = ["--results_dir", tmp_path]
+    call(
+        align_basemodel, "--task_name", "safety", "--base_model", base_dir, "--data_source", tiny_source, *SHORT, *place
+    )
+    lines = (tiny_source / "safety_train.jsonl").read_text().splitlines(keepends=True)
+    (tiny_source / "safety_train.jsonl").write_text("".join(lines[1:]))
+    score = ["--run", "safety", "--dataset_type", "held_apart", "--task_name", "safety", "--num_samples", 3, *place]
+    with pytest.raises(SystemExit):
+        call(evaluate_likelihood, *score, "--num_trained", 4)
+    assert "safety was trained on another safety_train.jsonl than" in capsys.readouterr().err
+
+
 def test_rows_scored_without_comparisons_are_no_others(check, base_dir, tmp_path):
     score = ["--base_model", base_dir, "--data_source", "sample", "--num_samples", 3, "--dtype", "float32"]
     call(evaluate_likelihood, "--run", "raw", *score, "--comparisons", 0, "--results_dir", tmp_path / "results")

@@ -157,6 +157,24 @@ def test_a_run_on_fewer_tasks_is_named_after_what_is_missing(base_dir, tmp_path)
     assert (tmp_path / "outputs" / "mix_without_truthfulness" / "run.json").exists()
 
 
+def test_a_fusion_is_aligned_on_the_tasks_of_its_experts(base_dir, tmp_path, capsys):
+    """Not on the paper's three where it has two of them. Fused again by other tasks, it is another fusion."""
+    for number, name in enumerate(("helpfulness", "safety", "polite", "rude")):
+        save_adapter(tmp_path / "outputs" / name, base_dir, seed=number)
+    results = ["--results_dir", str(tmp_path)]
+    short = ["--num_samples", "2", "--max_steps", "1", "--batch_size", "2", "--dtype", "float32"]
+    align = ["--moe_flag", "1", "--data_source", "sample", *short, *results]
+    llama_moe.main(["--experts", "helpfulness,safety", *results])
+    align_basemodel.main(align)
+    run = tmp_path / "outputs" / "mix_moe_reg_00000_00000_00000_gate_00000_without_truthfulness" / "run.json"
+    assert json.loads(run.read_text())["run"]["arguments"]["tasks"] == "helpfulness,safety"
+    place = [f"polite={tmp_path}/outputs/polite,rude={tmp_path}/outputs/rude", "--output", str(tmp_path / "of_two")]
+    llama_moe.main(["--experts", *place, *results])
+    with pytest.raises(SystemExit):
+        llama_moe.main(["--experts", *place, "--tasks", "polite,rude", *results])
+    assert "and --tasks says polite, rude" in capsys.readouterr().err
+
+
 def test_the_training_questions_of_a_fourth_task_are_dealt_out_too(four_tasks, tmp_path):
     split(["--data_source", str(four_tasks), "--output", str(tmp_path / "out"), "--mixed", "5", "--num_held_apart", "4",
            "--tasks", FOUR])  # fmt: skip

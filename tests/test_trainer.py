@@ -8,10 +8,11 @@ import torch
 from conftest import decode, needs_attention_in_bfloat16
 from safetensors.torch import load_file, save_file
 from torch.optim import SGD
+from transformers import TrainerCallback
 
 import align_basemodel
 from align_basemodel import AlignArguments
-from config import TASKS
+from config import TASKS, UserError
 from data.encoding import IGNORED, Collator, Encoder
 from data.sampling import PADDING_SAMPLE
 from data.sources import answer_records, read_rows
@@ -19,8 +20,8 @@ from models import alignment, base, training_arguments
 from models.expert_ffn import PROJECTIONS
 from models.loading import load_run
 from models.losses import mean_routing_probs
-from models.mixture import load_fused
-from models.trainer import MixtureTrainer
+from models.mixture import MixtureConfig, load_fused
+from models.trainer import MixtureTrainer, check_deepspeed
 from models.training_arguments import TrainArguments
 
 
@@ -303,6 +304,34 @@ def test_samples_of_a_task_without_an_expert_have_no_gating_loss(fused_dir, samp
         logs.append(each.state.log_history[0])
     for key in ("gate_loss", "routing_accuracy"):
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-5)
+
+
+def test_tasks_weigh_alike_among_those_that_have_an_expert(fused_dir, samples, tmp_path, monkeypatch):
+    """3 samples of helpfulness, 3 of safety; the 2 of truthfulness have no gating loss: weights 6 / (2 * 3)."""
+    experts = MixtureConfig.expert_of_task.fget
+    without = property(lambda mixture: {t: i for t, i in experts(mixture).items() if t != "truthfulness"})
+    monkeypatch.setattr(MixtureConfig, "expert_of_task", without)
+    trainer = make_trainer(fused_dir, samples, tmp_path, balance="task")
+    assert trainer.weight_of_task_id[:2].tolist() == [1, 1]
+
+
+def test_a_training_that_is_stopped_early_is_not_complete(fused_dir, samples, tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    trainer = make_trainer(fused_dir, samples, tmp_path, max_steps=3)
+    trainer.add_callback(Stop())
+    with pytest.raises(UserError, match="the training stopped at step 1 of 3"):
+        trainer.train_into(tmp_path / "run", False, 0.0)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+def test_a_deepspeed_configuration_does_not_take_the_place_of_flags(section):
+    check_deepspeed({"zero_optimization": {"stage": 3}})
+    with pytest.raises(UserError, match=f"has a section '{section}'; leave it out"):
+        check_deepspeed({section: {}})
 
 
 # ---- mixed precision -------------------------------------------------------------------------------------------------

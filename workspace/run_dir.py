@@ -25,7 +25,7 @@ COMPLETE = "run.json"
 
 # What tells a base model, data and a judge, wherever they lie: with these alike, their places are not compared.
 DIGESTS = {"base_sha256": "base_model", "data_sha256": "data_source", "judge_version": "judge"}
-LATER_DIGESTS = ("weights_sha256", "answers_sha256", "reference_sha256", "judgements_sha256")
+LATER_DIGESTS = ("tokenizer_sha256", "weights_sha256", "answers_sha256", "reference_sha256", "judgements_sha256")
 _held: dict[Path, FileLock] = {}  # the folders that this process writes
 _begun: dict[Path, dict] = {}  # what it has begun in each
 
