@@ -12,7 +12,7 @@ from evaluator.comparison import compare, split_seed
 from evaluator.run_scores import RunScores
 from evaluator.sweeps import mean_nll
 
-CONFIRMED = RESULTS / "elsewhere"  # the test half, two seeds
+CONFIRMED = RESULTS / "elsewhere"  # the test half, three seeds
 TRIES = CONFIRMED / "held_apart"  # one seed, every number of epochs
 CAPTION = (
     "Mean NLL per token over the number of mixed questions of each task, each method with the best of its numbers of "
@@ -91,7 +91,24 @@ def compared(half: Path) -> tuple[dict[str, RunScores], dict[int, dict]]:
 
 
 def few_rows() -> str:
-    return table_of(CONFIRMED)
+    return f"{table_of(CONFIRMED)}\n\n{by_token_against()}"
+
+
+def by_token_against() -> str:
+    """The fusion as the paper has it (routed by token, random routers, aligned) against the best of each other kind,
+    each pair tested for itself."""
+    runs, tables = compared(CONFIRMED)
+    parts = []
+    for number in tables:
+        own = on_questions(runs, "fused", number)
+        for words, other in (
+            ("the LoRA that begins with a merge", on_questions(runs, "merged", number)),
+            ("the ensemble", "ensemble_probabilities"),
+            ("the TIES merge", "merge_ties"),
+        ):
+            pair = compare({name: run for name, run in runs.items() if split_seed(name)[0] in (own, other)}, own)
+            parts.append(f"{words}, {difference_text(row_of(pair, other))}")
+    return f"The fusion as the paper has it, aligned, less (each tested by itself): {'; '.join(parts)}."
 
 
 def few_rows_held_apart() -> str:

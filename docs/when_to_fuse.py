@@ -98,7 +98,7 @@ def sections() -> tuple[Section, ...]:
     few = [
         Section(
             f"Experts from elsewhere, {number} mixed questions per task",
-            "Experts of 160 questions of their own task; few questions of all tasks that no expert saw. Two "
+            "Experts of 160 questions of their own task; few questions of all tasks that no expert saw. Three "
             "seeds, the test half.",
             table,
         )

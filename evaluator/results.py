@@ -82,6 +82,8 @@ def show_corrected(corrected: dict) -> str:
 def corrected_text(score: dict) -> str:
     """The same for a table's cell; of several seeds each one's. "" for a score that is not corrected."""
     if (of_seeds := score.get("corrected_of_seeds")) is not None:
+        if set(of_seeds) == {None}:
+            return "not correctable, any seed"
         return "corrected, each seed: " + ", ".join(
             "not correctable" if value is None else f"{value:.3f}" for value in of_seeds
         )
