@@ -14,7 +14,7 @@ from evaluator.results import corrected_text
 from evaluator.run_scores import JUDGED, SHARES, RunScores, nll_metric
 from evaluator.statistics import interval_text
 
-CONFIRMED = RESULTS / "conflict"  # two seeds
+CONFIRMED = RESULTS / "conflict"  # three seeds
 ONE_SEED = CONFIRMED / "one_seed"  # more runs, by another judge and on another machine
 FUSED, OF_GAMMA = "fused", "fused_gamma_2_"
 SAFE, FLAGGED, REFUSES, HELPS = (
@@ -44,7 +44,7 @@ CAPTION = (
 )
 SETTING = (
     "One expert has learnt to refuse from 160 safe answers of pairs, one to help from 160 questions of Alpaca; three "
-    "epochs, two seeds. Scored on 100 other pairs, 150 prompts of BeaverTails, harmful and harmless (answers judged "
+    "epochs, three seeds. Scored on 100 other pairs, 150 prompts of BeaverTails, harmful and harmless (answers judged "
     "by a small judge), and 150 of XSTest."
 )
 OFF = {"safety_off": -math.inf, "helpfulness_off": math.inf}  # where the dial ends
