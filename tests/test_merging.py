@@ -257,9 +257,13 @@ def test_coefficients_are_chosen_on_training_rows_held_apart(tmp_path, base_dir,
     assert [one["mean_nll_per_token"] for one in of_few] != [one["mean_nll_per_token"] for one in tried]
     with open(tiny_source / "safety_train.jsonl", "a") as file:
         file.write("\n")
-    with pytest.raises(SystemExit):
-        merge(tmp_path, "--method", "task_arithmetic", "--num_held_apart", 2)
-    assert "safety was aligned on another safety_train.jsonl" in capsys.readouterr().err
+    for method, said in (
+        ("task_arithmetic", "the data file safety_train.jsonl is not the one"),
+        ("ties", "safety was aligned on another safety_train.jsonl"),
+    ):
+        with pytest.raises(SystemExit):
+            merge(tmp_path, "--method", method, "--num_held_apart", 2)
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
