@@ -1,5 +1,5 @@
 """The committed comparison: docs/results/*.json, into the page, the README's result and picture, docs/comparison.md;
-and beside it the same rows on another base, docs/results/gemma3/*.json.
+and beside it the same rows on another base, docs/results/gemma3/*.json, and ablations, docs/results/ablations/*.json.
 
 python docs/comparison.py       after runs/comparison.sh --save docs/results
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import ablations
 import matplotlib.pyplot as plt
 from committed import (
     DOCS,
@@ -269,9 +270,12 @@ def documents(comparison: dict, beside: dict) -> dict[Path, str]:
     readme, pages = DOCS.parent / "README.md", DOCS / "comparison.md"
     all_rows = f"{sentences(comparison)}\n\n{table(comparison)}"
     others = f"{verdict(beside)} Against `{EQUAL}` it is {task_by_task(row_of(beside, EQUAL))}.\n\n{table(beside)}"
+    pages_text = pages.read_text(encoding="utf-8")
+    for name, text in {"all rows": all_rows, "ablations": ablations.document(), "another base": others}.items():
+        pages_text = put(pages_text, name, text)
     return {
         readme: put(readme.read_text(encoding="utf-8"), "headline", headline(comparison)),
-        pages: put(put(pages.read_text(encoding="utf-8"), "all rows", all_rows), "another base", others),
+        pages: pages_text,
         DOCS / "figures" / "comparison.svg": as_image(picture(comparison)),
     }
 
@@ -288,7 +292,7 @@ def main() -> None:
     answers, duplicates = (
         read_json(RESULTS / name) if (RESULTS / name).exists() else None for name in (SHOWN, DUPLICATES)
     )
-    write_page(page, comparison, runs, answers, duplicates, (beside, others), sections())
+    write_page(page, comparison, runs, answers, duplicates, (beside, others), (ablations.section(), *sections()))
     print(page.relative_to(DOCS.parent))
 
 

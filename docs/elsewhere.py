@@ -149,7 +149,19 @@ def against_the_merged(half: Path, number: int) -> str:
 
 
 def by_token_or_prompt() -> str:
-    return pairs_of(CONFIRMED, ROUTED)
+    return f"{pairs_of(CONFIRMED, ROUTED)}\n\n{frozen_routers()}"
+
+
+def frozen_routers() -> str:
+    """The fusion routed by prompt whose routers stay as its prompts made them, against the one that trains them."""
+    runs, _ = compared(CONFIRMED)
+    frozen, trained = "frozen_10_epochs_2", "prompted_10_epochs_2"
+    pair = compare({name: run for name, run in runs.items() if split_seed(name)[0] in (frozen, trained)}, frozen)
+    other = row_of(pair, trained)
+    return (
+        f"Routed by prompt and aligned with its routers frozen: {mean_of(row_of(pair, frozen)):.3f}; less the one "
+        f"whose routers are trained: {difference_text(other)}; it is {task_by_task(other)}."
+    )
 
 
 def by_token_or_prompt_held_apart() -> str:
