@@ -4,6 +4,12 @@ from config import UserError
 from data.sources import Record, answer_records, draw, prompt_of, read_rows, trainable_rows
 
 
+def changed_file(trained_on: dict[str, str] | None, now: dict[str, str]) -> str | None:
+    """The first of the files that a run was trained on (name: sha256, as run.json has them) whose content is another
+    now: nobody knows which of its rows were drawn. None where there is none."""
+    return next((file for file in sorted(now) if (trained_on or {}).get(file, now[file]) != now[file]), None)
+
+
 def held_apart_records(
     tasks: tuple[str, ...], source: str, num_trained: int, num_held_apart: int, seed: int
 ) -> dict[str, list[Record]]:

@@ -106,7 +106,7 @@ import torch
 
 from data import sources
 from data.encoding import Encoder
-from data.held_apart import held_apart_records
+from data.held_apart import changed_file, held_apart_records
 from data.sources import Comparison, Record
 from evaluator.results import REMEDY, evaluation_folder, print_scores, write_scores
 from evaluator.scoring import Scored, check_scored, score_answers, score_texts
@@ -191,10 +191,10 @@ def check_held_apart(args: LikelihoodArguments, name: str, path: Path) -> None:
     for made in (record["run"]["arguments"], *(record["meta"].get("experts") or {}).values()):
         drawn = {key: (made or {}).get(key) for key in asked}
         read = (made or {}).get("data_sha256") or {}
-        changed = sorted(file for file, digest in scored.items() if file in read and read[file] != digest)
+        changed = changed_file(read, scored)
         if changed and (made or {}).get("data_source") == source:
             raise UserError(
-                f"--num_trained {args.num_trained}: {name} was trained on another {changed[0]} than {source} has now: "
+                f"--num_trained {args.num_trained}: {name} was trained on another {changed} than {source} has now: "
                 "nobody knows which rows are held apart"
             )
         learnt = drawn["num_samples"] is not None and any(read.get(file) == digest for file, digest in scored.items())

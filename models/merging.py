@@ -144,7 +144,7 @@ if __name__ == "__main__":
 import yaml
 
 from data.encoding import Encoder
-from data.held_apart import held_apart_records
+from data.held_apart import changed_file, held_apart_records
 from data.sources import Record, absolute_source, answer_records, data_sha256, read_rows, source_files
 from models import base
 from models.adapters import Expert, how_made, save_adapter
@@ -375,10 +375,9 @@ def held_apart_from(args: MergeArguments, experts: list[Expert], source: str) ->
         raise UserError("--num_held_apart: needs experts whose run.json says, alike, which rows they were aligned on")
     for expert, run in zip(experts, recorded, strict=True):
         files = data_sha256(source_files(expert.task, "train", source)) if expert.task else {}
-        read = run["run"]["arguments"].get("data_sha256") or {}
-        if changed := sorted(file for file in files if file in read and read[file] != files[file]):
+        if changed := changed_file(run["run"]["arguments"].get("data_sha256"), files):
             raise UserError(
-                f"--num_held_apart: {expert.name} was aligned on another {changed[0]} than that of {source}, so that "
+                f"--num_held_apart: {expert.name} was aligned on another {changed} than that of {source}, so that "
                 "nobody knows which rows are held apart; name its own data with --data_source, or take all rows of "
                 "other data with --num_held_apart -1"
             )
