@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 import inference
 from evaluator import train_judge
-from models import four_bit, llama_moe
+from models import four_bit
 
 GEMMA_LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
 GEMMA_TOO = (
@@ -140,41 +140,50 @@ def base_of_64(request, tmp_path_factory, tokenizer):
     return folder
 
 
+IN_TURN = """
+import json, runpy, sys
+for argv in json.loads(sys.argv[1]):
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+"""
+
+
 def run(*command):
-    """A command of the project with bitsandbytes in sight; its output."""
+    """Python with bitsandbytes in sight; its output."""
     assert (BESIDE / "bitsandbytes").is_dir(), f"pip install --no-deps --target {BESIDE} {four_bit.PACKAGE}"
-    result = run_script(*command, PYTHONPATH=f"{BESIDE}:{ROOT}")
+    result = run_script("-c", *command, PYTHONPATH=f"{BESIDE}:{ROOT}")
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
 
 @pytest.mark.slow
 def test_the_whole_method_in_four_bits(tmp_path, base_of_64):
-    data = ["--data_source", "sample", "--num_samples", "8", "--num_train_epochs", "1", "--batch_size", "4"]
-    common = ["--results_dir", tmp_path, "--dtype", "nf4"]
-    run("align_basemodel.py", "--moe_flag", 0, "--task_name", "safety", "--base_model", base_of_64, *data, *common)
     for seed, task in enumerate(("helpfulness", "truthfulness")):
         save_adapter(tmp_path / "outputs" / task, base_of_64, seed)
-    moe = tmp_path / "moe"
-    llama_moe.main(["--results_dir", str(tmp_path), "--output", str(moe)])
-    assert run("-c", EXACTNESS, moe, base_of_64).endswith("exact\n")
-    run("models/export.py", "--cross_task", moe, "--output", tmp_path / "out", "--dtype", "float32")
-    assert run("-c", SHARED, moe, tmp_path / "out", tmp_path / "modules").endswith("shared\n")
+    moe, name = tmp_path / "moe", "mix_moe_reg_00000_00000_00000_gate_01000"
+    data = ["--data_source", "sample", "--num_samples", 8, "--num_train_epochs", 1, "--batch_size", 4]
+    common = ["--results_dir", tmp_path, "--dtype", "nf4"]
     by_name = ["--base", "by-name", "--base_id", "someone/tiny", "--output", tmp_path / "named", "--dtype", "float32"]
-    run("models/export.py", "--cross_task", moe, *by_name)
-    assert run("-c", SHARED, moe, tmp_path / "named", tmp_path / "modules", base_of_64).endswith("shared\n")
-    fusion = ["--moe_flag", 1, "--moe_dir", moe, "--gate_loss_weight", 0.1, *data, *common]
-    run("align_basemodel.py", *fusion, "--gradient_checkpointing", 1, "--save_steps", 2, "--max_steps", 4)
-    name = "mix_moe_reg_00000_00000_00000_gate_01000"
+    fusion = ["--moe_flag", 1, "--moe_dir", moe, "--gate_loss_weight", 0.1, "--gradient_checkpointing", 1]
+    asked = ["--task_name", "safety", "--cross_task", name, "--num_samples", 2, "--max_new_tokens", 4]
+    commands = [
+        ["align_basemodel.py", "--task_name", "safety", "--base_model", base_of_64, *data, *common],
+        ["models/llama_moe.py", "--results_dir", tmp_path, "--output", moe],
+        ["models/export.py", "--cross_task", moe, "--output", tmp_path / "out", "--dtype", "float32"],
+        ["models/export.py", "--cross_task", moe, *by_name],
+        ["align_basemodel.py", *fusion, "--save_steps", 2, "--max_steps", 4, *data, *common],
+        ["inference.py", *asked, *common],
+        ["evaluator/evaluate_likelihood.py", "--run", f"safety,{name}", "--num_samples", 2, *common],
+    ]
+    run(IN_TURN, json.dumps([[str(word) for word in command] for command in commands]))
+    assert run(EXACTNESS, moe, base_of_64).endswith("exact\n")
+    assert run(SHARED, moe, tmp_path / "out", tmp_path / "modules").endswith("shared\n")
+    assert run(SHARED, moe, tmp_path / "named", tmp_path / "modules", base_of_64).endswith("shared\n")
     folder = tmp_path / "outputs" / name
     before, after = (load_file(path / "model.safetensors") for path in (moe, folder))
     assert before.keys() == after.keys() and all(".router." in key or ".experts." in key for key in after)
     assert all(not before[key].equal(after[key]) for key in after if "router" in key or key.endswith("_A"))
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     assert json.loads((folder / "run.json").read_text())["run"]["arguments"]["dtype"] == "nf4"
-
-    asked = ["--task_name", "safety", "--cross_task", name, "--num_samples", 2, "--max_new_tokens", 4]
-    run("inference.py", *asked, *common)
-    run("evaluator/evaluate_likelihood.py", "--run", f"safety,{name}", "--num_samples", 2, *common)
     scores = tmp_path / "evaluation" / "safety" / "test" / name / "likelihood" / "metrics.json"
     assert json.loads(scores.read_text())["metrics"]["nll_per_token"]["n"] == 2
