@@ -197,7 +197,8 @@ class AlignArguments(SourceArguments):
 if __name__ == "__main__":
     cli.check_early(cli.parse_known, AlignArguments, cli.TRAINING_EPILOG)
 
-from data.sources import absolute_source, data_sha256, source_files
+from data.held_apart import drawn_by, recorded
+from data.sources import absolute_source, source_sha256
 from models import base, training_arguments
 from models.alignment import estimate, expert_trainer, mixture_trainer, training_samples
 from models.base_identity import base_sha256, tokenizer_sha256
@@ -246,10 +247,11 @@ def main(argv: list[str] | None = None) -> None:
     meta = {"training": training.recorded()}
     if args.moe_flag:
         fused = run_dir.read_run(Path(args.moe_dir))  # how what it starts from was made
-        meta["fused"] = fused["run"]["arguments"]
-        meta["experts"] = fused["meta"].get("experts")
+        meta |= {"fused": fused["run"]["arguments"], "experts": fused["meta"].get("experts")}
+        meta["drawn"] = recorded(drawn_by(fused))
     if args.init_adapter and (init := run_dir.read_run(Path(args.init_adapter))):
         meta |= {"init": init["run"]["arguments"], "experts": init["meta"].get("experts")}
+        meta["drawn"] = recorded(drawn_by(init))
     run_dir.finish(folder, SCRIPT, arguments, train, meta)
     print(f"Aligned on {args.task_name} in {train['seconds']:.0f} s: {folder}")
 
@@ -341,8 +343,8 @@ def flag_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     for name, default in LEFT_OUT_AT.items():
         if arguments.get(name) == default:
             arguments.pop(name, None)
-    files = [path for task in args.trained_tasks for path in source_files(task, "train", args.data_source)]
-    return arguments | {"data_sha256": data_sha256(files)} | training.compared()
+    read = source_sha256(args.trained_tasks, "train", args.data_source)
+    return arguments | {"data_sha256": read} | training.compared()
 
 
 def asked(argv: list[str]) -> dict:

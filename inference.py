@@ -192,7 +192,7 @@ def answer_task(
     arguments = {
         "base_model": base_model,
         "data_source": data_source,
-        "data_sha256": sources.data_sha256(sources.source_files(args.task_name, args.dataset_type, data_source)),
+        "data_sha256": sources.source_sha256([args.task_name], args.dataset_type, data_source),
         "run": Path(args.run).name,
         "checkpoint_number": args.checkpoint_number,
         "expert_bias": bias.text or None if bias else None,

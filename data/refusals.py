@@ -38,8 +38,9 @@ class RefusalArguments:
 if __name__ == "__main__":
     cli.check_early(cli.parse, RefusalArguments)
 
+from data.held_apart import SPLIT_FILE
 from data.sources import COLUMNS, data_sha256, read_jsonl, source_dir
-from data.split import PAIRS, SPLIT_FILE, already_dealt
+from data.split import PAIRS, already_dealt
 from workspace.files import write_json, write_lines
 from workspace.run_dir import open_partial
 

@@ -10,6 +10,7 @@ file is checked, and what is wrong with it is said with its file and line.
 import hashlib
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ COLUMNS = {  # column -> type, per file; "id" is asked of every file
     "truthfulness_mc": {"question": str, "mc1_targets": dict, "mc2_targets": dict},
 }
 MAY_BE_EMPTY = ("input", "category")
+MULTIPLE_CHOICE = "truthfulness_mc.jsonl"
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def source_files(task: str, split: str, source: str, comparisons: bool = False) 
     if comparisons and task == "safety" and (source_dir(source) / "safety_pairs.jsonl").exists():
         names += ["safety_pairs.jsonl", "safety_train.jsonl"]
     if comparisons and task == "truthfulness" and split == "test":
-        names += ["truthfulness_mc.jsonl"]
+        names += [MULTIPLE_CHOICE] + (["truthfulness_train.jsonl"] if _untrained_mc(source)[1] else [])
     return [path for name in dict.fromkeys(names) if (path := source_dir(source) / name).exists()]
 
 
@@ -128,6 +130,25 @@ def data_sha256(files: list[Path]) -> dict[str, str]:
         with open(path, "rb") as file:
             checksums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return checksums
+
+
+def source_sha256(tasks: Iterable[str], split: str, source: str, comparisons: bool = False) -> dict[str, str]:
+    """The checksums of what read_rows, and with `comparisons` also those of the tasks, would read: of a local file by
+    its name, of the hub's rows by their task and split."""
+    sums = data_sha256([path for task in tasks for path in source_files(task, split, source, comparisons)])
+    for task in tasks if source == "hub" else ():
+        if task != GENERAL:
+            sums[f"{task}_{split} of the hub"] = _rows_sha256(read_rows(task, split, source))
+        if task == "truthfulness" and comparisons:
+            sums["truthfulness_mc of the hub"] = _rows_sha256(_hub_mc(split))
+    return sums
+
+
+def _rows_sha256(rows: list[dict]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def read_jsonl(
@@ -326,15 +347,14 @@ def truthfulness_comparisons(split: str, source: str) -> tuple[list[Comparison],
     """(MC1, MC2) questions as TruthfulQA defines them (https://github.com/sylinrl/TruthfulQA, "Tasks").
 
     MC1: the best answer against the incorrect ones. MC2: all correct answers against the incorrect ones. Taken from
-    the published targets (hub, or truthfulness_mc.jsonl for the test half), else built from the answer columns.
+    the published targets (hub, or truthfulness_mc.jsonl for the test half, less the questions of
+    truthfulness_train.jsonl), else built from the answer columns.
     """
     rows = None
     if source == "hub":
-        published = _load_hub("truthfulqa/truthful_qa", "multiple_choice", split="validation")
-        half = slice(NUM_TRUTHFULNESS_TRAIN) if split == "train" else slice(NUM_TRUTHFULNESS_TRAIN, None)
-        rows = [{"id": f"truthfulqa-{i}", **row} for i, row in enumerate(published)][half]
-    elif split == "test" and (path := source_dir(source) / "truthfulness_mc.jsonl").exists():
-        rows = _read_mc(path)
+        rows = _hub_mc(split)
+    elif split == "test" and (source_dir(source) / MULTIPLE_CHOICE).exists():
+        rows, _ = _untrained_mc(source)
     if rows is not None:
         return tuple(
             [
@@ -353,10 +373,23 @@ def truthfulness_comparisons(split: str, source: str) -> tuple[list[Comparison],
     return mc1, mc2
 
 
-def _read_mc(path: Path) -> list[dict]:
-    """truthfulness_mc.jsonl numbers its questions by "idx" instead of an id."""
+def _hub_mc(split: str) -> list[dict]:
+    published = _load_hub("truthfulqa/truthful_qa", "multiple_choice", split="validation")
+    half = slice(NUM_TRUTHFULNESS_TRAIN) if split == "train" else slice(NUM_TRUTHFULNESS_TRAIN, None)
+    return [{"id": f"truthfulqa-{i}", **row} for i, row in enumerate(published)][half]
+
+
+def _untrained_mc(source: str) -> tuple[list[dict], bool]:
+    """(the rows of truthfulness_mc.jsonl whose questions are not trained on, whether there are others). The file
+    numbers its questions by "idx" instead of an id; the published one holds both halves."""
+    path, trained = source_dir(source) / MULTIPLE_CHOICE, source_dir(source) / "truthfulness_train.jsonl"
+    if not path.exists():
+        return [], False
     columns = {"idx": int, **COLUMNS["truthfulness_mc"]}
-    return [{"id": f"truthfulqa-{row['idx']}", **row} for row in read_jsonl(path, columns, id_column="idx")]
+    rows = [{"id": f"truthfulqa-{row['idx']}", **row} for row in read_jsonl(path, columns, id_column="idx")]
+    seen = {row["question"] for row in read_rows("truthfulness", "train", source)} if trained.exists() else set()
+    untrained = [row for row in rows if row["question"] not in seen]
+    return untrained, len(untrained) < len(rows)
 
 
 def spread(items: list, num_samples: int) -> list:

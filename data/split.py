@@ -48,11 +48,12 @@ class SplitArguments:
 if __name__ == "__main__":
     cli.check_early(cli.parse, SplitArguments)
 
+from data.held_apart import SPLIT_FILE
 from data.sources import COLUMNS, data_sha256, prompt_of, read_jsonl, read_rows, source_dir, trainable_rows
 from workspace.files import read_json, write_json, write_lines
 from workspace.run_dir import open_partial
 
-PAIRS, SPLIT_FILE = "safety_pairs.jsonl", "split.json"
+PAIRS = "safety_pairs.jsonl"
 
 
 @cli.command

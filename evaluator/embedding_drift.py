@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
                 "base_model": base_model,
                 "base_sha256": base_sha256(base_model),
                 "data_source": data_source,
-                "data_sha256": sources.data_sha256(sources.source_files(task, args.dataset_type, data_source)),
+                "data_sha256": sources.source_sha256([task], args.dataset_type, data_source),
                 "num_samples": args.num_samples,
                 "dtype": base.dtype_name(args.dtype),
                 "weights_sha256": weights_sha256(path),

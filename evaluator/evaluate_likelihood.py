@@ -9,6 +9,7 @@ the likelihood of plain text, which says what a run has forgotten.
 These are not the paper's metrics: those come with the judges.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,7 @@ import torch
 
 from data import sources
 from data.encoding import Encoder
-from data.held_apart import changed_file, held_apart_records
+from data.held_apart import dealt_from, drawn_by, held_apart_records
 from data.sources import Comparison, Record
 from evaluator.results import REMEDY, evaluation_folder, print_scores, write_scores
 from evaluator.scoring import Scored, check_scored, score_answers, score_texts
@@ -133,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     outputs = Path(args.results_dir) / "outputs"
     runs = [(name, find_run(name, outputs, args.checkpoint_number)) for name in names]
     for name, path in runs:
-        if args.num_trained is not None and path is not None:
+        if args.dataset_type == HELD_APART and path is not None:
             check_held_apart(args, name, path)
     for name, path in runs:
         score_run(args, name, path)
@@ -167,6 +168,7 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
         rows = sources.spread(sources.general_passages(data_source), args.num_samples)
         texts = [row["text"] for row in rows]
         scored = score_texts(model, tokenizer, texts, encoder.max_length, args.batch_size, model.device)
+        check_finite([log_prob for log_prob, *_ in scored], label, args.dtype)
         metrics, judgements = general_metrics([row["id"] for row in rows], scored)
         if is_first():
             write_scores(folders[GENERAL], SCRIPT, arguments[GENERAL], judge, metrics, judgements)
@@ -175,6 +177,7 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
         records, comparisons = items[task]
         wanted = records + [r for questions in comparisons.values() for q in questions for r in choice_records(q)]
         scored = score_answers(model, encoder, wanted, args.batch_size, model.device, f"{label} on {task}")
+        check_finite([one.log_probs.sum().item() for one in scored.values()], label, args.dtype)
         metrics, judgements = task_metrics(task, records, comparisons, scored, expert_of_task.get(task))
         if is_first():
             write_scores(folders[task], SCRIPT, arguments[task], judge, metrics, judgements)
@@ -182,27 +185,45 @@ def score_run(args: LikelihoodArguments, name: str, path: Path | None) -> None:
 
 
 def check_held_apart(args: LikelihoodArguments, name: str, path: Path) -> None:
-    """UserError where a run, or an expert that it was made from, records that it drew other training rows than those
-    that --num_trained and --seed leave out: it may have learnt some of the rows held apart."""
+    """UserError where a run, or something that it was made from, records that it has seen other training rows than
+    those that --num_trained and --seed leave out, or data that was dealt out later: it may have learnt some of the
+    rows held apart."""
     _, source = run_sources(path, args.base_model, args.data_source, args.results_dir)
-    files = [file for task in args.scored_tasks for file in sources.source_files(task, "train", source)]
-    scored, asked = sources.data_sha256(files), {"num_samples": args.num_trained, "seed": args.seed}
-    record = run_dir.read_run(path) or {"run": {"arguments": {}}, "meta": {}}
-    for made in (record["run"]["arguments"], *(record["meta"].get("experts") or {}).values()):
-        drawn = {key: (made or {}).get(key) for key in asked}
-        read = (made or {}).get("data_sha256") or {}
-        changed = changed_file(read, scored)
-        if changed and (made or {}).get("data_source") == source:
+    drawn = drawn_by(run_dir.read_run(path))
+    if args.num_trained is None:
+        for file, digest in dealt_from(source).items():
+            if any(one.data_sha256.get(file) == digest for one in drawn):
+                raise UserError(
+                    f"--dataset_type {HELD_APART}: {name} was trained on the {file} that {source} was dealt from, with "
+                    "rows held apart in it; score what was trained on a part of it"
+                )
+        return
+    files = sources.source_sha256(args.scored_tasks, "train", source)
+    for one in drawn:
+        if (changed := one.changed_file(files)) and one.data_source == source:
             raise UserError(
                 f"--num_trained {args.num_trained}: {name} was trained on another {changed} than {source} has now: "
                 "nobody knows which rows are held apart"
             )
-        learnt = drawn["num_samples"] is not None and any(read.get(file) == digest for file, digest in scored.items())
-        if learnt and drawn != asked:
+        if one.reads(source, files) and one.beside:
+            raise UserError(
+                f"--dataset_type {HELD_APART}: the coefficients of {name} were chosen by rows of {source} held apart, "
+                "some of which would be scored"
+            )
+        if one.reads(source, files) and (one.num_samples, one.seed) != (args.num_trained, args.seed):
             raise UserError(
                 f"--num_trained {args.num_trained} --seed {args.seed}: {name} was trained on rows drawn with "
-                f"num_samples {drawn['num_samples']} and seed {drawn['seed']}, some of which would be scored"
+                f"num_samples {one.num_samples} and seed {one.seed}, some of which would be scored"
             )
+
+
+def check_finite(log_probs: list[float], label: str, dtype: str) -> None:
+    """UserError for a model that gives no probabilities: a comparison with one that is NaN would count as lost."""
+    if odd := [one for one in log_probs if not math.isfinite(one)]:
+        raise UserError(
+            f"{label}: the log-probability of {len(odd)} of {len(log_probs)} answers is no finite number by "
+            f"--dtype {dtype}; take another"
+        )
 
 
 def settings_of(args: LikelihoodArguments, task: str, base_model: str, source: str) -> dict:
@@ -214,7 +235,7 @@ def settings_of(args: LikelihoodArguments, task: str, base_model: str, source: s
         "num_samples": args.num_samples,
         "max_length": args.max_length,
         "dtype": base.dtype_name(args.dtype),
-        "data_sha256": sources.data_sha256(sources.source_files(task, split, source, bool(args.comparisons))),
+        "data_sha256": sources.source_sha256([task], split, source, bool(args.comparisons)),
         **({"comparisons": 0} if task in COMPARED and not args.comparisons else {}),
         **effective_flags(args),
     }

@@ -74,7 +74,7 @@ if __name__ == "__main__":
 import importlib
 import shlex
 
-from data.sources import absolute_source, data_sha256, source_files
+from data.sources import absolute_source, source_sha256
 from evaluator.evaluate_likelihood import LikelihoodArguments, settings_of
 from evaluator.kept_runs import kept_folder, read_kept
 from evaluator.run_scores import (
@@ -197,7 +197,7 @@ def answers_differ(args: ReuseArguments, run: RunScores) -> str | None:
             "temperature": args.temperature,
             "max_new_tokens": args.max_new_tokens,
             "dtype": base.dtype_name(args.dtype),
-            "data_sha256": data_sha256(source_files(one.task, args.dataset_type, args.data_source)),
+            "data_sha256": source_sha256([one.task], args.dataset_type, args.data_source),
         }
         if differing := first_difference(answers, asked):
             return f"its answers for {one.name} were made with {differing}"

@@ -75,7 +75,7 @@ if __name__ == "__main__":
 
 from collections import Counter
 
-from data.sources import absolute_source, data_sha256, draw, prompt_of, read_rows, source_files, trainable_rows
+from data.sources import absolute_source, draw, prompt_of, read_rows, source_sha256, trainable_rows
 from evaluator.answers import Answers, load_answers
 from evaluator.judges.protocols import JUDGE_FILE, YES_NO, clean_answer, fill
 from evaluator.judges.trained import read_trained
@@ -108,8 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         name, choose = f"best_by_{Path(args.judge).name}", lambda: choose_by_judge(args, candidates)
     else:
         source = absolute_source(args.data_source)
-        files = [path for task in read_tasks(args.tasks) for path in source_files(task, "train", source)]
-        arguments |= {"data_source": source, "data_sha256": data_sha256(files)}
+        arguments |= {"data_source": source, "data_sha256": source_sha256(read_tasks(args.tasks), "train", source)}
         arguments |= {"num_samples": args.num_samples, "seed": args.seed}
         if read_tasks(args.tasks) != TASKS:
             arguments["tasks"] = args.tasks

@@ -56,8 +56,8 @@ if __name__ == "__main__":
 
 
 from data.encoding import IGNORED, Collator
-from data.sources import absolute_source, data_sha256, draw, spread
-from evaluator.judges.labelled import Labelled, judge_files, judge_rows
+from data.sources import absolute_source, draw, spread
+from evaluator.judges.labelled import Labelled, judge_rows, judge_sha256
 from evaluator.judges.local import token_ids, yes_no_ids, yes_probabilities
 from evaluator.judges.protocols import JUDGE_FILE, YES_NO
 from evaluator.results import show
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     training.output_dir = str(folder)
     arguments = {name: getattr(args, name) for name in OURS} | training.compared()
     arguments["base_sha256"] = base_sha256(args.base_model)
-    arguments["data_sha256"] = data_sha256(judge_files(args.kind, args.data_source))
+    arguments["data_sha256"] = judge_sha256(args.kind, args.data_source)
     remedy = "give this judge a folder of its own with --output, or move that one"
     state = on_first_process(lambda: run_dir.begin(folder, SCRIPT, arguments, remedy))
     if state == "complete":

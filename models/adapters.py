@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import random
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from config import RAW, RAW_CHAT, UserError
+from data.held_apart import drawn_by, recorded
 from models import base
 from models.causal_lm import skeleton
 from models.expert_ffn import PROJECTIONS
@@ -54,11 +56,14 @@ DECIDING = (  # of them, those that decide the change which an adapter's tensors
 BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the others (pissa, loftq, ...) change the base
 
 
-def how_made(experts: list) -> dict[str, dict | None]:
-    """{expert: what its run.json says it was made with} for the record of what is made from them; None where there is
-    none, as of an adapter from elsewhere."""
+def how_made(experts: list, fused: dict | None = None) -> dict[str, dict | list]:
+    """For the run.json of what is made from experts, and from a fusion with this one: "experts", what theirs says that
+    each was made with (None where there is none, as of an adapter from elsewhere), and "drawn", the training rows that
+    all of it has seen."""
     records = {expert.name: read_run(expert.folder) for expert in experts}
-    return {name: record and record["run"]["arguments"] for name, record in records.items()}
+    made = {name: record and record["run"]["arguments"] for name, record in records.items()}
+    before = ((fused or {}).get("meta") or {}).get("experts") or {}
+    return {"experts": before | made, "drawn": recorded(drawn_by(*records.values(), fused))}
 
 
 def add_lora(args, targets: list[str], seed: int, load: Callable = base.load_base) -> PeftModel:
@@ -240,10 +245,10 @@ class FreshExpert:
 
     dtype = torch.float32
 
-    def __init__(self, name: str, base_model: str, rank: int, seed: int, tasks: tuple[str, ...]):
+    def __init__(self, name: str, base_model: str, rank: int, seed: str, tasks: tuple[str, ...]):
         self.name, self.base_model, self.rank = name, base_model, rank
         self.task = name if name in tasks else None
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(random.Random(seed).getrandbits(63))  # no other seed's neighbour
 
     def attach(self, base_config: PreTrainedConfig) -> None:
         """Take the base's shape."""

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 
 from models import base
 from models.adapters import how_made
-from models.base_identity import base_sha256
+from models.base_identity import base_sha256, tokenizer_sha256
 from models.mixture import MixtureForCausalLM, fuse, load_fused
 from workspace import run_dir
 
@@ -123,6 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = {
         "base_model": base_model,
         "base_sha256": base_sha256(base_model),
+        "tokenizer_sha256": tokenizer_sha256(base_model),
         "data_source": data_source,
         "experts": [expert.name for expert in experts],
         "adapters_sha256": [expert.checksum for expert in experts],
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         expert.attach(base_config)
     model = fuse(experts, base_config, 1, 0, average=args.average)
     model.save_pretrained(output)
-    run_dir.finish(output, SCRIPT, arguments, train={}, meta={"experts": how_made(experts)})
+    run_dir.finish(output, SCRIPT, arguments, train={}, meta=how_made(experts))
     print(f"{output}: an ensemble of {', '.join(arguments['experts'])}, by the average of their {args.average}")
 
 

@@ -10,7 +10,7 @@ python models/export.py --cross_task RUN --to pt --output moe.pt
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if not __package__:  # run as a script, from any folder
@@ -91,6 +91,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from data.held_apart import drawn_by, recorded
 from models import base
 from models.adapters import save_adapter
 from models.base_identity import base_sha256
@@ -157,13 +158,15 @@ def export_file(path: Path, base_model: str, args: ExportArguments, partial: Pat
 def export_arguments(path: Path, base_model: str, args: ExportArguments) -> dict:
     """What decides an export, for its run.json."""
     run = run_dir.read_run(path)
+    task_of = {known["name"]: known["task"] for known in read_mixture(path).experts}
     return {
         "base_model": base_model,
         "base_sha256": base_sha256(base_model),
         "data_source": run and run["run"]["arguments"].get("data_source"),
         "run": Path(args.cross_task).name,
         "to": args.to,
-        "task_name": args.expert,
+        "task_name": task_of.get(args.expert),
+        **({"expert": args.expert} if args.expert else {}),
         "dtype": args.dtype,
         "weights_sha256": weights_sha256(path),
     }
@@ -172,12 +175,14 @@ def export_arguments(path: Path, base_model: str, args: ExportArguments) -> dict
 def export_folder(path: Path, base_model: str, args: ExportArguments, partial: Path) -> None:
     """Write a Mixtral checkpoint or an adapter, its run.json last; or say that it is complete."""
     output, arguments = Path(args.output), export_arguments(path, base_model, args)
+    drawn = drawn_by(run_dir.read_run(path))
     meta = {}
     if args.base_id is not None:  # it is made to be passed on: nothing in it says where things lie on this machine
         source = arguments["data_source"]
         named_source = None if source and Path(source).is_absolute() else source
         named = {"base": args.base, "base_id": args.base_id, "base_model": args.base_id}
         arguments |= {**named, "data_source": named_source}
+        drawn = [replace(one, data_source=named_source) for one in drawn]
         meta = {"command": None}
     if output.is_file():
         raise UserError(f"--output {output}: is a file; name a folder")
@@ -199,7 +204,7 @@ def export_folder(path: Path, base_model: str, args: ExportArguments, partial: P
         verdict = export(model, tokenizer, partial, args, base_model)
     if args.to != "peft":  # whose card is PEFT's
         write_text(partial / "README.md", card(path, base_model, args))
-    run_dir.finish(partial, SCRIPT, arguments, train={}, meta={**meta, "verified": verdict})
+    run_dir.finish(partial, SCRIPT, arguments, train={}, meta={**meta, "drawn": recorded(drawn), "verified": verdict})
     partial.rename(output)
     print(f"{output}: {verdict}")
 

@@ -137,11 +137,11 @@ if __name__ == "__main__":
 import torch
 
 from data.encoding import Encoder
-from data.sources import absolute_source, data_sha256, source_files
+from data.sources import absolute_source, source_sha256
 from models import base
 from models.adapters import FreshExpert, check_one_of_each_task, expert_folders, how_made, open_adapters
 from models.add_expert import add_expert, fit_row
-from models.base_identity import base_sha256
+from models.base_identity import base_sha256, tokenizer_sha256
 from models.expert_ffn import PROJECTIONS
 from models.mixture import MixtureForCausalLM, fuse, load_fused, read_mixture
 from models.prototypes import fit_routers
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.fresh_rank:
         base_model, data_source = base.default_base_model(args.base_model), None
         experts = [
-            FreshExpert(name, base_model, args.fresh_rank, args.seed + i, read_tasks(args.tasks))
+            FreshExpert(name, base_model, args.fresh_rank, f"{args.seed} {i}", read_tasks(args.tasks))
             for i, name in enumerate(names)
         ]
         origin = {"fresh_rank": args.fresh_rank}
@@ -181,6 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = {
         "base_model": base_model,
         "base_sha256": base_sha256(base_model),
+        "tokenizer_sha256": tokenizer_sha256(base_model),
         "data_source": data_source,
         "experts": names,
         "expert_topk": args.expert_topk,
@@ -216,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
             for parameter in block.experts.parameters():
                 parameter.data = parameter.data.to(getattr(torch, args.save_dtype))
     model.save_pretrained(output)
-    meta = {} if args.from_pt or args.fresh_rank else {"experts": how_made(experts)}
+    meta = {} if args.from_pt or args.fresh_rank else how_made(experts)
     run_dir.finish(output, "llama_moe.py", arguments, train={}, meta=meta)
     report_sizes(output, model)
 
@@ -260,6 +261,7 @@ def add_to_fused(args: FuseArguments) -> None:
     arguments = {
         "base_model": base_model,
         "base_sha256": base_sha256(base_model),
+        "tokenizer_sha256": tokenizer_sha256(base_model),
         "to": Path(args.to).name,
         "fused_sha256": sha256(path / "model.safetensors"),
         "experts": [known["name"] for known in mixture.experts] + [name],
@@ -280,8 +282,8 @@ def add_to_fused(args: FuseArguments) -> None:
     model.to("cpu")
     add_expert(model, expert, rows)
     model.save_pretrained(output)
-    experts = ((record or {}).get("meta") or {}).get("experts") or {}
-    run_dir.finish(output, "llama_moe.py", arguments, train={}, meta={"experts": experts | how_made([expert])})
+    meta = how_made([expert], record) | {"fused": recorded}
+    run_dir.finish(output, "llama_moe.py", arguments, train={}, meta=meta)
     report_sizes(output, model)
 
 
@@ -319,8 +321,8 @@ def prompt_arguments(args: FuseArguments, tasks: list[str], source: str | None) 
         raise UserError(
             f"--router_init {args.router_init}: the experts record no data, or different; name it with --data_source"
         )
-    files = [path for task in tasks for path in source_files(task, "train", source)]
-    decided = {"router_init": args.router_init, "data_source": source, "data_sha256": data_sha256(files)}
+    read = source_sha256(tasks, "train", source)
+    decided = {"router_init": args.router_init, "data_source": source, "data_sha256": read}
     decided |= effective_flags(args) | {"data_source": source, "dtype": base.dtype_name(args.dtype)}
     return {name: value for name, value in decided.items() if value is not None}
 

@@ -99,18 +99,31 @@ def resolve_base(folder: Path, given: str | None) -> str:
     """The base model to load under a run: the one that it names, or `given`, the same base at another place. A whole
     model's is its own folder, whatever it was made from.
 
-    UserError if `given` is another base, or if the base is gone from where the run names it.
+    UserError if `given` is another base, if the base is gone from where the run names it, or if its tokenizer is
+    another than the run's.
     """
-    if run_kind(folder) == "shared_by_name":
+    kind = run_kind(folder)
+    if kind == "shared_by_name":
         return resolve_named_base(folder, given)
     named = base.default_base_model(base_of_run(folder))
-    if given is None:
-        if Path(named).is_absolute() and not Path(named).is_dir():
-            raise UserError(f"{folder}: its base model is no longer at {named}; give its new place with --base_model")
+    if given is None and Path(named).is_absolute() and not Path(named).is_dir():
+        raise UserError(f"{folder}: its base model is no longer at {named}; give its new place with --base_model")
+    base_model = named if given is None else same_base_at(folder, named, base.default_base_model(given))
+    if kind in WHOLE:
         return named
-    given = base.default_base_model(given)
+    recorded = (read_run(folder) or {"run": {"arguments": {}}})["run"]["arguments"].get("tokenizer_sha256")
+    if recorded not in (None, tokenizer_sha256(base_model)):
+        raise UserError(
+            f"{folder}: was made with another tokenizer (or chat template) than {base_model} has now; give the base "
+            "as it was with --base_model"
+        )
+    return base_model
+
+
+def same_base_at(folder: Path, named: str, given: str) -> str:
+    """`given`, where it is the base of a run that names `named`; UserError where it is another."""
     if run_kind(folder) in WHOLE and base.same_base(given, named):
-        return named
+        return given
     run = read_run(folder)
     digest = run["run"]["arguments"].get("base_sha256") if run else None
     if digest is None and not base.same_base(given, named):
@@ -120,7 +133,7 @@ def resolve_base(folder: Path, given: str | None) -> str:
         digest = base_sha256(named)
     if digest is not None and base_sha256(given) != digest:
         raise UserError(f"--base_model {given}: is not the base of {folder} ({named}); leave the flag out")
-    return named if run_kind(folder) in WHOLE else given
+    return given
 
 
 def resolve_named_base(folder: Path, given: str | None) -> str:
@@ -143,13 +156,6 @@ def one_base(experts: list[Expert], given: str | None) -> str:
             raise UserError(
                 f"the experts have different bases: {experts[0].name} {bases[0]}, {expert.name} {base_model}; align "
                 "them on one"
-            )
-    for expert in experts:
-        record = read_run(expert.folder) or {"run": {"arguments": {}}}
-        recorded = record["run"]["arguments"].get("tokenizer_sha256")
-        if recorded not in (None, tokenizer_sha256(bases[0])):
-            raise UserError(
-                f"{expert.name} was aligned with another tokenizer than {bases[0]} has; align it with this one"
             )
     return bases[0]
 

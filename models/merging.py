@@ -144,11 +144,11 @@ if __name__ == "__main__":
 import yaml
 
 from data.encoding import Encoder
-from data.held_apart import changed_file, held_apart_records
-from data.sources import Record, absolute_source, answer_records, data_sha256, read_rows, source_files
+from data.held_apart import drawn_by, held_apart_records
+from data.sources import Record, absolute_source, answer_records, read_rows, source_sha256
 from models import base
 from models.adapters import Expert, how_made, save_adapter
-from models.base_identity import base_sha256
+from models.base_identity import base_sha256, tokenizer_sha256
 from models.core_space import CoreSpace, iso_c, knots_ties, mean_cosine, tsv_m
 from models.expert_ffn import PROJECTIONS
 from models.loading import device, load_run, open_experts
@@ -171,14 +171,14 @@ def main(argv: list[str] | None = None) -> None:
     arguments = {
         "base_model": args.base_model,
         "base_sha256": base_sha256(args.base_model),
+        "tokenizer_sha256": tokenizer_sha256(args.base_model),
         "data_source": source,
         "experts": [expert.name for expert in experts],
         "adapters_sha256": [expert.checksum for expert in experts],
         **flag_arguments(args),
     }
     if tuned:
-        files = [path for task in tasks_of(experts) for path in source_files(task, "train", source)]
-        arguments["data_sha256"] = data_sha256(files)
+        arguments["data_sha256"] = source_sha256(tasks_of(experts), "train", source)
         if set(tasks_of(experts)) != set(TASKS):
             arguments["tasks"] = list(tasks_of(experts))
     name = f"merge_{args.method}" + ("_tuned" if tuned else "")
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
             trained["tried"] = try_all(args, experts, modules, source, work)
             chosen = min(trained["tried"], key=lambda one: one["mean_nll_per_token"])["coefficients"]
         write_merge(args, experts, modules, chosen, output, work)
-        meta = {"source": METHODS[args.method].source, "experts": how_made(experts)}
+        meta = {"source": METHODS[args.method].source, **how_made(experts)}
         run_dir.finish(output, SCRIPT, arguments, {**trained, "coefficients": chosen}, meta)
     print(f"Merged {', '.join(arguments['experts'])} by {args.method} {chosen}: {output}")
 
@@ -359,29 +359,27 @@ def tasks_of(experts: list[Expert]) -> tuple[str, ...]:
 
 def held_apart_from(args: MergeArguments, experts: list[Expert], source: str) -> dict[str, list[Record]]:
     """The rows that coefficients are chosen by; UserError where nobody knows which ones the experts were aligned on."""
-    recorded = [run_dir.read_run(expert.folder) for expert in experts]
+    files = source_sha256(tasks_of(experts), "train", source)
+    drawn = {expert.name: drawn_by(run_dir.read_run(expert.folder)) for expert in experts}
     if args.num_held_apart == -1:
-        files = data_sha256([path for task in tasks_of(experts) for path in source_files(task, "train", source)])
-        for expert, run in zip(experts, recorded, strict=True):
-            read = (run or {"run": {"arguments": {}}})["run"]["arguments"].get("data_sha256") or {}
-            if same := sorted(file for file in files if read.get(file) == files[file]):
+        for name, ones in drawn.items():
+            if any(one.reads(source, files) for one in ones):
                 raise UserError(
-                    f"--num_held_apart -1: takes all training rows of {source}, but {expert.name} was aligned on its "
-                    f"{same[0]}; name other data, or how many of its rows to hold apart"
+                    f"--num_held_apart -1: takes all training rows of {source}, but {name} was aligned on some of "
+                    "them; name other data, or how many of its rows to hold apart"
                 )
         return {task: answer_records(task, read_rows(task, "train", source)) for task in tasks_of(experts)}
-    drawn = {(run["run"]["arguments"]["num_samples"], run["run"]["arguments"]["seed"]) for run in recorded if run}
-    if None in recorded or len(drawn) != 1:
-        raise UserError("--num_held_apart: needs experts whose run.json says, alike, which rows they were aligned on")
-    for expert, run in zip(experts, recorded, strict=True):
-        files = data_sha256(source_files(expert.task, "train", source)) if expert.task else {}
-        if changed := changed_file(run["run"]["arguments"].get("data_sha256"), files):
+    for name, one in [(name, one) for name, ones in drawn.items() for one in ones]:
+        if (changed := one.changed_file(files)) or not one.reads(source, files):
             raise UserError(
-                f"--num_held_apart: {expert.name} was aligned on another {changed} than that of {source}, so that "
-                "nobody knows which rows are held apart; name its own data with --data_source, or take all rows of "
-                "other data with --num_held_apart -1"
+                f"--num_held_apart: {name} was aligned on {f'another {changed}' if changed else 'other rows'} than "
+                f"{source} has, so that nobody knows which rows are held apart; name its own data with --data_source, "
+                "or take all rows of other data with --num_held_apart -1"
             )
-    num_trained, seed = drawn.pop()
+    seen = {(one.num_samples, one.seed, one.beside) for ones in drawn.values() for one in ones}
+    if not all(drawn.values()) or len(seen) != 1 or True in next(iter(seen)):
+        raise UserError("--num_held_apart: needs experts whose run.json says, alike, which rows they were aligned on")
+    ((num_trained, seed, _),) = seen
     return held_apart_records(tasks_of(experts), source, num_trained, args.num_held_apart, seed)
 
 

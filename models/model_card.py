@@ -47,6 +47,12 @@ def model_card(
 
 def how_made(record: dict | None, arguments: dict, datasets: list[str]) -> str:
     """The fused run's own record, in words."""
+    if arguments.get("to"):  # with one more expert beside those of a fusion
+        before = {"run": {"script": None}, "train": {}}
+        fused = record["meta"].get("fused") or {}
+        if fused and not fused.get("moe_flag"):
+            before["run"]["script"] = "llama_moe.py"
+        return f"{how_made(before, fused, datasets)} {arguments['experts'][-1]} was then added, without training."
     if record and record["run"]["script"] == "llama_moe.py":
         return "The experts were fused; the fusion was not aligned."
     if not arguments.get("moe_flag"):

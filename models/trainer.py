@@ -230,7 +230,8 @@ class MixtureTrainer(AlignmentTrainer):
             moved = [p for group in optimizer.param_groups for p in group["params"] if id(p) in routers]
             for group in optimizer.param_groups:
                 group["params"] = [p for p in group["params"] if id(p) not in routers]
-            optimizer.add_param_group({"params": moved, "lr": self.router_learning_rate, "weight_decay": 0.0})
+            own = {"lr": self.router_learning_rate, "weight_decay": self.args.weight_decay}
+            optimizer.add_param_group({"params": moved, **own})
         return optimizer
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

@@ -13,6 +13,8 @@ from data.encoding import Encoder
 from models import llama_moe
 from models.expert_bias import read_bias
 from models.loading import load_run
+from models.mixture import read_mixture
+from models.model_card import model_card
 from models.prototypes import OWN_LOGIT, mean_states, task_prompts
 
 WORDS = ("eggs", "sugar", "a ladder", "salt", "a book", "milk")
@@ -109,6 +111,8 @@ def test_it_resumes_and_is_aligned_further(joined, capsys):
          "--max_steps", "1", "--batch_size", "4", "--dtype", "float32", "--run_name", "further",
          "--results_dir", str(root)]
     )  # fmt: skip
+    card = model_card(read_mixture(new_dir), "Form", new_dir, "someone/base", "float32", None)
+    assert "the fusion was not aligned. politeness was then added, without training." in card
     run = json.loads((root / "outputs" / "further" / "run.json").read_text())
     assert run["run"]["arguments"]["tasks"] == "helpfulness,safety,truthfulness,politeness"
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM, MixtralForCausalLM
 
+import align_basemodel
 from config import UserError
 from data.prompts import render_prompt
 from models import base, behaviour, dense_experts, export, llama_moe
@@ -209,6 +210,17 @@ def test_an_expert_comes_back_as_the_adapter_it_was(fused, tmp_path, source, att
         assert (again.task, again.rank, again.base_model) == (source, given.rank, given.base_model)
 
 
+def test_an_expert_of_another_name_comes_back_with_its_task(base_dir, tmp_path):
+    base = ["--base_model", base_dir, "--data_source", "sample", "--num_samples", "2", "--max_steps", "1"]
+    place = ["--results_dir", tmp_path]
+    align_basemodel.main([str(flag) for flag in ["--task_name", "safety", "--batch_size", 2, *base, *place]])
+    save_adapter(tmp_path / "outputs" / "helpfulness", base_dir, 1)
+    llama_moe.main(["--experts", f"calm={tmp_path}/outputs/safety,helpfulness", "--results_dir", str(tmp_path)])
+    out = ["--expert", "calm", "--output", str(tmp_path / "out"), "--results_dir", str(tmp_path)]
+    export.main(["--cross_task", "moe", "--to", "peft", *out])
+    assert Expert(tmp_path / "out").task == "safety"
+
+
 def test_a_wrong_scaling_fails_the_adapter(fused, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(export, "alpha_of", lambda scaling, rank: scaling * rank * 1.1)
     arguments = ["--cross_task", fused, "--to", "peft", "--expert", "safety", "--output", tmp_path / "out"]
@@ -323,6 +335,7 @@ def test_a_dense_expert_or_another_base_is_refused(fused, tmp_path, capsys):
     other = LlamaForCausalLM.from_pretrained(fused.parent / "base")
     other.model.layers[0].self_attn.q_proj.weight.data.normal_()
     other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(fused.parent / "base").save_pretrained(tmp_path / "other")
     assert "only the FFNs may differ" in refused("--base_model", str(tmp_path / "other"))
     (tmp_path / "moe.pt").write_bytes(b"no state dict")
     assert "no moe.pt" in refused(*base)

@@ -22,6 +22,7 @@ from transformers import (
 
 import align_basemodel
 import config
+import inference
 from config import UserError
 from evaluator.scoring import check_scored
 from models import base_identity, export, llama_moe, loading
@@ -144,7 +145,21 @@ def test_another_tokenizer_makes_another_run(base_dir, adapter_dirs, tmp_path, c
     experts = f"helpfulness={adapter_dirs[0]},safety={tmp_path}/outputs/safety"
     with pytest.raises(SystemExit):
         llama_moe.main(["--experts", experts, "--base_model", str(other), "--output", str(tmp_path / "moe")])
-    assert "safety was aligned with another tokenizer" in capsys.readouterr().err
+    assert "outputs/safety: was made with another tokenizer" in capsys.readouterr().err
+    experts = f"helpfulness={adapter_dirs[0]},truthfulness={adapter_dirs[2]}"
+    moe = str(tmp_path / "moe")
+    llama_moe.main(["--experts", experts, "--base_model", str(base_dir), "--output", moe])
+    here = ["--results_dir", str(tmp_path), "--base_model", str(other)]
+    for script, flags in (
+        (inference, ["--task_name", "safety", "--cross_task", "safety", "--num_samples", "1", *here]),
+        (align_basemodel, [*align, "--init_adapter", "safety", "--run_name", "on", *here]),
+        (align_basemodel, [*align[2:], "--moe_flag", "1", "--moe_dir", moe, *here]),
+        (llama_moe, ["--add", "safety", "--to", moe, "--data_source", "sample", *here]),
+        (export, ["--cross_task", moe, "--output", str(tmp_path / "out"), *here]),
+    ):
+        with pytest.raises(SystemExit):
+            script.main(flags)
+        assert "was made with another tokenizer" in capsys.readouterr().err, script.__name__
 
 
 def test_the_digest_of_a_mixtral_is_what_it_was(tmp_path):

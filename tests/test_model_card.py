@@ -64,6 +64,14 @@ def test_an_aligned_run_tells_its_data_settings_and_scores(tmp_path):
     assert "## Scores" not in card(tmp_path, ALIGNED, results=tmp_path / "results")[1]
 
 
+def test_one_more_expert_beside_an_aligned_fusion_hides_nothing_of_its_alignment(tmp_path):
+    added = {"to": "mix", "experts": ["helpfulness", "safety", "truthfulness", "politeness"], "data_source": "hub"}
+    meta = {"fused": ALIGNED["run"]["arguments"]}
+    _, body = card(tmp_path, {"run": {"script": "llama_moe.py", "arguments": added}, "train": {}, "meta": meta})
+    assert "and the fusion was aligned on tatsu-lab/alpaca" in body and "learning rate 0.0005" in body
+    assert body.count("politeness was then added, without training.") == 1 and "not aligned" not in body
+
+
 def test_what_is_not_known_is_not_told(tmp_path):
     head, body = card(tmp_path, base="smollm2")
     assert "base_model" not in head and "datasets" not in head and "## Scores" not in body

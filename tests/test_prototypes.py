@@ -128,6 +128,9 @@ def test_fresh_experts_change_nothing_until_they_are_aligned(tmp_path, base_dir)
     a, b = (saved[f"model.layers.0.mlp.experts.up_proj_{letter}"] for letter in "AB")
     assert not b.any() and a.abs().max() <= 32**-0.5 and not torch.equal(a[0], a[1])
     assert model.mixture.expert_of_task == {task: i for i, task in enumerate(TASKS)}
+    fuse(tmp_path / "of_43", "--fresh_rank", 4, "--base_model", base_dir, "--seed", 43)
+    other = load_file(tmp_path / "of_43" / "model.safetensors")["model.layers.0.mlp.experts.up_proj_A"]
+    assert not any(torch.equal(one, another) for one in a for another in other)  # seeds share no expert
 
 
 @pytest.mark.parametrize(

@@ -143,31 +143,6 @@ def test_rows_scored_on_questions_held_apart_are_known(base_dir, tmp_path, capsy
         assert end.value.code == reuse.NOT_ALIKE and said in capsys.readouterr().out
 
 
-def test_a_run_is_not_scored_on_rows_held_apart_from_another_draw(base_dir, tmp_path, capsys):
-    """Of another number of rows, or by another seed: some of them it may have learnt."""
-    place = ["--results_dir", tmp_path]
-    call(align_basemodel, "--task_name", "safety", "--base_model", base_dir, "--data_source", "sample", *SHORT, *place)
-    score = ["--run", "safety", "--dataset_type", "held_apart", "--task_name", "safety", "--num_samples", 3, *place]
-    for drawn in (["--num_trained", 3], ["--num_trained", 4, "--seed", 43]):
-        with pytest.raises(SystemExit):
-            call(evaluate_likelihood, *score, *drawn)
-        assert "safety was trained on rows drawn with num_samples 4 and seed 42" in capsys.readouterr().err
-    call(evaluate_likelihood, *score, "--num_trained", 4)
-
-
-def test_a_run_is_not_scored_on_rows_held_apart_of_a_file_that_has_changed(base_dir, tiny_source, tmp_path, capsys):
-    place = ["--results_dir", tmp_path]
-    call(
-        align_basemodel, "--task_name", "safety", "--base_model", base_dir, "--data_source", tiny_source, *SHORT, *place
-    )
-    lines = (tiny_source / "safety_train.jsonl").read_text().splitlines(keepends=True)
-    (tiny_source / "safety_train.jsonl").write_text("".join(lines[1:]))
-    score = ["--run", "safety", "--dataset_type", "held_apart", "--task_name", "safety", "--num_samples", 3, *place]
-    with pytest.raises(SystemExit):
-        call(evaluate_likelihood, *score, "--num_trained", 4)
-    assert "safety was trained on another safety_train.jsonl than" in capsys.readouterr().err
-
-
 def test_rows_scored_without_comparisons_are_no_others(check, base_dir, tmp_path):
     score = ["--base_model", base_dir, "--data_source", "sample", "--num_samples", 3, "--dtype", "float32"]
     call(evaluate_likelihood, "--run", "raw", *score, "--comparisons", 0, "--results_dir", tmp_path / "results")

@@ -330,6 +330,22 @@ def test_truthfulness_comparisons_from_the_published_targets_else_from_columns(t
     id = "truthfulqa-408"
     assert comparisons("test") == [[(id, ("n", "y"), (0, 1))], [(id, ("y", "z", "n"), (1, 1, 0))]]
     assert comparisons("train") == built("train")  # the published targets are the test half's
+    files = {path.name for path in sources.source_files("truthfulness", "test", str(tmp_path), comparisons=True)}
+    assert "truthfulness_train.jsonl" not in files
+
+
+def test_multiple_choice_questions_that_were_trained_on_are_not_scored(tmp_path):
+    """The published file holds both halves."""
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / f"truthfulness_{split}.jsonl", [question(split) | {"question": split}])
+    one = targets(["n", "y"], [0, 1])
+    rows = [{"idx": i, "question": split, "mc1_targets": one, "mc2_targets": one}
+            for i, split in enumerate(("train", "test"))]  # fmt: skip
+    write_jsonl(tmp_path / "truthfulness_mc.jsonl", rows)
+    for half in sources.truthfulness_comparisons("test", str(tmp_path)):
+        assert [one.instruction for one in half] == ["test"]
+    files = {path.name for path in sources.source_files("truthfulness", "test", str(tmp_path), comparisons=True)}
+    assert "truthfulness_train.jsonl" in files  # which decides what is scored
 
 
 def test_spread_and_draw():

@@ -149,12 +149,13 @@ def test_the_gating_loss_can_weigh_tasks_alike(fused_dir, samples, tmp_path):
 
 
 def test_the_router_has_its_own_learning_rate_and_every_parameter_one_group(fused_dir, samples, tmp_path):
-    trainer = make_trainer(fused_dir, samples, tmp_path, router_lr=0.07)
+    trainer = make_trainer(fused_dir, samples, tmp_path, router_lr=0.07, weight_decay=0.02)
     rates = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
     trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert {rates[id(p)] for name, p in trained.items() if ".router." in name} == {0.07}
     assert {rates[id(p)] for name, p in trained.items() if ".router." not in name} == {5e-4}
     assert len(rates) == len(trained) == sum(len(g["params"]) for g in trainer.optimizer.param_groups)
+    assert {group["weight_decay"] for group in trainer.optimizer.param_groups if group["params"]} == {0.02}
 
 
 @pytest.mark.parametrize("gate_gradient, reached", [("router", False), ("all", True)])

@@ -93,7 +93,7 @@ def holds_work(folder: Path) -> bool:
 def compare_arguments(folder: Path, before: dict, now: dict, remedy: str) -> None:
     """UserError naming the first argument, or data file, in which two runs differ."""
     for digest, location in DIGESTS.items():
-        if before.get(digest) is None:  # recorded by an earlier version: its location is what tells
+        if not before.get(digest):  # recorded by an earlier version: its location is what tells
             now = {key: value for key, value in now.items() if key != digest}
         elif before[digest] and now.get(digest):
             before, now = ({k: v for k, v in one.items() if k != location} for one in (before, now))

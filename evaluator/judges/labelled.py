@@ -62,12 +62,12 @@ def _published(kind: str, source: str) -> Path | None:
     return path if path.exists() else None
 
 
-def judge_files(kind: str, source: str) -> list[Path]:
-    """The local files that judge_rows reads, for their checksums; none for the hub."""
+def judge_sha256(kind: str, source: str) -> dict[str, str]:
+    """The checksums of what judge_rows reads."""
     if kind != "safety" and (path := _published(kind, source)) is not None:
-        return [path]
+        return sources.data_sha256([path])
     task = "safety" if kind == "safety" else "truthfulness"
-    return [path for split in ("train", "test") for path in sources.source_files(task, split, source)]
+    return sources.source_sha256([task], "train", source) | sources.source_sha256([task], "test", source)
 
 
 def _read_published(path: Path) -> list[tuple[int, Labelled]]:
