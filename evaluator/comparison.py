@@ -7,6 +7,7 @@ are of the questions, not of the seeds.
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from config import BIAS, RAW, RAW_CHAT, UserError
 from evaluator.paired import holm, mean_of_differences, paired_difference
@@ -21,6 +22,8 @@ from evaluator.run_scores import (
     table_metrics,
 )
 from evaluator.statistics import metric
+from evaluator.sweeps import OF_A_MACHINE
+from workspace.run_dir import DIGESTS
 
 KINDS = ("raw", "expert", "mixed", "merge", "ensemble", "fused")
 
@@ -58,16 +61,44 @@ def split_seed(name: str) -> tuple[str, int]:
 
 
 def seed_of(name: str, record: dict | None) -> int:
-    """A run's seed: as its name says, else as it was trained or fused with, else that of the experts that it was made
-    from (a merge, an ensemble); 42 where nothing says."""
-    run, seed = split_seed(name)
-    if record is None or run != name:
-        return seed
+    """A run's seed: as it was trained or fused with, else that of the experts that it was made from (a merge, an
+    ensemble), else as its name says. UserError where name and record contradict each other."""
+    run, named = split_seed(name)
+    if record is None:
+        return named
     own = record["run"]["arguments"]
     if record["run"]["script"] in ("align_basemodel.py", "llama_moe.py"):
-        return own.get("seed", seed)
-    of_experts = {arguments.get("seed") for arguments in record["meta"].get("experts", {}).values() if arguments}
-    return of_experts.pop() if len(of_experts) == 1 else seed
+        recorded = {own.get("seed")}
+    else:
+        recorded = {arguments.get("seed") for arguments in record["meta"].get("experts", {}).values() if arguments}
+    seed = recorded.pop() if len(recorded) == 1 else None
+    if seed is None:
+        return named
+    if run.partition(BIAS)[0] != name.partition(BIAS)[0] and seed != named:
+        raise UserError(f"{name}: was made with seed {seed}; give it a name that says so")
+    return seed
+
+
+def recipe(record: dict | None) -> dict:
+    """What decided a run, and what it was made from, but for its seed, the rows that the seed dealt out, and what
+    differs between machines; names of other runs without their seeds."""
+    if record is None:
+        return {}
+    arguments, meta = record["run"]["arguments"], record["meta"]
+    made_from = {part: meta[part] for part in ("fused", "init") if meta.get(part)}
+    made_from |= {split_seed(name)[0]: of_expert for name, of_expert in (meta.get("experts") or {}).items()}
+    decided = dict(arguments) | {
+        f"{part}'s {key}": value for part, theirs in made_from.items() for key, value in (theirs or {}).items()
+    }
+    left_out = {*OF_A_MACHINE, *DIGESTS, "seed"}
+    return {key: seedless(value) for key, value in decided.items() if key.split("'s ")[-1] not in left_out}
+
+
+def seedless(value):
+    """A recorded setting with runs' names as they are without their seeds."""
+    if isinstance(value, list):
+        return [seedless(one) for one in value]
+    return split_seed(Path(value).name)[0] if isinstance(value, str) else value
 
 
 def kind_of(name: str, record: dict | None) -> str:
@@ -93,6 +124,7 @@ def make_rows(runs: dict[str, RunScores]) -> list[Row]:
         if seed in row.seeds:
             raise UserError(f"{row.seeds[seed].name} and {name}: are of one seed, {seed}; compare one of them")
         row.seeds[seed] = scores
+        check_one_recipe(next(iter(row.seeds.values())), scores)
     for row in rows.values():
         for one in likelihood_metrics(scored_tasks(row.seeds.values())):
             having = row.seeds_with(one.name)
@@ -100,6 +132,19 @@ def make_rows(runs: dict[str, RunScores]) -> list[Row]:
                 missing = next(scores.name for seed, scores in row.seeds.items() if seed not in having)
                 raise UserError(f"{missing}: has no {one.name}, which {row.run} has by another seed; score both alike")
     return list(rows.values())
+
+
+def check_one_recipe(first: RunScores, other: RunScores) -> None:
+    """UserError for runs that a name calls seeds of one another, and that differ in more."""
+    ours, theirs = recipe(first.record), recipe(other.record)
+    if kind_of(first.name, first.record) != kind_of(other.name, other.record):
+        raise UserError(f"{first.name} and {other.name}: are called seeds of one run and are of different kinds")
+    for key in sorted({*ours, *theirs}):
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"{first.name} and {other.name}: are called seeds of one run, with {key} {ours.get(key)} and "
+                f"{theirs.get(key)}; name one of them otherwise"
+            )
 
 
 def check_one_base(runs: dict[str, RunScores]) -> None:

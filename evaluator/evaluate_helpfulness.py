@@ -104,7 +104,7 @@ def output_pairs(rows: list[dict], reference_outputs: str | None, folder: Path) 
     standard = all(row["id"].startswith("alpaca_eval-") for row in rows)
     dataset = "alpaca_eval"
     if not standard:
-        dataset = run_dir.read_record(folder / run_dir.COMPLETE)["run"]["arguments"]["data_source"]
+        dataset = run_dir.read_record(folder / run_dir.COMPLETE)["run"]["arguments"].get("data_source") or folder.name
     given = None if reference_outputs is None else read_reference(Path(reference_outputs))
     model, reference = [], []
     for row in rows:

@@ -65,11 +65,11 @@ def check_made_alike(here: dict | None, kept: RunScores) -> None:
     if here is None or kept.record is None:
         return
     ours, theirs = (record["run"]["arguments"] for record in (without_places(here), kept.record))
-    for key in sorted({*ours} & {*theirs} - {*OF_A_MACHINE}):
-        if ours[key] != theirs[key]:
+    for key in sorted({*ours, *theirs} - {*OF_A_MACHINE}):
+        if ours.get(key) != theirs.get(key):
             raise UserError(
-                f"{kept.name}: made here with {key}={ours[key]}, kept with {key}={theirs[key]}; score the one made "
-                "here with evaluator/evaluate_likelihood.py, or leave --saved out"
+                f"{kept.name}: made here with {key}={ours.get(key)}, kept with {key}={theirs.get(key)}; score the one "
+                "made here with evaluator/evaluate_likelihood.py, or leave --saved out"
             )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from config import BIAS, GENERAL, RAW, RAW_CHAT, TASKS, XSTEST, UserError, answering_task
 from evaluator.results import judge_name
 from evaluator.token_cost import relative_cost
+from models.loading import weights_sha256
 from workspace.files import as_written, read_json, read_lines, sha256
 from workspace.run_dir import read_record, read_run
 
@@ -154,7 +155,7 @@ class Result:
 def answers_of(result: Result) -> dict:
     """The settings of the answers that a result judges; of selected ones they stand with their candidates."""
     answers = result.settings.get("answers", {})
-    return {} if "by" in answers else answers
+    return answers.get("candidates", {}) if "by" in answers else answers
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ class RunScores:
         selected)."""
         if self.record:  # a merge is scored as a base of its own; what counts is what it was made from
             return self.record["run"]["arguments"].get("base_sha256")
-        settings = [one.settings | one.settings.get("answers", {}) for one in self.metrics.values()]
+        settings = [one.settings | answers_of(one) for one in self.metrics.values()]
         return next((one["base_sha256"] for one in settings if "base_sha256" in one), None)
 
 
@@ -281,8 +282,9 @@ def check_answers(folder: Path, outputs: Path) -> None:
 
 
 def check_weights(results_dir: Path, name: str, split: str) -> None:
-    """UserError for scores and answers of a run that were not made by the same weights."""
-    first: dict[str, Path] = {}
+    """UserError for scores and answers of a run that were not made by the same weights, those that it has now."""
+    made = made_in(results_dir, name)
+    first: dict[str, Path] = {weights_sha256(made): made} if holds_weights(made) else {}
     folders = [
         *(results_dir / "evaluation").glob(f"*/{split}/{name}/likelihood"),
         *(results_dir / "evaluation").glob(f"*/{split}/{name}/{DRIFT}"),
@@ -294,7 +296,12 @@ def check_weights(results_dir: Path, name: str, split: str) -> None:
             first.setdefault(weights, folder)
     if len(first) > 1:
         one, other, *_ = first.values()
-        raise UserError(f"{name}: {one} and {other} are of different weights; move the older one away and make it anew")
+        raise UserError(f"{name}: {one} and {other} are of different weights; move what is older away and make it anew")
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a run's weights lie here, and not its record alone."""
+    return any(folder.glob("*.safetensors"))
 
 
 def answers_directories(name: str, task: str) -> tuple[str, ...]:

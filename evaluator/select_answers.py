@@ -79,6 +79,7 @@ from data.sources import absolute_source, draw, prompt_of, read_rows, source_sha
 from evaluator.answers import Answers, load_answers
 from evaluator.judges.protocols import JUDGE_FILE, YES_NO, clean_answer, fill
 from evaluator.judges.trained import read_trained
+from evaluator.run_scores import ANSWERS_ALIKE, recorded
 from workspace import run_dir
 from workspace.files import as_written, read_json, write_lines
 
@@ -96,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
         "by": args.by,
         "answers": args.directories,
         "answers_sha256": [answers.checksum for answers in candidates],
+        "candidates": made_alike(candidates),
+        "data_source": recorded(candidates[0].folder).get("data_source"),
     }
     if args.by == "consensus":
         name, choose = "consensus", lambda: choose_by_consensus(candidates)
@@ -139,6 +142,20 @@ def check_same_prompts(candidates: list[Answers]) -> None:
             (row["id"], row["instruction"]) for row in first.rows
         ]:
             raise UserError(f"{other.folder}: answers other prompts than {first.folder}; answer the same with both")
+
+
+def made_alike(candidates: list[Answers]) -> dict:
+    """The settings that all candidates were answered with, and their base. UserError where they differ."""
+    first, *others = [recorded(answers.folder) for answers in candidates]
+    settings = {key: first[key] for key in (*ANSWERS_ALIKE, "base_sha256") if key in first}
+    for answers, other in zip(candidates[1:], others, strict=True):
+        for key, value in settings.items():
+            if key in other and other[key] != value:
+                raise UserError(
+                    f"{answers.folder}: was answered with {key} {other[key]}, {candidates[0].folder} with {value}; "
+                    "answer with both alike"
+                )
+    return settings
 
 
 def choose_by_consensus(candidates: list[Answers]) -> list[int]:

@@ -6,7 +6,10 @@ from config import BIAS, TASKS
 from evaluator.run_scores import SHARES, RunScores, drift_metrics, nll_metrics, scored_tasks
 
 # What a fusion's record says of the place and the weights that it was made from, not of how
-OF_A_MACHINE = ("base_model", "data_source", "fused_sha256", "init_sha256", "adapters_sha256", "run_name")
+OF_A_MACHINE = (
+    *("base_model", "data_source", "run_name"),
+    *("fused_sha256", "init_sha256", "adapters_sha256", "tokenizer_sha256"),
+)
 
 
 @dataclass

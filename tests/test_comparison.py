@@ -1,5 +1,6 @@
 """The comparison of whole runs: its numbers against the judgements they come from."""
 
+import copy
 import hashlib
 import json
 import re
@@ -8,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from comparison_runs import FUSED, FUSIONS, RUNS, call, results, row_of, table, write_verdicts
+from safetensors.torch import load_file, save_file
 
 from config import TASKS, UserError
 from evaluator import comparison, report
@@ -301,6 +303,41 @@ def test_scores_and_answers_of_other_weights_are_not_one_row(results, tmp_path, 
     assert "are of different weights" in capsys.readouterr().err
 
 
+def test_the_scores_of_a_run_that_was_made_anew_are_not_its_own(results, tmp_path, capsys):
+    results = shutil.copytree(results, tmp_path / "results")
+    path = results / "outputs" / "safety" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, path)
+    with pytest.raises(SystemExit):
+        call(report, "--runs", f"safety,{FUSED}", "--results_dir", results)
+    assert "are of different weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"learning_rate": 0.05}, "with learning_rate 0.0005 and 0.05"),
+        ({"lora_bias": 1}, "with lora_bias None and 1"),
+        ({"task_name": "safety"}, "are of different kinds"),
+    ],
+)
+def test_what_a_name_calls_seeds_of_one_run_is_made_alike(results, changed, said):
+    runs = {name: read_run_scores(results, name, "test", None) for name in ("mixed", "mixed_seed_43", FUSED)}
+    comparison.compare(runs, FUSED)
+    record = copy.deepcopy(runs["mixed_seed_43"].record)
+    record["run"]["arguments"] |= changed
+    runs["mixed_seed_43"] = replace(runs["mixed_seed_43"], record=record)
+    with pytest.raises(UserError, match=f"mixed and mixed_seed_43.*{said}"):
+        comparison.compare(runs, FUSED)
+
+
+def test_one_run_under_two_names_is_not_two_seeds(results):
+    runs = {name: read_run_scores(results, name, "test", None) for name in ("mixed", FUSED)}
+    again = replace(runs["mixed"], name="mixed_seed_43")
+    with pytest.raises(UserError, match="mixed_seed_43: was made with seed 42"):
+        comparison.compare(runs | {"mixed_seed_43": again}, FUSED)
+
+
 def test_a_kept_row_does_not_stand_for_a_run_made_otherwise(results, tmp_path, capsys):
     call(report, "--runs", FUSED, "--save", tmp_path / "kept", "--only_save", 1, "--results_dir", results)
     here = tmp_path / "here" / "outputs" / FUSED
@@ -309,11 +346,13 @@ def test_a_kept_row_does_not_stand_for_a_run_made_otherwise(results, tmp_path, c
     command = ["--runs", FUSED, "--saved", tmp_path / "kept", "--results_dir", tmp_path / "here"]
     (here / "run.json").write_text(json.dumps(record))
     call(report, *command)
-    record["run"]["arguments"]["learning_rate"] = 0.05
-    (here / "run.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit):
-        call(report, *command)
-    assert f"{FUSED}: made here with learning_rate=0.05, kept with" in capsys.readouterr().err
+    for setting, value in (("expert_dropout", 0.3), ("learning_rate", 0.05)):  # one that is recorded where it is given
+        other = copy.deepcopy(record)
+        other["run"]["arguments"][setting] = value
+        (here / "run.json").write_text(json.dumps(other))
+        with pytest.raises(SystemExit):
+            call(report, *command)
+        assert f"{FUSED}: made here with {setting}={value}, kept with" in capsys.readouterr().err
 
 
 def test_words_that_are_no_verdict_are_left_out_of_both_runs(results, tmp_path):

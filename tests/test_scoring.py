@@ -1,6 +1,7 @@
 """Likelihood scores against independent arithmetic: one answer a row, no packing, no batching."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -270,3 +271,18 @@ def test_the_raw_base_is_also_asked_by_its_own_chat_template(tmp_path, base_dir,
     expected += tokenizer("</s>\n<s>assistant\n", add_special_tokens=False)["input_ids"]
     assert Encoder(chat_tokenizer, 100, chat=True).prompt_ids(record) == expected
     assert expected.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_model_that_gives_no_probabilities_is_not_scored(base_dir, tmp_path, capsys, monkeypatch):
+    """As by float16 where it overflows: a comparison with such an answer would count as lost."""
+    scored = evaluate_likelihood.score_answers
+
+    def overflowed(*arguments):
+        return {one: replace(value, log_probs=value.log_probs * math.nan) for one, value in scored(*arguments).items()}
+
+    monkeypatch.setattr(evaluate_likelihood, "score_answers", overflowed)
+    flags = ["--run", "raw", "--task_name", "safety", "--base_model", str(base_dir), "--data_source", "sample"]
+    with pytest.raises(SystemExit):
+        evaluate_likelihood.main([*flags, "--num_samples", "2", "--dtype", "float32", "--results_dir", str(tmp_path)])
+    assert "is no finite number by --dtype float32" in capsys.readouterr().err
+    assert not [*tmp_path.rglob("metrics.json")]

@@ -1,6 +1,7 @@
 """Answers selected from those of several runs: by likeness, by a judge, by the instruction."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import write_answers, write_jsonl
@@ -8,6 +9,8 @@ from conftest import write_answers, write_jsonl
 from config import TASKS
 from data.sources import prompt_records, read_rows
 from evaluator import evaluate_safety, evaluate_truth_and_info, select_answers, train_judge
+from evaluator.evaluate_helpfulness import output_pairs
+from evaluator.run_scores import Result, RunScores, settings_of
 
 QUESTIONS = ["Is river 1?", "Is stone 2?", "Is lamp 3?"]
 ANSWERS = {
@@ -112,6 +115,46 @@ def test_mistakes_are_one_line(results, more, said, capsys):
         select(results, *more)
     error = capsys.readouterr().err
     assert exit_.value.code == 2 and said in error and len(error.splitlines()) == 1
+
+
+def answered_with(results, run, **arguments):
+    path = results / "inference" / "truthfulness" / "test" / run / "run.json"
+    record = json.loads(path.read_text())
+    record["run"]["arguments"] = {"max_new_tokens": 64, "data_source": "sample", **arguments}
+    path.write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize("setting", ["max_new_tokens", "base_sha256"])
+def test_candidates_are_answered_alike_and_compared_by_how(results, setting, capsys):
+    for run in ANSWERS:
+        answered_with(results, run, **{setting: 4})
+    select(results)
+    result = Result(["a"], [1.0], [1.0], ["a"], ["j", "1"], {"answers": settings_of(folder_of(results))}, {})
+    other = replace(result, settings={"answers": {setting: 8}})
+    assert result.differs(replace(result, settings={"answers": {setting: 4}})) is None
+    if setting == "max_new_tokens":
+        assert result.differs(other) == "with answers' max_new_tokens 4 and 8"
+    else:
+        assert RunScores("consensus", None, {}, {"flagged": result}).base_sha256 == 4
+    answered_with(results, "cross_c", **{setting: 8})
+    with pytest.raises(SystemExit):
+        select(results, "--name", "again")
+    assert f"was answered with {setting} 8" in capsys.readouterr().err
+
+
+def folder_of(results):
+    return results / "inference" / "truthfulness" / "test" / "consensus"
+
+
+def test_selected_answers_have_a_reference_as_any(tmp_path):
+    """To other instructions than AlpacaEval's, which name their data."""
+    for run, texts in ANSWERS.items():
+        write_answers(tmp_path, "helpfulness", texts, run, QUESTIONS)
+    select_answers.main(["--results_dir", str(tmp_path), "--task_name", "helpfulness", "--answers", ",".join(ANSWERS)])
+    folder = tmp_path / "inference" / "helpfulness" / "test" / "consensus"
+    rows = [json.loads(line) for line in (folder / "outputs.jsonl").read_text().splitlines()]
+    ours, theirs = output_pairs(rows, None, folder)
+    assert len(ours) == len(theirs) == 3
 
 
 def test_selected_answers_are_scored_like_any(results, judge_base_dir, capsys):
