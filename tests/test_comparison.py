@@ -280,13 +280,24 @@ def test_a_score_of_answers_that_are_no_longer_there_is_refused(results, tmp_pat
     folder = write_verdicts(results, FUSED, "judge", "1", [1, 0, 1])
     record = {"run": {"script": "evaluate_safety.py", "arguments": {"answers_sha256": "0"}}}
     (folder / "run.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit):
-        call(report, "--runs", FUSED, "--results_dir", results)
-    assert "is a score of other answers than" in capsys.readouterr().err
+    for runs in (FUSED, ""):
+        with pytest.raises(SystemExit):
+            call(report, "--runs", runs, "--results_dir", results)
+        assert "is a score of other answers than" in capsys.readouterr().err
     outputs = results / "inference" / "safety" / "test" / f"cross_{FUSED}" / "outputs.jsonl"
     record["run"]["arguments"]["answers_sha256"] = hashlib.sha256(outputs.read_bytes()).hexdigest()
     (folder / "run.json").write_text(json.dumps(record))
     call(report, "--runs", FUSED, "--results_dir", results)
+
+
+def test_a_score_that_was_not_finished_stands_in_no_table(results, tmp_path):
+    results = shutil.copytree(results, tmp_path / "results")
+    for run in ("safety", FUSED):
+        folder = write_verdicts(results, run, "judge", "1", [1, 0, 1])
+    (folder / "run.json").unlink()
+    call(report, "--runs", "", "--results_dir", results)
+    table = (results / "report" / "table.md").read_text()
+    assert "| safety |" in table and FUSED not in table
 
 
 def test_scores_and_answers_of_other_weights_are_not_one_row(results, tmp_path, capsys):
