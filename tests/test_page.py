@@ -13,6 +13,7 @@ from conftest import ROOT
 from config import TASKS
 from evaluator import comparison, report
 from evaluator.page import write_page
+from evaluator.page_answers import side_by_side
 from evaluator.page_sections import Section, section_of
 from evaluator.page_words import verdict
 from evaluator.run_scores import SHARES, read_run_scores
@@ -159,6 +160,18 @@ def test_judgements_stand_beside_the_answers(results, table, tmp_path):
     call(report, "--runs", ",".join(["raw", *TASKS, FUSED]), "--show_answers", results, "--results_dir", results)
     page = (results / "report" / "index.html").read_text()
     assert re.findall(r"<h4>safety · flagged: ([^<]*)</h4>", page) == ["1", "no verdict", "0"]
+
+
+def test_answers_to_other_questions_of_the_same_ids_stand_apart(results, table, tmp_path):
+    """Two folders of data may number their questions alike."""
+    results = shutil.copytree(results, tmp_path / "results")
+    safety = results / "inference" / "safety" / "test" / "cross_safety" / "outputs.jsonl"
+    first, *rest = map(json.loads, safety.read_text().splitlines())
+    asked = [first | {"instruction": "Which way is north?"}, *rest[:-1], rest[-1] | {"input": "By night."}]
+    safety.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    shown = side_by_side(results, ["raw", "safety"], "test")
+    assert [(item["question"], len(item["answers"])) for item in shown] == [(rest[0]["instruction"], 2)]
+    assert len(side_by_side(results, ["raw", "helpfulness"], "test")) == 3
 
 
 def test_without_texts_no_text_of_the_data_stands_on_the_page(results, table):
