@@ -8,7 +8,8 @@ from committed import NLL, REFERENCE, RESULTS, difference_text, kept_runs, minus
 from evaluator.comparison import compare
 from evaluator.page_figures import sweep_figures
 from evaluator.page_sections import Section
-from evaluator.page_words import SIGNIFICANT, outcomes
+from evaluator.page_words import outcomes
+from evaluator.paired import CERTAIN
 from evaluator.run_scores import MEAN_NLL, SHARES, RunScores
 from evaluator.statistics import interval_text
 from evaluator.sweeps import Alike, embedding_drift
@@ -50,10 +51,7 @@ def in_words() -> str:
         for x, name in alike.by("safety_weight")
         if name != REFERENCE
     ]
-    parts = [
-        f"By the mean likelihood the method is {outcomes(others, 'other fusions')} (paired, p < {SIGNIFICANT} after "
-        "Holm's correction)."
-    ]
+    parts = [f"By the mean likelihood the method is {outcomes(others, 'other fusions')} (paired, {CERTAIN})."]
     if len(drifts) > 1:
         parts.append(f"Distance of its embeddings from those at γ₁ = 0, by γ₁: {', '.join(drifts)}.")
     if safe:

@@ -1,7 +1,7 @@
 """The main table of the comparison's page: its columns, its rows with their costs and commands, its cells."""
 
 from evaluator.comparison import split_seed
-from evaluator.page_words import SIGNIFICANT
+from evaluator.paired import is_certain
 from evaluator.results import corrected_text
 
 COSTS = (  # key, heading, what it is, how a value is written
@@ -54,7 +54,7 @@ def score_cell(row: dict, rows: list[dict], one) -> dict:
         around = difference["interval"]
         text = f"{difference['difference']:+.3f}" + (f" [{around[0]:+.3f}, {around[1]:+.3f}]" if around else "")
         text += f", p = {difference['p_holm']:.3g}"
-        if difference["p_holm"] < SIGNIFICANT:
+        if is_certain(difference):
             tone = "good" if (difference["difference"] > 0) == one.higher_is_better else "bad"
     more = []
     if "of_seeds" in score:

@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from evaluator.comparison import KINDS
+from evaluator.paired import CERTAIN, is_certain
 from evaluator.results import INTERVALS
 from evaluator.run_scores import JUDGED, RunScores
-
-SIGNIFICANT = 0.05
 
 
 def reference_kind(comparison: dict) -> str:
@@ -27,11 +26,8 @@ def verdict(comparison: dict) -> str:
     families = (rivals, "rivals"), (variants, "other fusions" if kind == "fused" else f"other {kind} runs")
     parts = [outcomes(family, what) for family, what in families if family]
     left = [row["run"] for row in comparison["rows"] if uncompared(row, comparison)]
-    return (
-        f"By the likelihood of held-out answers {reference} is {'; and '.join(parts)} "
-        f"(paired, p < {SIGNIFICANT} after Holm's correction)."
-        + (f" Not compared, having no seed in common with it: {', '.join(left)}." if left else "")
-    )
+    text = f"By the likelihood of held-out answers {reference} is {'; and '.join(parts)} (paired, {CERTAIN})."
+    return text + (f" Not compared, having no seed in common with it: {', '.join(left)}." if left else "")
 
 
 def uncompared(row: dict, comparison: dict) -> bool:
@@ -45,8 +41,8 @@ def outcomes(rows: list[dict], what: str) -> str:
     better, undecided, worse = [], [], []
     for row in rows:
         difference = row["paired"]["mean_nll_per_token"]
-        certain = difference["p_holm"] < SIGNIFICANT
-        (undecided if not certain else better if difference["difference"] < 0 else worse).append(row["run"])
+        side = better if difference["difference"] < 0 else worse
+        (side if is_certain(difference) else undecided).append(row["run"])
     parts = [f"better than {len(better)} of {len(rows)} {what}"] if better or not undecided + worse else []
     parts += [f"not certainly better or worse than {', '.join(undecided)}"] * bool(undecided)
     parts += [f"worse than {', '.join(worse)}"] * bool(worse)

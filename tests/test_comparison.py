@@ -69,24 +69,27 @@ def test_the_numbers_are_those_of_the_judgements(results, table):
 
 
 def test_the_answer_tells_rivals_from_the_other_fusions():
-    def row(run, kind, difference=None, p_holm=None):
-        paired = {"mean_nll_per_token": {"difference": difference, "p_holm": p_holm}} if p_holm is not None else {}
+    def row(run, kind, difference=None, p_holm=None, width=0.01):
+        interval = None if difference is None else [difference - width, difference + width]
+        of_mean = {"difference": difference, "interval": interval, "p_holm": p_holm}
+        paired = {"mean_nll_per_token": of_mean} if p_holm is not None else {}
         return {"run": run, "kind": kind, "metrics": dict.fromkeys(paired, {}), "paired": paired}
 
     rows = [row("fused", "fused"), row("raw", "raw", -0.8, 0.001), row("mixed", "mixed", 0.1, 0.049)]
     assert verdict({"reference": "fused", "rows": rows}) == (
         "By the likelihood of held-out answers the fused model (fused) is better than 1 of 2 rivals, and worse than "
-        "mixed (paired, p < 0.05 after Holm's correction)."
+        "mixed (paired, p < 0.05 after Holm's correction and an interval without 0)."
     )
     rows += [row("top_1", "fused", -0.1, 0.001), row("top_3", "fused", -0.1, 0.05), row("consensus", "ensemble")]
+    rows += [row("frozen", "fused", -0.1, 0.001, width=0.11)]
     assert verdict({"reference": "fused", "rows": rows}) == (
         "By the likelihood of held-out answers the fused model (fused) is better than 1 of 2 rivals, and worse than "
-        "mixed; and better than 1 of 2 other fusions, and not certainly better or worse than top_3 "
-        "(paired, p < 0.05 after Holm's correction)."
+        "mixed; and better than 1 of 3 other fusions, and not certainly better or worse than top_3, frozen "
+        "(paired, p < 0.05 after Holm's correction and an interval without 0)."
     )
     assert verdict({"reference": "mixed", "rows": [row("mixed", "mixed"), row("mixed_8", "mixed", -0.1, 0.01)]}) == (
         "By the likelihood of held-out answers mixed is better than 1 of 1 other mixed runs "
-        "(paired, p < 0.05 after Holm's correction)."
+        "(paired, p < 0.05 after Holm's correction and an interval without 0)."
     )
     assert "no likelihoods" in verdict({"reference": "fused", "rows": [row("fused", "fused")]})
     of_other_seeds = {**row("safety", "expert"), "metrics": {"mean_nll_per_token": {}}}

@@ -15,8 +15,9 @@ from evaluator import comparison, report
 from evaluator.page import write_page
 from evaluator.page_answers import side_by_side
 from evaluator.page_sections import Section, section_of
+from evaluator.page_table import score_cell
 from evaluator.page_words import verdict
-from evaluator.run_scores import SHARES, read_run_scores
+from evaluator.run_scores import MEAN_NLL, SHARES, read_run_scores
 
 __all__ = ["results", "table"]  # fixtures
 
@@ -69,6 +70,13 @@ def test_a_section_shows_the_scores_that_it_names(table):
     assert shown["columns"] == ["safe preferred ↑", "MC1 ↑"]
     values = [row_of(table, row["run"])["metrics"]["safe_preferred"]["value"] for row in shown["rows"]]
     assert values == sorted(values, reverse=True) and len(values) > 2
+
+
+@pytest.mark.parametrize(("end", "tone"), [(-0.0002, "good"), (0.0002, "")])
+def test_a_difference_whose_interval_holds_0_has_no_colour(table, end, tone):
+    difference = {"difference": -0.013, "interval": [-0.022, end], "p_holm": 0.03}
+    row = row_of(table, "raw") | {"paired": {MEAN_NLL.name: difference}}
+    assert score_cell(row, [row], MEAN_NLL)["tone"] == tone
 
 
 def test_a_section_shows_what_each_seed_comes_to(results, tmp_path):
