@@ -14,6 +14,7 @@ from evaluator import comparison, report
 from evaluator.kept_runs import read_kept
 from evaluator.page_words import verdict
 from evaluator.run_scores import RunScores, check_score, cost_of_run, read_run_scores, read_usage
+from evaluator.sweeps import Alike
 
 __all__ = ["results", "table"]  # fixtures
 
@@ -450,6 +451,19 @@ def test_runs_can_be_kept_for_others_and_compared_without_their_folders(results,
     assert json.loads((other / "report" / "table.json").read_text()) == table
     with pytest.raises(SystemExit):
         call(report, "--runs", f"{runs},nowhere", "--saved", tmp_path / "kept", "--results_dir", other)
+
+
+def test_a_sweep_is_over_the_tasks_of_the_table(results):
+    """A fusion that is scored on a fourth task, too, stands in both with its mean over three."""
+    runs = {name: read_run_scores(results, name, "test") for name in FUSIONS}
+    scores = runs[FUSED].metrics
+    fourth = {"politeness_nll_per_token": scores["safety_nll_per_token"]}
+    runs[FUSED] = replace(runs[FUSED], metrics=scores | fourth)
+    table, alike = comparison.compare(runs, FUSED), Alike(runs, FUSED)
+    points = [*alike.gammas(), *alike.points("gate_loss_weight", alike.mean_nll)]
+    assert [run for *_, run in points] == [FUSED, *FUSIONS]
+    for _, mean, run in points:
+        assert mean == pytest.approx(row_of(table, run)["metrics"]["mean_nll_per_token"]["value"])
 
 
 def test_a_seed_in_a_name():
