@@ -54,22 +54,28 @@ def base_name(records: dict[str, dict | None]) -> str:
     return next(Path(record["run"]["arguments"]["base_model"]).name for record in records.values() if record)
 
 
+def data_name(arguments: dict) -> str:
+    """The data that a run records, for a sentence: a folder by its last name."""
+    name = Path(arguments.get("data_source") or "unrecorded").name
+    return name if name in ("hub", "sample", "unrecorded") else f"of the folder “{name}”"
+
+
 def setting_text(records: dict[str, dict | None], alone: bool) -> str:
     """Base, data and device in words. alone: no other base stands on the page."""
     made = [record for record in records.values() if record]
     if not made:
         return "Nothing is recorded of how the runs were made."
-    arguments = made[0]["run"]["arguments"]
     base = base_name(records)
-    data = Path(arguments.get("data_source") or "unrecorded").name
-    data = data if data in ("hub", "sample", "unrecorded") else f"of the folder “{data}”"
-    trained = [record["run"]["arguments"] for record in made if record["run"]["script"] == "align_basemodel.py"]
-    samples = {arguments["num_samples"] for arguments in trained}
-    questions = ", ".join("all" if n == -1 else str(n) for n in sorted(samples, key=str)) or "an unrecorded number of"
-    devices = sorted({record["meta"].get("device", "an unrecorded device") for record in made})
-    text = (
-        f"Base model {base}; data {data}, {questions} training questions per task; made on {' and on '.join(devices)}."
+    questions: dict[str, set[str]] = {}  # data: how many of its questions were trained on
+    for arguments in (one["run"]["arguments"] for one in made if one["run"]["script"] == "align_basemodel.py"):
+        number = "all" if arguments["num_samples"] == -1 else str(arguments["num_samples"])
+        questions.setdefault(data_name(arguments), set()).add(number)
+    questions = questions or {data_name(made[0]["run"]["arguments"]): {"an unrecorded number of"}}
+    data = ", and ".join(
+        f"{name}, {', '.join(sorted(numbers))} training questions per task" for name, numbers in questions.items()
     )
+    devices = sorted({record["meta"].get("device", "an unrecorded device") for record in made})
+    text = f"Base model {base}; data {data}; made on {' and on '.join(devices)}."
     if len(devices) > 1:
         text += " Seconds and tokens per second are of different devices."
     if base == "smollm2":

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from copy import deepcopy
 
 import pytest
 from comparison_runs import FUSED, call, results, row_of, table, write_report, write_verdicts
@@ -16,7 +17,7 @@ from evaluator.page import write_page
 from evaluator.page_answers import side_by_side
 from evaluator.page_sections import Section, section_of
 from evaluator.page_table import score_cell
-from evaluator.page_words import verdict
+from evaluator.page_words import setting_text, verdict
 from evaluator.run_scores import MEAN_NLL, SHARES, read_run_scores
 
 __all__ = ["results", "table"]  # fixtures
@@ -88,6 +89,22 @@ def test_a_section_shows_what_each_seed_comes_to(results, tmp_path):
     section = (tmp_path / "page.html").read_text().split("More</h2>")[1].split("<h2>")[0]
     low, high = sorted(row_of(compared, "mixed")["metrics"]["mean_nll_per_token"]["of_seeds"])
     assert f"seeds {low:.3f} to {high:.3f}" in section
+
+
+def test_the_setting_tells_which_questions_are_of_which_data(results):
+    """Experts from elsewhere were trained on other questions than what joins them."""
+    runs = {name: read_run_scores(results, name, "test") for name in ("raw", "safety", "merge_linear", FUSED)}
+    records = {name: run.record for name, run in runs.items()}
+    assert "; data sample, 8 training questions per task; made on " in setting_text(records, True)
+    records[FUSED] = deepcopy(records[FUSED])
+    records[FUSED]["run"]["arguments"] |= {"data_source": "/data/mixed_10", "num_samples": -1}
+    said = (
+        "; data sample, 8 training questions per task, and of the folder “mixed_10”, all training questions per task; "
+    )
+    assert said in setting_text(records, True)
+    for record in (records["safety"], records[FUSED]):
+        record["run"]["script"] = "merging.py"
+    assert "; data sample, an unrecorded number of training questions per task; " in setting_text(records, True)
 
 
 def test_more_experts_than_colours(results, tmp_path):
