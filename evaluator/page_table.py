@@ -1,5 +1,7 @@
 """The main table of the comparison's page: its columns, its rows with their costs and commands, its cells."""
 
+from statistics import fmean
+
 from evaluator.comparison import split_seed
 from evaluator.paired import is_certain
 from evaluator.results import corrected_text
@@ -82,14 +84,16 @@ def command_of(record: dict) -> str:
 
 def relative_gains(comparison: dict) -> list[dict]:
     """How far the reference is below the best row of each kind that the paper compares with, in percent of that row's
-    mean NLL, beside the paper's figure: {kind, run, gain, interval, paper}."""
+    mean NLL over the seeds that both have, beside the paper's figure: {kind, run, gain, interval, paper}."""
     gains = []
     for kind, paper in PAPER_GAINS.items():
         rows = [row for row in comparison["rows"] if row["kind"] == kind and "mean_nll_per_token" in row["paired"]]
         if not rows:
             continue
         best = min(rows, key=lambda row: row["metrics"]["mean_nll_per_token"]["value"])
-        theirs, difference = best["metrics"]["mean_nll_per_token"]["value"], best["paired"]["mean_nll_per_token"]
+        score, difference = best["metrics"]["mean_nll_per_token"], best["paired"]["mean_nll_per_token"]
+        of_seeds = dict(zip(score["seeds"], score.get("of_seeds", [score["value"]]), strict=True))
+        theirs = fmean(of_seeds[seed] for seed in difference["seeds"])
         percent = [-100 * difference["difference"] / theirs]
         if difference["interval"]:
             percent += sorted(-100 * end / theirs for end in difference["interval"])

@@ -16,7 +16,7 @@ from evaluator import comparison, report
 from evaluator.page import write_page
 from evaluator.page_answers import side_by_side
 from evaluator.page_sections import Section, section_of
-from evaluator.page_table import score_cell
+from evaluator.page_table import relative_gains, score_cell
 from evaluator.page_words import setting_text, verdict
 from evaluator.run_scores import MEAN_NLL, SHARES, read_run_scores
 
@@ -105,6 +105,14 @@ def test_the_setting_tells_which_questions_are_of_which_data(results):
     for record in (records["safety"], records[FUSED]):
         record["run"]["script"] = "merging.py"
     assert "; data sample, an unrecorded number of training questions per task; " in setting_text(records, True)
+
+
+def test_a_gain_in_percent_is_of_the_seeds_that_both_have():
+    score = {"value": 3.0, "seeds": [42, 43], "of_seeds": [2.0, 4.0]}
+    paired = {"difference": -0.5, "interval": [-0.6, -0.4], "seeds": [42]}
+    row = {"run": "safety", "kind": "expert", "metrics": {MEAN_NLL.name: score}, "paired": {MEAN_NLL.name: paired}}
+    (gain,) = relative_gains({"rows": [row]})
+    assert [gain["gain"], *gain["interval"]] == pytest.approx([25, 20, 30])
 
 
 def test_more_experts_than_colours(results, tmp_path):
