@@ -8,10 +8,11 @@ from committed import NLL, REFERENCE, RESULTS, difference_text, kept_runs, minus
 from evaluator.comparison import compare
 from evaluator.page_figures import sweep_figures
 from evaluator.page_sections import Section
-from evaluator.page_words import SIGNIFICANT, outcomes
+from evaluator.page_words import outcomes
+from evaluator.paired import CERTAIN
 from evaluator.run_scores import MEAN_NLL, SHARES, RunScores
 from evaluator.statistics import interval_text
-from evaluator.sweeps import Alike, embedding_drift
+from evaluator.sweeps import Alike
 
 FOLDER = RESULTS / "ablations"
 GAMMAS = ("0.0001", "0.001", "0.01", "0.1", "1")
@@ -39,21 +40,14 @@ def in_words() -> str:
     runs, table = compared()
     others = [row for row in table["rows"] if row["run"] != REFERENCE]
     alike = Alike(runs, REFERENCE)
-
-    def from_own(run: RunScores) -> float | None:
-        return embedding_drift(run, REFERENCE)
-
-    drifts = [f"{x:g}: {y:.3f}" for x, y, _ in alike.points("helpfulness_weight", from_own)]
+    drifts = [f"{x:g}: {y:.3f}" for x, y, _ in alike.points("helpfulness_weight", alike.embedding_drift)]
     safe = [
         f"{x:g}: {minus(-row_of(table, name)['paired'][SAFE.name]['difference'])} (p = "
         f"{row_of(table, name)['paired'][SAFE.name]['p_holm']:.2g})"
         for x, name in alike.by("safety_weight")
         if name != REFERENCE
     ]
-    parts = [
-        f"By the mean likelihood the method is {outcomes(others, 'other fusions')} (paired, p < {SIGNIFICANT} after "
-        "Holm's correction)."
-    ]
+    parts = [f"By the mean likelihood the method is {outcomes(others, 'other fusions')} (paired, {CERTAIN})."]
     if len(drifts) > 1:
         parts.append(f"Distance of its embeddings from those at γ₁ = 0, by γ₁: {', '.join(drifts)}.")
     if safe:

@@ -10,7 +10,7 @@ from config import TASKS
 from evaluator.comparison import split_seed
 from evaluator.kept_runs import DUPLICATES, read_kept
 from evaluator.page_answers import SHOWN
-from evaluator.page_words import SIGNIFICANT
+from evaluator.paired import is_certain
 from evaluator.run_scores import MEAN_NLL, RunScores, nll_metrics
 
 RESULTS = DOCS / "results"
@@ -69,9 +69,9 @@ def task_by_task(row: dict) -> str:
     tasks = []
     for one in NLL:
         paired = row["paired"][one.name]
-        certain = paired["p_holm"] < SIGNIFICANT
-        word = "not certainly different" if not certain else "better" if paired["difference"] < 0 else "worse"
-        tasks.append(f"{word} on {one.task} ({minus(paired['difference'])})")
+        word = "better" if paired["difference"] < 0 else "worse"
+        said = word if is_certain(paired) else "not certainly different"
+        tasks.append(f"{said} on {one.task} ({minus(paired['difference'])})")
     return ", ".join(tasks)
 
 

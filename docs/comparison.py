@@ -36,8 +36,8 @@ from evaluator.comparison import KINDS, as_table, compare
 from evaluator.kept_runs import DUPLICATES
 from evaluator.page import write_page
 from evaluator.page_answers import SHOWN
-from evaluator.page_words import SIGNIFICANT, verdict
-from evaluator.paired import holm
+from evaluator.page_words import verdict
+from evaluator.paired import CERTAIN, SIGNIFICANT, holm, is_certain
 from evaluator.run_scores import table_metrics
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
@@ -73,11 +73,11 @@ def headline(comparison: dict) -> str:
         """The difference in loss from the best of these runs, in words."""
         best = min((rows[name] for name in names), key=lambda row: row["metrics"]["mean_nll_per_token"]["value"])
         paired = best["paired"]["mean_nll_per_token"]
-        if paired["p_holm"] >= SIGNIFICANT:
+        if not is_certain(paired):
             return f"not certainly different from {label} ({minus(paired['difference'])})"
-        low, high = (abs(end) for end in sorted(paired["interval"], key=abs))
-        word = "better" if paired["difference"] < 0 else "worse"
-        return f"{abs(paired['difference']):.3f} [{low:.3f}, {high:.3f}] {word} than {label}"
+        word, sign = ("better", -1) if paired["difference"] < 0 else ("worse", 1)
+        low, high = sorted(sign * end for end in paired["interval"])
+        return f"{sign * paired['difference']:.3f} [{low:.3f}, {high:.3f}] {word} than {label}"
 
     def of_kind(kind: str) -> list[str]:
         """The runs of a kind that have all of the reference's seeds."""
@@ -153,14 +153,13 @@ def judged(rows: dict[str, dict], name: str, heading: str) -> str:
     """A judged share of the fused model, and which rows it is certainly better and worse than."""
     own = rows[REFERENCE]["metrics"][name]
     compared = {run: row["paired"][name] for run, row in rows.items() if name in row["paired"]}
-    certain = {run: paired["difference"] for run, paired in compared.items() if paired["p_holm"] < SIGNIFICANT}
+    certain = {run: paired["difference"] for run, paired in compared.items() if is_certain(paired)}
     better = [run for run, difference in certain.items() if (difference > 0) == own["higher_is_better"]]
     worse = [run for run in certain if run not in better]
     undecided = [run for run in compared if run not in certain]
     return (
         f"{heading} {own['value']:.2f}, better than {', '.join(better) or 'none'}, worse than "
-        f"{', '.join(worse) or 'none'}, undecided against {', '.join(undecided) or 'none'} (p < {SIGNIFICANT} after "
-        "Holm's correction)"
+        f"{', '.join(worse) or 'none'}, undecided against {', '.join(undecided) or 'none'} ({CERTAIN})"
     )
 
 
@@ -188,7 +187,7 @@ def corrected_together(comparison: dict) -> str:
         lost += [
             f"{one.heading} against {run} ({p:.2g})"
             for (run, paired), p in zip(tested, of_all, strict=True)
-            if paired["p_holm"] < SIGNIFICANT <= p
+            if is_certain(paired) and p >= SIGNIFICANT
         ]
     named = ", ".join(lost) or "none"
     return f"With all rows of a column corrected together these would be undecided: {named}."

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from committed import NLL, RESULTS, difference_text, kept_runs, mean_of, row_of, task_by_task
 
+from config import TASKS
 from evaluator import figures
 from evaluator.comparison import compare, split_seed
 from evaluator.run_scores import RunScores
@@ -63,7 +64,7 @@ def on_questions(runs: dict[str, RunScores], method: str, number: int) -> str | 
     """The method's row on this number of mixed questions per task, without its seed: of the numbers of epochs that
     were tried the best. None: there is none."""
     named = [name for name in runs if f"{name}_".startswith(f"{method}_{number}_") and split_seed(name)[0] == name]
-    return min(named, key=lambda name: mean_nll(runs[name]), default=None)
+    return min(named, key=lambda name: mean_nll(runs[name], TASKS), default=None)
 
 
 def best_fusion(number: int) -> str:
@@ -71,7 +72,7 @@ def best_fusion(number: int) -> str:
     apart."""
     runs = kept_runs(TRIES)
     named = [name for method in FUSIONS if (name := on_questions(runs, method, number))]
-    return min(named, key=lambda name: mean_nll(runs[name]))
+    return min(named, key=lambda name: mean_nll(runs[name], TASKS))
 
 
 def numbers(runs: dict[str, RunScores]) -> list[int]:
@@ -186,7 +187,7 @@ def epochs_tried() -> str:
     tried: dict[tuple[str, int], dict[int, float]] = {}
     for name, run in runs.items():
         if found := re.fullmatch(r"([a-z]+)_(\d+)_epochs_(\d+)", name):
-            tried.setdefault((found[1], int(found[2])), {})[int(found[3])] = mean_nll(run)
+            tried.setdefault((found[1], int(found[2])), {})[int(found[3])] = mean_nll(run, TASKS)
     columns = sorted({epochs for of_method in tried.values() for epochs in of_method})
     lines = [
         "| method | mixed questions | "
@@ -217,5 +218,5 @@ def curve() -> str:
 
 
 def mean_over_seeds(runs: dict[str, RunScores], name: str) -> float:
-    values = [mean_nll(run) for one, run in runs.items() if split_seed(one)[0] == name]
+    values = [mean_nll(run, TASKS) for one, run in runs.items() if split_seed(one)[0] == name]
     return sum(values) / len(values)

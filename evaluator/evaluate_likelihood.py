@@ -274,15 +274,15 @@ def task_items(task: str, args, source: str) -> tuple[list[Record], dict[str, li
     return records, {name: sources.spread(questions, args.num_samples) for name, questions in comparisons.items()}
 
 
-def general_metrics(ids: list[str], scored: list[tuple[float, int]]) -> tuple[dict, list[dict]]:
-    """({metric: ...}, one judgement per passage) of (log-probability, tokens) of each."""
-    values, tokens = [-log_prob for log_prob, _ in scored], [count for _, count in scored]
-    metrics = {"nll_per_token": metric(values, tokens, unit="nats per token", higher_is_better=False)}
+def general_metrics(ids: list[str], scored: list[tuple[float, int, bool]]) -> tuple[dict, list[dict]]:
+    """({metric: ...}, one judgement per passage) of what score_texts gives of each."""
+    log_probs, tokens, cut = zip(*scored, strict=True)
+    nll = metric([-x for x in log_probs], tokens, unit="nats per token", higher_is_better=False)
     judgements = [
         {"metric": "nll_per_token", "id": id, "log_prob": log_prob, "tokens": count}
-        for id, (log_prob, count) in zip(ids, scored, strict=True)
+        for id, log_prob, count in zip(ids, log_probs, tokens, strict=True)
     ]
-    return metrics, judgements
+    return {"nll_per_token": nll | {"cut": sum(cut)}}, judgements
 
 
 def choice_records(question: Comparison) -> list[Record]:

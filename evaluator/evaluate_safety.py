@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         "judge": args.judge,
         "judge_protocol": args.judge_protocol,
         "judge_version": version,
+        "judge_data_sha256": trained and trained.data_sha256,
         "judge_model": args.engine,
         "answers_sha256": answers.checksum,
         "num_samples": args.num_samples,

@@ -107,6 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         "mode": args.mode,
         "judge": judge,
         "judge_version": version,
+        "judge_data_sha256": trained and trained.data_sha256,
         "answers_sha256": answers.checksum,
         "num_samples": args.num_samples,
         "dtype": None if args.engine else base.dtype_name(args.dtype),

@@ -29,8 +29,7 @@ def side_by_side(results_dir: Path, runs: list[str], split: str, num_questions: 
     """Answers of the runs to the same prompts: {task, question, answers: [{run, text, verdict}]}."""
     items = []
     for task in tasks_answered(results_dir):
-        answers: dict[str, list[dict]] = {}
-        questions = {}
+        answers: dict[tuple[str, ...], list[dict]] = {}  # by prompt: of other data an id may name another question
         for name in runs:
             for directory in answers_directories(name, task):
                 path = results_dir / "inference" / task / split / directory / "outputs.jsonl"
@@ -38,11 +37,11 @@ def side_by_side(results_dir: Path, runs: list[str], split: str, num_questions: 
                     continue
                 said = verdicts(results_dir, name, task, split)
                 for row in read_lines(path):
-                    questions[row["id"]] = row["instruction"]
+                    prompt = (row["instruction"], row["input"], row["id"])
                     answer = {"run": name, "text": row["output"], "verdict": ", ".join(said.get(row["id"], []))}
-                    answers.setdefault(row["id"], []).append(answer)
-        shared = [id for id, given in answers.items() if len(given) > 1][:num_questions]
-        items += [{"task": task, "question": questions[id], "answers": answers[id]} for id in shared]
+                    answers.setdefault(prompt, []).append(answer)
+        shared = [(prompt, given) for prompt, given in answers.items() if len(given) > 1][:num_questions]
+        items += [{"task": task, "question": question, "answers": given} for (question, *_), given in shared]
     return items
 
 

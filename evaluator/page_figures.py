@@ -4,7 +4,7 @@ from config import TASKS
 from evaluator import figures
 from evaluator.comparison import KINDS
 from evaluator.run_scores import RunScores
-from evaluator.sweeps import Alike, embedding_drift, mean_nll, safe_preferred
+from evaluator.sweeps import Alike, safe_preferred
 
 
 def draw_figures(comparison: dict, runs: dict[str, RunScores], own: str) -> tuple[list[dict], list[str]]:
@@ -47,7 +47,9 @@ def sweep_figures(runs: dict[str, RunScores], own: str) -> list[tuple[str, str |
     return [
         (
             "Sweep over λ",
-            figures.sweep(alike.points("gate_loss_weight", mean_nll), "λ of the gating loss", "mean NLL per token"),
+            figures.sweep(
+                alike.points("gate_loss_weight", alike.mean_nll), "λ of the gating loss", "mean NLL per token"
+            ),
             "Fusions that differ in λ alone.",
         ),
         (
@@ -57,7 +59,7 @@ def sweep_figures(runs: dict[str, RunScores], own: str) -> list[tuple[str, str |
         ),
         (
             "Sweep over k",
-            figures.sweep(alike.points("expert_topk", mean_nll), "experts per token", "mean NLL per token"),
+            figures.sweep(alike.points("expert_topk", alike.mean_nll), "experts per token", "mean NLL per token"),
             "Fusions that differ in the experts per token alone.",
         ),
         (
@@ -69,7 +71,7 @@ def sweep_figures(runs: dict[str, RunScores], own: str) -> list[tuple[str, str |
         ),
         (
             "The paper's figure: embedding drift over γ₁",
-            figures.sweep(alike.points(helpfulness, lambda run: embedding_drift(run, own)), "γ₁", "distance"),
+            figures.sweep(alike.points(helpfulness, alike.embedding_drift), "γ₁", "distance"),
             "Distance of the mean final hidden state of a prompt from that of the reference, over that one's length; "
             "mean over the prompts of all tasks.",
         ),

@@ -1,7 +1,9 @@
 """The main table of the comparison's page: its columns, its rows with their costs and commands, its cells."""
 
+from statistics import fmean
+
 from evaluator.comparison import split_seed
-from evaluator.page_words import SIGNIFICANT
+from evaluator.paired import is_certain
 from evaluator.results import corrected_text
 
 COSTS = (  # key, heading, what it is, how a value is written
@@ -54,7 +56,7 @@ def score_cell(row: dict, rows: list[dict], one) -> dict:
         around = difference["interval"]
         text = f"{difference['difference']:+.3f}" + (f" [{around[0]:+.3f}, {around[1]:+.3f}]" if around else "")
         text += f", p = {difference['p_holm']:.3g}"
-        if difference["p_holm"] < SIGNIFICANT:
+        if is_certain(difference):
             tone = "good" if (difference["difference"] > 0) == one.higher_is_better else "bad"
     more = []
     if "of_seeds" in score:
@@ -82,14 +84,16 @@ def command_of(record: dict) -> str:
 
 def relative_gains(comparison: dict) -> list[dict]:
     """How far the reference is below the best row of each kind that the paper compares with, in percent of that row's
-    mean NLL, beside the paper's figure: {kind, run, gain, interval, paper}."""
+    mean NLL over the seeds that both have, beside the paper's figure: {kind, run, gain, interval, paper}."""
     gains = []
     for kind, paper in PAPER_GAINS.items():
         rows = [row for row in comparison["rows"] if row["kind"] == kind and "mean_nll_per_token" in row["paired"]]
         if not rows:
             continue
         best = min(rows, key=lambda row: row["metrics"]["mean_nll_per_token"]["value"])
-        theirs, difference = best["metrics"]["mean_nll_per_token"]["value"], best["paired"]["mean_nll_per_token"]
+        score, difference = best["metrics"]["mean_nll_per_token"], best["paired"]["mean_nll_per_token"]
+        of_seeds = dict(zip(score["seeds"], score.get("of_seeds", [score["value"]]), strict=True))
+        theirs = fmean(of_seeds[seed] for seed in difference["seeds"])
         percent = [-100 * difference["difference"] / theirs]
         if difference["interval"]:
             percent += sorted(-100 * end / theirs for end in difference["interval"])

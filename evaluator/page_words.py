@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from evaluator.comparison import KINDS
+from evaluator.paired import CERTAIN, is_certain
 from evaluator.results import INTERVALS
 from evaluator.run_scores import JUDGED, RunScores
-
-SIGNIFICANT = 0.05
 
 
 def reference_kind(comparison: dict) -> str:
@@ -27,11 +26,8 @@ def verdict(comparison: dict) -> str:
     families = (rivals, "rivals"), (variants, "other fusions" if kind == "fused" else f"other {kind} runs")
     parts = [outcomes(family, what) for family, what in families if family]
     left = [row["run"] for row in comparison["rows"] if uncompared(row, comparison)]
-    return (
-        f"By the likelihood of held-out answers {reference} is {'; and '.join(parts)} "
-        f"(paired, p < {SIGNIFICANT} after Holm's correction)."
-        + (f" Not compared, having no seed in common with it: {', '.join(left)}." if left else "")
-    )
+    text = f"By the likelihood of held-out answers {reference} is {'; and '.join(parts)} (paired, {CERTAIN})."
+    return text + (f" Not compared, having no seed in common with it: {', '.join(left)}." if left else "")
 
 
 def uncompared(row: dict, comparison: dict) -> bool:
@@ -45,8 +41,8 @@ def outcomes(rows: list[dict], what: str) -> str:
     better, undecided, worse = [], [], []
     for row in rows:
         difference = row["paired"]["mean_nll_per_token"]
-        certain = difference["p_holm"] < SIGNIFICANT
-        (undecided if not certain else better if difference["difference"] < 0 else worse).append(row["run"])
+        side = better if difference["difference"] < 0 else worse
+        (side if is_certain(difference) else undecided).append(row["run"])
     parts = [f"better than {len(better)} of {len(rows)} {what}"] if better or not undecided + worse else []
     parts += [f"not certainly better or worse than {', '.join(undecided)}"] * bool(undecided)
     parts += [f"worse than {', '.join(worse)}"] * bool(worse)
@@ -58,22 +54,28 @@ def base_name(records: dict[str, dict | None]) -> str:
     return next(Path(record["run"]["arguments"]["base_model"]).name for record in records.values() if record)
 
 
+def data_name(arguments: dict) -> str:
+    """The data that a run records, for a sentence: a folder by its last name."""
+    name = Path(arguments.get("data_source") or "unrecorded").name
+    return name if name in ("hub", "sample", "unrecorded") else f"of the folder “{name}”"
+
+
 def setting_text(records: dict[str, dict | None], alone: bool) -> str:
     """Base, data and device in words. alone: no other base stands on the page."""
     made = [record for record in records.values() if record]
     if not made:
         return "Nothing is recorded of how the runs were made."
-    arguments = made[0]["run"]["arguments"]
     base = base_name(records)
-    data = Path(arguments.get("data_source") or "unrecorded").name
-    data = data if data in ("hub", "sample", "unrecorded") else f"of the folder “{data}”"
-    trained = [record["run"]["arguments"] for record in made if record["run"]["script"] == "align_basemodel.py"]
-    samples = {arguments["num_samples"] for arguments in trained}
-    questions = ", ".join("all" if n == -1 else str(n) for n in sorted(samples, key=str)) or "an unrecorded number of"
-    devices = sorted({record["meta"].get("device", "an unrecorded device") for record in made})
-    text = (
-        f"Base model {base}; data {data}, {questions} training questions per task; made on {' and on '.join(devices)}."
+    questions: dict[str, set[str]] = {}  # data: how many of its questions were trained on
+    for arguments in (one["run"]["arguments"] for one in made if one["run"]["script"] == "align_basemodel.py"):
+        number = "all" if arguments["num_samples"] == -1 else str(arguments["num_samples"])
+        questions.setdefault(data_name(arguments), set()).add(number)
+    questions = questions or {data_name(made[0]["run"]["arguments"]): {"an unrecorded number of"}}
+    data = ", and ".join(
+        f"{name}, {', '.join(sorted(numbers))} training questions per task" for name, numbers in questions.items()
     )
+    devices = sorted({record["meta"].get("device", "an unrecorded device") for record in made})
+    text = f"Base model {base}; data {data}; made on {' and on '.join(devices)}."
     if len(devices) > 1:
         text += " Seconds and tokens per second are of different devices."
     if base == "smollm2":

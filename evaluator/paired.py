@@ -11,6 +11,8 @@ from evaluator.statistics import CONFIDENCE_TAILS, FLAT, NUM_RESAMPLES, metric, 
 
 NUM_PERMUTATIONS = 9999
 POWER = 0.8  # with which the least detectable difference would be found
+SIGNIFICANT = 0.05
+CERTAIN = f"p < {SIGNIFICANT} after Holm's correction and an interval without 0"  # `is_certain` in words
 
 
 def paired_difference(ours, theirs, sizes=None, *, groups=None, seed: int = 0) -> dict:
@@ -114,3 +116,10 @@ def holm(p_values: list[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
         corrected[index] = largest
     return corrected.tolist()
+
+
+def is_certain(difference: dict) -> bool:
+    """Whether one run may be called better or worse by a paired difference with its p_holm: its test and its interval
+    say so. One without an interval is of items that all differ alike."""
+    low, high = difference["interval"] or [difference["difference"]] * 2
+    return difference["p_holm"] < SIGNIFICANT and not low <= 0 <= high

@@ -61,6 +61,7 @@ from evaluator.run_scores import (
     JUDGED,
     LENGTH_CONTROLLED,
     RunScores,
+    check_answers,
     left_out_tasks,
     likelihood_metrics,
     made_in,
@@ -70,7 +71,7 @@ from evaluator.run_scores import (
 )
 from evaluator.statistics import interval_text
 from workspace.files import as_written, read_json, write_json, write_text
-from workspace.run_dir import read_run
+from workspace.run_dir import COMPLETE, read_run
 
 
 @cli.command
@@ -212,18 +213,21 @@ def cut_text(scores: dict[str, dict], columns: list[tuple]) -> str:
 
 
 def judged_table(results_dir: Path, split: str) -> str:
-    """The markdown table of every judged score: a row per answers' directory, a column per score and judge; "" without
-    any. Value, 95 % interval, n, and the estimate corrected for a trained judge's errors."""
+    """The markdown table of every finished judged score: a row per answers' directory, a column per score and judge; ""
+    without any. Value, 95 % interval, n, and the estimate corrected for a trained judge's errors. UserError for a score
+    of other answers than the directory holds now."""
     cells: dict[str, dict[tuple, dict]] = {}  # answers' directory -> (heading, (judge's name, version)) -> metric
     judges: dict[str, list[tuple]] = {}  # heading -> judges, in order of appearance
     accuracies: dict[str, None] = {}  # what is known of the judges, each once, in order
     for one in (*JUDGED, LENGTH_CONTROLLED):
         heading, task, name = one.directed, one.task, one.judgement
-        for path in sorted((results_dir / "evaluation" / task / split).glob("*/*/metrics.json")):
+        for finished in sorted((results_dir / "evaluation" / task / split).glob(f"*/*/{COMPLETE}")):
+            folder, path = finished.parent, finished.with_name("metrics.json")
             scores = read_json(path)
             with as_written(path):
                 if name not in scores["metrics"]:
                     continue
+                check_answers(folder, results_dir / "inference" / task / split / folder.parent.name / "outputs.jsonl")
                 judge = (judge_name(scores["judge"]), scores["judge"]["version"])
                 judged_cell(scores["metrics"][name])  # or an error of values
                 cells.setdefault(str(scores["run"]), {})[heading, judge] = scores["metrics"][name]

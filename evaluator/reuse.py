@@ -4,9 +4,10 @@ python evaluator/reuse.py --run NAME --saved DIR --base_model BASE --data_source
     --made_by "align_basemodel.py --task_name safety ..."        the command that would make the run
 
 What the flags of both commands decide, the base and the data must be alike; of a run that was made from experts also
-how these were made (--experts: as kept under these names), and of one that begins with a fusion or a merge what flags
-made that (--begun_by). The weights themselves are not compared: two processors
-train them differently in the last digits. Says on one line what differs, and exits with 3.
+how these were made (--experts: as kept under these names), of one that begins with a fusion or a merge what flags made
+that (--begun_by), and of answers that a judge of train_judge.py scored what it was trained on. The weights themselves
+are not compared: two processors train them differently in the last digits. Says on one line what differs, and exits
+with 3.
 """
 
 import sys
@@ -21,6 +22,7 @@ from cli import (
     DTYPES,
     TASKS_HELP,
     check_at_least,
+    check_not_given,
     check_num_samples,
     effective_flags,
     flag,
@@ -57,6 +59,7 @@ class ReuseArguments:
     max_new_tokens: int | None = flag(None, "of those answers")
     temperature: float = flag(0.6, "of those answers")
     judged: str = flag("flagged,truth,information", "the judged scores to ask for, comma-separated")
+    judge_data_source: str | None = flag(None, "the data that their judge would be trained on (default: --data_source)")
 
     def __post_init__(self):
         if None in (self.saved, self.base_model, self.data_source):
@@ -64,6 +67,8 @@ class ReuseArguments:
         resolve_conditional_flags(self)
         if (self.num_answered is None) != (self.max_new_tokens is None):
             raise UserError("--num_answered and --max_new_tokens: give both, or neither")
+        if self.num_answered is None:
+            check_not_given("has an effect with --num_answered only", judge_data_source=self.judge_data_source)
         check_num_samples(num_samples=self.num_samples)
         check_at_least(1, num_answered=self.num_answered, max_new_tokens=self.max_new_tokens)
 
@@ -76,9 +81,11 @@ import shlex
 
 from data.sources import absolute_source, source_sha256
 from evaluator.evaluate_likelihood import LikelihoodArguments, settings_of
+from evaluator.judges.labelled import judge_files
 from evaluator.kept_runs import kept_folder, read_kept
 from evaluator.run_scores import (
     JUDGED,
+    Result,
     RunScores,
     answers_of,
     drift_metrics,
@@ -93,7 +100,7 @@ from models import base
 @cli.command
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(argv, ReuseArguments)
-    args.data_source = absolute_source(args.data_source)
+    args.data_source, args.judge_data_source = map(absolute_source, (args.data_source, args.judge_data_source))
     for name in (name.strip() for name in args.run.split(",") if name.strip()):
         if reason := what_differs(args, name):
             print(f"{name}: not taken over from {args.saved}: {reason}")
@@ -183,13 +190,15 @@ def likelihood_differs(args: ReuseArguments, run: RunScores) -> str | None:
 
 
 def answers_differ(args: ReuseArguments, run: RunScores) -> str | None:
-    """In what a run's judged answers are not those that would be made; None in nothing. Of selected ones their being
-    there is asked alone: the answers that they were selected from are runs of their own."""
+    """In what a run's judged answers are not those that would be made and judged; None in nothing. Of selected ones it
+    is asked alone how they were judged: the answers that they were selected from are runs of their own."""
     for one in JUDGED:
         if one.name not in run.metrics:
             if one.name in args.judged.split(","):
                 return f"it has no {one.name}"
             continue
+        if differing := judge_differs(args, one.name, run.metrics[one.name]):
+            return f"its {one.name} was judged with {differing}"
         if not (answers := answers_of(run.metrics[one.name])):
             continue
         asked = {
@@ -202,6 +211,15 @@ def answers_differ(args: ReuseArguments, run: RunScores) -> str | None:
         if differing := first_difference(answers, asked):
             return f"its answers for {one.name} were made with {differing}"
     return None
+
+
+def judge_differs(args: ReuseArguments, name: str, result: Result) -> str | None:
+    """In what the rows that a trained judge learnt from are not those that it would learn from; None in nothing, for a
+    judge that was not trained here, and where nothing is recorded, as by earlier versions."""
+    if result.settings.get("judge_data_sha256") is None:
+        return None
+    files = judge_files("safety" if name == "flagged" else name, args.judge_data_source or args.data_source)
+    return first_difference(result.settings, {"judge_data_sha256": data_sha256(files)})
 
 
 def first_difference(recorded: dict, asked: dict) -> str | None:

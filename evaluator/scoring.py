@@ -181,10 +181,12 @@ def check_scored(model) -> None:
 
 
 @torch.inference_mode()
-def score_texts(model, tokenizer, texts: list[str], window: int, batch_size: int, device) -> list[tuple[float, int]]:
-    """(log-probability, number of tokens scored) of each plain text, its first `window` tokens: every token given those
-    before it, the first one (BOS, where the tokenizer adds it) not counted. A text has no prompt: what is routed by
-    prompt is routed by token here."""
+def score_texts(
+    model, tokenizer, texts: list[str], window: int, batch_size: int, device
+) -> list[tuple[float, int, bool]]:
+    """(log-probability, number of tokens scored, whether it was cut) of each plain text, its first `window` tokens:
+    every token given those before it, the first one (BOS, where the tokenizer adds it) not counted. A text has no
+    prompt: what is routed by prompt is routed by token here."""
     base = getattr(model, "get_base_model", lambda: model)()
     ids = tokenizer(texts, split_special_tokens=True)["input_ids"]
     samples = [(number, of_text[:window]) for number, of_text in enumerate(ids)]
@@ -196,6 +198,7 @@ def score_texts(model, tokenizer, texts: list[str], window: int, batch_size: int
             count = len(of_text) - 1
             logits = base.lm_head(states[:count]).float()
             targets = torch.tensor(of_text[1:], device=logits.device)
-            scored[number] = (-F.cross_entropy(logits, targets, reduction="sum").item(), count)
+            log_prob = -F.cross_entropy(logits, targets, reduction="sum").item()
+            scored[number] = (log_prob, count, len(ids[number]) > window)
     scored = merge_shares(scored)
     return [scored[number] for number in range(len(texts))]

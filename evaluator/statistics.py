@@ -35,8 +35,8 @@ def metric(
     numerators, denominators, groups: n values each. Take `share` for yes-or-no values.
     Returns value, n (rows), interval (95 %), unit, higher_is_better (None: neither is better), and questions (their
     number) where it is not n. The interval is a studentised bootstrap over questions (Efron and Tibshirani 1993, An
-    Introduction to the Bootstrap, section 12.5), or Student's t where too few values differ for one. It is None where
-    fewer than 2 questions or no differences between them leave nothing to judge by.
+    Introduction to the Bootstrap, section 12.5), or Student's t where too few values differ for one; that of a share
+    ends at 0 and 1. It is None where fewer than 2 questions or no differences between them leave nothing to judge by.
     Raises ValueError without rows, for lengths that differ, or where the denominators sum to 0.
     """
     numerators = np.asarray(numerators, dtype=float)
@@ -47,6 +47,8 @@ def metric(
     value = numerators.sum() / denominators.sum()
     residuals = np.bincount(codes, numerators - value * denominators).astype(float)
     interval = studentised_interval(value, residuals, np.bincount(codes, denominators).astype(float), seed)
+    if interval is not None and unit == "share":
+        interval = np.clip(interval, 0, 1).tolist()
     return {"value": float(value), **counts, "interval": interval, "unit": unit, "higher_is_better": higher_is_better}
 
 

@@ -37,13 +37,30 @@ class Alike:
         found = [(value, measure(self.runs[name]), name) for value, name in self.by(setting)]
         return [point for point in found if point[1] is not None]
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Those of the comparison's table, whatever else one of the runs is scored on."""
+        return scored_tasks(self.runs.values())
+
+    def mean_nll(self, run: RunScores) -> float | None:
+        return mean_nll(run, self.tasks)
+
+    def embedding_drift(self, run: RunScores) -> float | None:
+        """The mean over tasks of evaluator/embedding_drift.py's distance from `own`; None where it was not measured."""
+        if run.name == self.own:
+            return 0.0
+        metrics = drift_metrics(self.tasks)
+        measured_from = {run.metrics[one.name].settings.get("reference") for one in metrics if one.name in run.metrics}
+        return mean_of(run, metrics) if measured_from == {self.own} else None
+
     def gammas(self) -> list[tuple[float, float, str]]:
         """(γ, mean NLL, run) of fusions that differ in γ alone, alike for all experts."""
         weights = [f"{task}_weight" for task in TASKS]
         return [
-            (gamma, mean_nll(self.runs[name]), name)
+            (gamma, mean, name)
             for gamma, name in self.by(*weights)
             if len({settings(self.runs[name])[weight] for weight in weights}) == 1
+            and (mean := self.mean_nll(self.runs[name])) is not None
         ]
 
 
@@ -65,18 +82,9 @@ def mean_of(run: RunScores, metrics: tuple) -> float | None:
     return sum(values) / len(values) if len(values) == len(metrics) else None
 
 
-def mean_nll(run: RunScores) -> float | None:
-    return mean_of(run, nll_metrics(scored_tasks([run])))
+def mean_nll(run: RunScores, tasks: tuple[str, ...]) -> float | None:
+    return mean_of(run, nll_metrics(tasks))
 
 
 def safe_preferred(run: RunScores) -> float | None:
     return mean_of(run, tuple(one for one in SHARES if one.name == "safe_preferred"))
-
-
-def embedding_drift(run: RunScores, reference: str) -> float | None:
-    """The mean over tasks of evaluator/embedding_drift.py's distance from a run; None where that was not measured."""
-    if run.name == reference:
-        return 0.0
-    metrics = drift_metrics(scored_tasks([run]))
-    measured_from = {run.metrics[one.name].settings.get("reference") for one in metrics if one.name in run.metrics}
-    return mean_of(run, metrics) if measured_from == {reference} else None

@@ -19,7 +19,7 @@ DATA=$RESULTS_DIR/data
 R="--results_dir $RESULTS_DIR" AT_ONCE=1 own_experts="" HALF=""
 SCORE="--base_model $BASE_MODEL --data_source $DATA --num_samples $NUM_SCORED --dtype $DTYPE $OF_TASKS"
 TRAIN="--data_source $DATA --num_samples $NUM_SAMPLES --num_train_epochs $NUM_TRAIN_EPOCHS --batch_size $BATCH_SIZE --dtype $DTYPE $R"
-ASKS="--num_answered $NUM_ANSWERED --max_new_tokens $MAX_NEW_TOKENS --judged flagged,over_refusal"
+ASKS="--num_answered $NUM_ANSWERED --max_new_tokens $MAX_NEW_TOKENS --judged flagged,over_refusal --judge_data_source $DATA_SOURCE"
 python data/refusals.py --data_source $DATA_SOURCE --output $DATA
 
 judge() { python evaluator/train_judge.py --kind safety --base_model $BASE_MODEL --data_source $DATA_SOURCE --dtype $DTYPE $R; }

@@ -16,6 +16,7 @@ from evaluator import comparison, report
 from evaluator.kept_runs import read_kept
 from evaluator.page_words import verdict
 from evaluator.run_scores import RunScores, check_score, cost_of_run, read_run_scores, read_usage
+from evaluator.sweeps import Alike
 
 __all__ = ["results", "table"]  # fixtures
 
@@ -71,24 +72,27 @@ def test_the_numbers_are_those_of_the_judgements(results, table):
 
 
 def test_the_answer_tells_rivals_from_the_other_fusions():
-    def row(run, kind, difference=None, p_holm=None):
-        paired = {"mean_nll_per_token": {"difference": difference, "p_holm": p_holm}} if p_holm is not None else {}
+    def row(run, kind, difference=None, p_holm=None, width=0.01):
+        interval = None if difference is None else [difference - width, difference + width]
+        of_mean = {"difference": difference, "interval": interval, "p_holm": p_holm}
+        paired = {"mean_nll_per_token": of_mean} if p_holm is not None else {}
         return {"run": run, "kind": kind, "metrics": dict.fromkeys(paired, {}), "paired": paired}
 
     rows = [row("fused", "fused"), row("raw", "raw", -0.8, 0.001), row("mixed", "mixed", 0.1, 0.049)]
     assert verdict({"reference": "fused", "rows": rows}) == (
         "By the likelihood of held-out answers the fused model (fused) is better than 1 of 2 rivals, and worse than "
-        "mixed (paired, p < 0.05 after Holm's correction)."
+        "mixed (paired, p < 0.05 after Holm's correction and an interval without 0)."
     )
     rows += [row("top_1", "fused", -0.1, 0.001), row("top_3", "fused", -0.1, 0.05), row("consensus", "ensemble")]
+    rows += [row("frozen", "fused", -0.1, 0.001, width=0.11)]
     assert verdict({"reference": "fused", "rows": rows}) == (
         "By the likelihood of held-out answers the fused model (fused) is better than 1 of 2 rivals, and worse than "
-        "mixed; and better than 1 of 2 other fusions, and not certainly better or worse than top_3 "
-        "(paired, p < 0.05 after Holm's correction)."
+        "mixed; and better than 1 of 3 other fusions, and not certainly better or worse than top_3, frozen "
+        "(paired, p < 0.05 after Holm's correction and an interval without 0)."
     )
     assert verdict({"reference": "mixed", "rows": [row("mixed", "mixed"), row("mixed_8", "mixed", -0.1, 0.01)]}) == (
         "By the likelihood of held-out answers mixed is better than 1 of 1 other mixed runs "
-        "(paired, p < 0.05 after Holm's correction)."
+        "(paired, p < 0.05 after Holm's correction and an interval without 0)."
     )
     assert "no likelihoods" in verdict({"reference": "fused", "rows": [row("fused", "fused")]})
     of_other_seeds = {**row("safety", "expert"), "metrics": {"mean_nll_per_token": {}}}
@@ -282,13 +286,24 @@ def test_a_score_of_answers_that_are_no_longer_there_is_refused(results, tmp_pat
     folder = write_verdicts(results, FUSED, "judge", "1", [1, 0, 1])
     record = {"run": {"script": "evaluate_safety.py", "arguments": {"answers_sha256": "0"}}}
     (folder / "run.json").write_text(json.dumps(record))
-    with pytest.raises(SystemExit):
-        call(report, "--runs", FUSED, "--results_dir", results)
-    assert "is a score of other answers than" in capsys.readouterr().err
+    for runs in (FUSED, ""):
+        with pytest.raises(SystemExit):
+            call(report, "--runs", runs, "--results_dir", results)
+        assert "is a score of other answers than" in capsys.readouterr().err
     outputs = results / "inference" / "safety" / "test" / f"cross_{FUSED}" / "outputs.jsonl"
     record["run"]["arguments"]["answers_sha256"] = hashlib.sha256(outputs.read_bytes()).hexdigest()
     (folder / "run.json").write_text(json.dumps(record))
     call(report, "--runs", FUSED, "--results_dir", results)
+
+
+def test_a_score_that_was_not_finished_stands_in_no_table(results, tmp_path):
+    results = shutil.copytree(results, tmp_path / "results")
+    for run in ("safety", FUSED):
+        folder = write_verdicts(results, run, "judge", "1", [1, 0, 1])
+    (folder / "run.json").unlink()
+    call(report, "--runs", "", "--results_dir", results)
+    table = (results / "report" / "table.md").read_text()
+    assert "| safety |" in table and FUSED not in table
 
 
 def test_scores_and_answers_of_other_weights_are_not_one_row(results, tmp_path, capsys):
@@ -475,6 +490,19 @@ def test_runs_can_be_kept_for_others_and_compared_without_their_folders(results,
     assert json.loads((other / "report" / "table.json").read_text()) == table
     with pytest.raises(SystemExit):
         call(report, "--runs", f"{runs},nowhere", "--saved", tmp_path / "kept", "--results_dir", other)
+
+
+def test_a_sweep_is_over_the_tasks_of_the_table(results):
+    """A fusion that is scored on a fourth task, too, stands in both with its mean over three."""
+    runs = {name: read_run_scores(results, name, "test") for name in FUSIONS}
+    scores = runs[FUSED].metrics
+    fourth = {"politeness_nll_per_token": scores["safety_nll_per_token"]}
+    runs[FUSED] = replace(runs[FUSED], metrics=scores | fourth)
+    table, alike = comparison.compare(runs, FUSED), Alike(runs, FUSED)
+    points = [*alike.gammas(), *alike.points("gate_loss_weight", alike.mean_nll)]
+    assert [run for *_, run in points] == [FUSED, *FUSIONS]
+    for _, mean, run in points:
+        assert mean == pytest.approx(row_of(table, run)["metrics"]["mean_nll_per_token"]["value"])
 
 
 def test_a_seed_in_a_name():

@@ -44,9 +44,10 @@ def test_the_sweep_shows_distances_from_its_own_run_alone():
         result = Result(["a"], [value], [1.0], ["a"], ["drift", None], {"reference": reference}, {"value": value})
         return RunScores(name, None, {}, dict.fromkeys(names, result))
 
-    assert sweeps.embedding_drift(measured("gamma", "own", 0.25), "own") == 0.25
-    assert sweeps.embedding_drift(measured("gamma", "moe", 0.25), "own") is None
-    assert sweeps.embedding_drift(measured("own", "moe", 0.25), "own") == 0.0
+    alike = sweeps.Alike({}, "own")
+    assert alike.embedding_drift(measured("gamma", "own", 0.25)) == 0.25
+    assert alike.embedding_drift(measured("gamma", "moe", 0.25)) is None
+    assert alike.embedding_drift(measured("own", "moe", 0.25)) == 0.0
 
 
 def test_runs_of_other_data_are_each_measured_on_their_own_prompts(fused_dir, tmp_path):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from copy import deepcopy
 
 import pytest
 from comparison_runs import FUSED, call, results, row_of, table, write_report, write_verdicts
@@ -13,9 +14,11 @@ from conftest import ROOT
 from config import TASKS
 from evaluator import comparison, report
 from evaluator.page import write_page
+from evaluator.page_answers import side_by_side
 from evaluator.page_sections import Section, section_of
-from evaluator.page_words import verdict
-from evaluator.run_scores import SHARES, read_run_scores
+from evaluator.page_table import relative_gains, score_cell
+from evaluator.page_words import setting_text, verdict
+from evaluator.run_scores import MEAN_NLL, SHARES, read_run_scores
 
 __all__ = ["results", "table"]  # fixtures
 
@@ -70,6 +73,13 @@ def test_a_section_shows_the_scores_that_it_names(table):
     assert values == sorted(values, reverse=True) and len(values) > 2
 
 
+@pytest.mark.parametrize(("end", "tone"), [(-0.0002, "good"), (0.0002, "")])
+def test_a_difference_whose_interval_holds_0_has_no_colour(table, end, tone):
+    difference = {"difference": -0.013, "interval": [-0.022, end], "p_holm": 0.03}
+    row = row_of(table, "raw") | {"paired": {MEAN_NLL.name: difference}}
+    assert score_cell(row, [row], MEAN_NLL)["tone"] == tone
+
+
 def test_a_section_shows_what_each_seed_comes_to(results, tmp_path):
     """As the main table does."""
     names = ("mixed", "mixed_seed_43", FUSED)
@@ -79,6 +89,30 @@ def test_a_section_shows_what_each_seed_comes_to(results, tmp_path):
     section = (tmp_path / "page.html").read_text().split("More</h2>")[1].split("<h2>")[0]
     low, high = sorted(row_of(compared, "mixed")["metrics"]["mean_nll_per_token"]["of_seeds"])
     assert f"seeds {low:.3f} to {high:.3f}" in section
+
+
+def test_the_setting_tells_which_questions_are_of_which_data(results):
+    """Experts from elsewhere were trained on other questions than what joins them."""
+    runs = {name: read_run_scores(results, name, "test") for name in ("raw", "safety", "merge_linear", FUSED)}
+    records = {name: run.record for name, run in runs.items()}
+    assert "; data sample, 8 training questions per task; made on " in setting_text(records, True)
+    records[FUSED] = deepcopy(records[FUSED])
+    records[FUSED]["run"]["arguments"] |= {"data_source": "/data/mixed_10", "num_samples": -1}
+    said = (
+        "; data sample, 8 training questions per task, and of the folder “mixed_10”, all training questions per task; "
+    )
+    assert said in setting_text(records, True)
+    for record in (records["safety"], records[FUSED]):
+        record["run"]["script"] = "merging.py"
+    assert "; data sample, an unrecorded number of training questions per task; " in setting_text(records, True)
+
+
+def test_a_gain_in_percent_is_of_the_seeds_that_both_have():
+    score = {"value": 3.0, "seeds": [42, 43], "of_seeds": [2.0, 4.0]}
+    paired = {"difference": -0.5, "interval": [-0.6, -0.4], "seeds": [42]}
+    row = {"run": "safety", "kind": "expert", "metrics": {MEAN_NLL.name: score}, "paired": {MEAN_NLL.name: paired}}
+    (gain,) = relative_gains({"rows": [row]})
+    assert [gain["gain"], *gain["interval"]] == pytest.approx([25, 20, 30])
 
 
 def test_more_experts_than_colours(results, tmp_path):
@@ -159,6 +193,18 @@ def test_judgements_stand_beside_the_answers(results, table, tmp_path):
     call(report, "--runs", ",".join(["raw", *TASKS, FUSED]), "--show_answers", results, "--results_dir", results)
     page = (results / "report" / "index.html").read_text()
     assert re.findall(r"<h4>safety · flagged: ([^<]*)</h4>", page) == ["1", "no verdict", "0"]
+
+
+def test_answers_to_other_questions_of_the_same_ids_stand_apart(results, table, tmp_path):
+    """Two folders of data may number their questions alike."""
+    results = shutil.copytree(results, tmp_path / "results")
+    safety = results / "inference" / "safety" / "test" / "cross_safety" / "outputs.jsonl"
+    first, *rest = map(json.loads, safety.read_text().splitlines())
+    asked = [first | {"instruction": "Which way is north?"}, *rest[:-1], rest[-1] | {"input": "By night."}]
+    safety.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    shown = side_by_side(results, ["raw", "safety"], "test")
+    assert [(item["question"], len(item["answers"])) for item in shown] == [(rest[0]["instruction"], 2)]
+    assert len(side_by_side(results, ["raw", "helpfulness"], "test")) == 3
 
 
 def test_without_texts_no_text_of_the_data_stands_on_the_page(results, table):

@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from evaluator.paired import holm, least_detectable, mcnemar, mean_of_differences, paired_difference, sign_flip
+from evaluator.paired import (
+    holm,
+    is_certain,
+    least_detectable,
+    mcnemar,
+    mean_of_differences,
+    paired_difference,
+    sign_flip,
+)
 from evaluator.statistics import metric, resamples
 
 
@@ -25,6 +33,29 @@ def test_the_least_detectable_difference_is_by_the_questions_residuals():
     error = sum(r**2 for r in residuals) ** 0.5 / 15
     assert grouped["least_detectable"] == pytest.approx((1.959964 + 0.841621) * error, rel=1e-5)
     assert (grouped["n"], grouped["questions"]) == (4, 3)
+
+
+@pytest.mark.parametrize(
+    ("interval", "p_holm", "certain"),
+    [
+        ([-0.02, -0.001], 0.049, True),
+        ([0.001, 0.02], 0.049, True),
+        ([-0.02, -0.001], 0.05, False),
+        ([-0.02, 0.0002], 0.03, False),
+        ([-0.0002, 0.02], 0.03, False),
+        ([0.0, 0.02], 0.03, False),
+    ],
+)
+def test_a_difference_is_certain_where_p_and_interval_agree(interval, p_holm, certain):
+    assert is_certain({"difference": sum(interval) / 2, "interval": interval, "p_holm": p_holm}) == certain
+
+
+def test_items_that_all_differ_alike_are_certain_to_differ():
+    """Nothing varies that an interval could come from."""
+    alike = paired_difference([1] * 20, [0] * 20)
+    assert alike["interval"] is None and is_certain(alike | {"p_holm": alike["p"]})
+    same = paired_difference([1] * 20, [1] * 20)
+    assert same["interval"] is None and not is_certain(same | {"p_holm": same["p"]})
 
 
 def test_the_interval_is_that_of_the_differences_as_a_metric():

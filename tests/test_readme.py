@@ -136,6 +136,17 @@ def test_the_documents_say_what_the_committed_comparison_says(committed):
         assert row["run"] in page and all(f"{one['value']:.3f}" in page for one in row["metrics"].values() if one)
 
 
+def test_the_headline_calls_a_difference_better_where_its_interval_leaves_0_out(committed):
+    comparison = json.loads(committed.TABLE.read_text())
+    of_mean = committed.row_of(comparison, "ensemble_probabilities")["paired"]["mean_nll_per_token"]
+    for interval, said in (
+        ([-0.022, -0.001], "0.013 [0.001, 0.022] better than the ensemble"),
+        ([-0.022, 0.002], "not certainly different from the ensemble (−0.013)"),
+    ):
+        of_mean |= {"difference": -0.013, "interval": interval, "p_holm": 0.03}
+        assert said in committed.headline(comparison) and "worse than one LoRA" in committed.headline(comparison)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["table.json", "gemma3.json"])
 def test_the_committed_comparisons_are_those_of_the_kept_rows(committed, name):

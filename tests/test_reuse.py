@@ -9,7 +9,9 @@ from conftest import run_script
 
 import align_basemodel
 from config import UserError
+from data.sources import data_sha256
 from evaluator import evaluate_likelihood, report, reuse
+from evaluator.judges.labelled import judge_files
 from evaluator.kept_runs import read_kept, save_run
 from models import merging
 from workspace.files import read_json, write_json
@@ -245,6 +247,31 @@ def test_answers_are_asked_after_where_they_are_wanted(check, kept, tmp_path):
     assert check("safety", "", *wanted, "--judged", "flagged", saved=tmp_path)[0] == 0
     wanted[-1] = 32
     assert "were made with max_new_tokens=16, asked for is 32" in check("safety", "", *wanted, saved=tmp_path)[1]
+
+
+def test_scores_of_a_judge_that_learnt_from_other_rows_are_not_taken_over(check, kept, tiny_source, tmp_path):
+    """Nothing is known of the judges of earlier versions."""
+    row = read_json(kept / "safety.json")
+    sums = {"safety_test.jsonl": row["metrics"]["safety_nll_per_token"]["settings"]["data_sha256"]["safety_test.jsonl"]}
+    answers = {"num_samples": 5, "max_new_tokens": 16, "dtype": "float32", "temperature": 0.6, "data_sha256": sums}
+    wanted = ["--num_answered", 5, "--max_new_tokens", 16, "--judged", "flagged"]
+    of_sample, of_others = (data_sha256(judge_files("safety", str(source))) for source in ("sample", tiny_source))
+    for recorded, more, differs in (
+        ({}, (), False),
+        ({"judge_data_sha256": None}, (), False),
+        ({"judge_data_sha256": of_sample}, (), False),
+        ({"judge_data_sha256": of_others}, (), True),
+        ({"judge_data_sha256": of_others}, ("--judge_data_source", tiny_source), False),
+        ({"judge_data_sha256": {}}, (), True),  # of the hub's
+    ):
+        for settings in (answers, {"by": "consensus"}):  # selected answers are judged like others
+            judged = {**row["metrics"]["mc1"], "settings": {**recorded, "answers": settings}}
+            write_json(tmp_path / "safety.json", row | {"metrics": row["metrics"] | {"flagged": judged}})
+            code, text = check("safety", ROWS["safety"], *wanted, *more, saved=tmp_path)
+            assert (code == reuse.NOT_ALIKE) == ("its flagged was judged with judge_data_sha256=" in text) == differs
+    process = run_script("evaluator/reuse.py", "--judge_data_source", tiny_source, "--saved", kept, "--base_model", "b",
+                         "--data_source", "sample")  # fmt: skip
+    assert process.returncode == 2 and "has an effect with --num_answered only" in process.stderr
 
 
 def test_a_mistake_is_no_difference(check, tmp_path, capsys):

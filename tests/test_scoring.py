@@ -58,12 +58,14 @@ def test_plain_text_scores_every_token_but_the_first(fused_dir):
     model, tokenizer = load_run(fused_dir, dtype="float32")
     texts = ["A river bends where the bank gives way.", "Ice floats.", "Towers lean, and some of them fall in time."]
     scored = score_texts(model, tokenizer, texts, 12, 2, torch.device("cpu"))
-    for text, (log_prob, count) in zip(texts, scored, strict=True):
-        ids = torch.tensor([tokenizer(text)["input_ids"][:12]])
+    for text, (log_prob, count, cut) in zip(texts, scored, strict=True):
+        whole = tokenizer(text)["input_ids"]
+        ids = torch.tensor([whole[:12]])
         with torch.no_grad():
             log_probs = model.lm_head(model.model(ids).last_hidden_state)[0].log_softmax(-1)
         expected = sum(log_probs[i, token].item() for i, token in enumerate(ids[0, 1:]))
-        assert (count, log_prob) == (ids.shape[1] - 1, pytest.approx(expected, abs=1e-4))
+        assert (count, log_prob) == (ids.shape[1] - 1, pytest.approx(expected, abs=1e-4)) and cut == (len(whole) > 12)
+    assert [cut for *_, cut in scored] == [True, False, True]
 
 
 def test_choices_that_are_compared_follow_the_same_prompt(fused_dir):
@@ -97,6 +99,10 @@ def test_the_windows_length_is_the_limit_and_what_is_cut_is_counted(tmp_path, ba
     tokens = [json.loads(line)["tokens"] for line in (folder / "judgements.jsonl").read_text().splitlines()]
     assert tokens[1] == 401 and 401 < tokens[2] < 512
     assert ", without answer 0, cut 1" in capsys.readouterr().out
+    passages = [{"id": "short", "text": "So."}, {"id": "long", "text": "a7" * 600}, {"id": "other", "text": "Thus."}]
+    write_jsonl(tiny_source / "general.jsonl", passages)
+    evaluate_likelihood.main([*arguments, "--task_name", "general"])
+    assert ", cut 1" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         evaluate_likelihood.main([*arguments, "--task_name", "safety", "--max_length", "513"])
     assert "--max_length 513: must be at most 512, the model's window" in capsys.readouterr().err

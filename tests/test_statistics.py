@@ -65,6 +65,14 @@ def test_few_differences_take_students_t():
     assert mean_metric([5.0, 0, 0, 0, 0])["interval"] == pytest.approx([1 - 2.7764, 1 + 2.7764], abs=1e-4)
 
 
+def test_a_share_stays_one():
+    """Of probability, as MC2's, or of preference, as a win rate's: an interval does not leave what can be."""
+    for values in ([0.0, 0.0, 0.9], [0.02, 0.0, 0.0, 0.3], [1.0, 0.98, 0.7]):
+        low, high = mean_metric(values)["interval"]
+        assert low < 0 or high > 1
+        assert metric(values, unit="share", higher_is_better=True)["interval"] == [max(low, 0), min(high, 1)]
+
+
 def test_bad_rows_are_errors():
     for wrong in (lambda: mean_metric([]), lambda: yes_share([]), lambda: metric([1.0, 2.0], [0, 0], **UNITS)):
         with pytest.raises(ValueError):

@@ -164,6 +164,11 @@ def test_a_score_by_a_trained_judge_carries_its_accuracy_and_the_correction(trai
         and "n = 160" in out
         and "corrected for the judge's errors" in out
     )
+    scored, made = (
+        json.loads((folder / "run.json").read_text())["run"]["arguments"]
+        for folder in (tmp_path / "evaluation/truthfulness/test/raw/truth", judge)
+    )
+    assert scored["judge_data_sha256"] == made["data_sha256"] and set(made["data_sha256"]) == {"judge_truth.jsonl"}
     report.main(["--runs", "", "--results_dir", str(tmp_path)])
     table = (tmp_path / "report" / "table.md").read_text()
     assert "truth ↑ (truth)" in table and "; corrected " in table and "mall judge truth trained here: accuracy" in table

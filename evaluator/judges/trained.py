@@ -8,17 +8,19 @@ from evaluator.judges.protocols import JUDGE_FILE
 from evaluator.run_scores import check_score
 from evaluator.statistics import corrected_share
 from workspace.files import as_written, read_json, read_lines
-from workspace.run_dir import COMPLETE
+from workspace.run_dir import COMPLETE, read_record
 
 LEAST_LENGTH = 32  # tokens: no judge is trained on less
 
 
 @dataclass(frozen=True)
 class TrainedJudge:
-    """judge.json of a trained judge, and its held-out rows: question, answer, label, p."""
+    """judge.json of a trained judge, its held-out rows (question, answer, label, p), and the checksums of the files of
+    its labelled rows."""
 
     settings: dict
     rows: list[dict]
+    data_sha256: dict[str, str] | None
 
     @property
     def held_out(self) -> dict:
@@ -60,4 +62,4 @@ def read_trained(judge: str, kind: str) -> TrainedJudge | None:
             raise ValueError("a row has no label of 0 or 1, no probability p, or no question")
         if {row["label"] for row in rows} != {0, 1}:
             raise ValueError("its rows have one label only")
-    return TrainedJudge(settings, rows)
+    return TrainedJudge(settings, rows, read_record(folder / COMPLETE)["run"]["arguments"].get("data_sha256"))
