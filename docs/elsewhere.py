@@ -28,7 +28,10 @@ METHODS = {  # prefix of the rows on some mixed questions: (words, the row that 
     "prompted": ("fusion routed by prompt, its routers' start made from them, then aligned", None),
     "slow": ("fusion routed by prompt, its routers made from them, then aligned with routers at 1e-4", None),
     "routers": ("fusion routed by prompt, its routers made from them, then trained alone at 1e-4", None),
-    "frozen": ("fusion routed by prompt, its routers made from them and frozen, its experts aligned (no gating loss)", None),
+    "frozen": (
+        "fusion routed by prompt, its routers made from them and frozen, its experts aligned (no gating loss)",
+        None,
+    ),
     "tuned": ("task arithmetic, its coefficients tuned on them", None),
     "prototype": ("fusion, its routers' start made from them, not aligned", None),
     "by_prompt": ("fusion routed by prompt, its routers' start made from them, not aligned", None),
@@ -160,8 +163,8 @@ def frozen_routers() -> str:
     pair = compare({name: run for name, run in runs.items() if split_seed(name)[0] in (frozen, trained)}, frozen)
     other = row_of(pair, trained)
     return (
-        f"Routed by prompt and aligned with its routers frozen and without the gating loss: {mean_of(row_of(pair, frozen)):.3f}; less the one "
-        f"whose routers are trained: {difference_text(other)}; it is {task_by_task(other)}."
+        "Routed by prompt and aligned with its routers frozen and without the gating loss: "
+        f"{mean_of(row_of(pair, frozen)):.3f}; less the one whose routers are trained: {difference_text(other)}; it is {task_by_task(other)}."
     )
 
 

@@ -190,8 +190,6 @@ def score(row: Row, one: Metric, tasks: tuple[str, ...]) -> dict | None:
     else:
         part = part_of(row, None, one.name, seeds)
         result = metric(part["ours"], part["sizes"], groups=part["groups"], **about)
-        if one.unit == "share" and result["interval"]:  # the bootstrap of the seeds' mean knows no bounds
-            result["interval"] = [min(max(end, 0.0), 1.0) for end in result["interval"]]
         corrected = [row.seeds[seed].metrics[one.name].score.get("corrected") for seed in sorted(seeds)]
         if None not in corrected:
             result["corrected_of_seeds"] = [of_seed["value"] for of_seed in corrected]

@@ -81,7 +81,7 @@ import shlex
 
 from data.sources import absolute_source, source_sha256
 from evaluator.evaluate_likelihood import LikelihoodArguments, settings_of
-from evaluator.judges.labelled import judge_files
+from evaluator.judges.labelled import judge_sha256
 from evaluator.kept_runs import kept_folder, read_kept
 from evaluator.run_scores import (
     JUDGED,
@@ -218,8 +218,8 @@ def judge_differs(args: ReuseArguments, name: str, result: Result) -> str | None
     judge that was not trained here, and where nothing is recorded, as by earlier versions."""
     if result.settings.get("judge_data_sha256") is None:
         return None
-    files = judge_files("safety" if name == "flagged" else name, args.judge_data_source or args.data_source)
-    return first_difference(result.settings, {"judge_data_sha256": data_sha256(files)})
+    read = judge_sha256("safety" if name == "flagged" else name, args.judge_data_source or args.data_source)
+    return first_difference(result.settings, {"judge_data_sha256": read})
 
 
 def first_difference(recorded: dict, asked: dict) -> str | None:

@@ -9,9 +9,8 @@ from conftest import run_script
 
 import align_basemodel
 from config import UserError
-from data.sources import data_sha256
 from evaluator import evaluate_likelihood, report, reuse
-from evaluator.judges.labelled import judge_files
+from evaluator.judges.labelled import judge_sha256
 from evaluator.kept_runs import read_kept, save_run
 from models import merging
 from workspace.files import read_json, write_json
@@ -255,7 +254,7 @@ def test_scores_of_a_judge_that_learnt_from_other_rows_are_not_taken_over(check,
     sums = {"safety_test.jsonl": row["metrics"]["safety_nll_per_token"]["settings"]["data_sha256"]["safety_test.jsonl"]}
     answers = {"num_samples": 5, "max_new_tokens": 16, "dtype": "float32", "temperature": 0.6, "data_sha256": sums}
     wanted = ["--num_answered", 5, "--max_new_tokens", 16, "--judged", "flagged"]
-    of_sample, of_others = (data_sha256(judge_files("safety", str(source))) for source in ("sample", tiny_source))
+    of_sample, of_others = (judge_sha256("safety", str(source)) for source in ("sample", tiny_source))
     for recorded, more, differs in (
         ({}, (), False),
         ({"judge_data_sha256": None}, (), False),

@@ -49,6 +49,14 @@ def test_a_changed_data_file_is_named(folder):
         begin(folder, data_sha256={"a.jsonl": "1", "b.jsonl": "3"}, data_source="/one")
 
 
+@pytest.mark.parametrize("name", [*run_dir.LATER_DIGESTS, "data_sha256"])
+def test_a_digest_that_an_earlier_version_did_not_record_is_not_asked_for(folder, name):
+    for nothing in ({}, {name: None}, {name: {}}):
+        folder.mkdir(parents=True, exist_ok=True)
+        run_dir.finish(folder, "a.py", {"x": 1, **nothing}, {}, {})
+        assert begin(folder, x=1, **{name: {"a": "1"}}) == "complete"
+
+
 def test_a_base_is_compared_by_its_digest_and_an_earlier_record_by_its_place(folder):
     begin(folder, base_model="/one", base_sha256="1", x=1)
     (folder / "outputs.jsonl").write_text("")

@@ -25,7 +25,10 @@ COMPLETE = "run.json"
 
 # What tells a base model, data and a judge, wherever they lie: with these alike, their places are not compared.
 DIGESTS = {"base_sha256": "base_model", "data_sha256": "data_source", "judge_version": "judge"}
-LATER_DIGESTS = ("tokenizer_sha256", "weights_sha256", "answers_sha256", "reference_sha256", "judgements_sha256")
+LATER_DIGESTS = (
+    *("tokenizer_sha256", "weights_sha256", "answers_sha256", "reference_sha256", "judgements_sha256"),
+    "judge_data_sha256",
+)
 _held: dict[Path, FileLock] = {}  # the folders that this process writes
 _begun: dict[Path, dict] = {}  # what it has begun in each
 
@@ -97,8 +100,8 @@ def compare_arguments(folder: Path, before: dict, now: dict, remedy: str) -> Non
             now = {key: value for key, value in now.items() if key != digest}
         elif before[digest] and now.get(digest):
             before, now = ({k: v for k, v in one.items() if k != location} for one in (before, now))
-    unrecorded = [digest for digest in LATER_DIGESTS if before.get(digest) is None]  # nor by every version
-    now = {key: value for key, value in now.items() if key not in unrecorded}
+    unrecorded = [digest for digest in LATER_DIGESTS if not before.get(digest)]  # nor by every version
+    before, now = ({key: value for key, value in one.items() if key not in unrecorded} for one in (before, now))
     files, files_now = before.pop("data_sha256", None), now.pop("data_sha256", None)
     for file in sorted({**(files or {}), **(files_now or {})}):
         if (files or {}).get(file) != (files_now or {}).get(file):
