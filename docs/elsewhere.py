@@ -164,7 +164,8 @@ def frozen_routers() -> str:
     other = row_of(pair, trained)
     return (
         "Routed by prompt and aligned with its routers frozen and without the gating loss: "
-        f"{mean_of(row_of(pair, frozen)):.3f}; less the one whose routers are trained: {difference_text(other)}; it is {task_by_task(other)}."
+        f"{mean_of(row_of(pair, frozen)):.3f}; less the one whose routers are trained: {difference_text(other)}; "
+        f"it is {task_by_task(other)}."
     )
 
 

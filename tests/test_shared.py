@@ -269,7 +269,7 @@ def test_a_base_without_a_name_is_refused(fused_dir, base_dir, tmp_path, capsys,
     assert "tuned attention" in failed(["--cross_task", tuned, *by_name[2:], "--base_id", BASE_ID], capsys)
     on_embedded = shutil.copytree(fused_dir, tmp_path / "on_embedded")
     run = json.loads((on_embedded / "run.json").read_text())
-    run["run"]["arguments"]["base_model"] = "smollm2"
+    run["run"]["arguments"] |= {"base_model": "smollm2", "tokenizer_sha256": None}
     (on_embedded / "run.json").write_text(json.dumps(run))
     monkeypatch.setattr(shared, "BASE_MODELS_DIR", base_dir.parent)
     assert "tiny-llama is converted from a GGUF file" in failed([*by_name, "--base_id", BASE_ID], capsys)
