@@ -1,6 +1,7 @@
 """What an alignment trains, and on what, by the flags of align_basemodel.py (`args`): samples, models, trainers, and an
 estimate of their memory."""
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -77,9 +78,11 @@ def check_by_prompt(args, training: TrainArguments) -> None:
             "--gate_gradient out"
         )
     of_fsdp = (training.fsdp_config or {}).get("activation_checkpointing")
-    if training.activation_checkpointing or training.gradient_checkpointing or of_fsdp:
+    of_accelerate = os.environ.get("FSDP_ACTIVATION_CHECKPOINTING") == "true"  # its yaml's, by its launcher
+    if training.activation_checkpointing or training.gradient_checkpointing or of_fsdp or of_accelerate:
         raise UserError(
-            "--activation_checkpointing: computes layers again after the choice by prompt is over; leave it out"
+            "--activation_checkpointing (or FSDP's): computes layers again after the choice by prompt is over; leave "
+            "it out"
         )
     if training.torch_compile:
         raise UserError(

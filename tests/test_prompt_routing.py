@@ -192,7 +192,9 @@ def test_one_batch_of_eight_equals_eight_of_one(by_prompt_dir, samples, tmp_path
         assert (value - start[name]).abs().max() > 0
 
 
-def test_an_alignment_keeps_the_routing_and_its_scores_say_so(by_prompt_dir, tiny_source, tmp_path, capsys):
+def test_an_alignment_keeps_the_routing_and_its_scores_say_so(
+    by_prompt_dir, tiny_source, tmp_path, capsys, monkeypatch
+):
     place = ["--results_dir", str(tmp_path / "results"), "--data_source", str(tiny_source)]
     align = ["--moe_flag", "1", "--moe_dir", str(by_prompt_dir), "--max_steps", "1", "--use_cpu", "1", *place]
     align += ["--gate_loss_weight", "0.3", "--dtype", "float32", "--run_name", "aligned"]
@@ -220,6 +222,10 @@ def test_an_alignment_keeps_the_routing_and_its_scores_say_so(by_prompt_dir, tin
         with pytest.raises(SystemExit):
             align_basemodel.main([*align[:-1], "other", *more])
         assert said in capsys.readouterr().err
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")  # as `accelerate launch` hands its yaml on
+    with pytest.raises(SystemExit):
+        align_basemodel.main([*align[:-1], "other"])
+    assert "(or FSDP's)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["shared", "mixtral", "pt"])
