@@ -41,17 +41,15 @@ def in_words() -> str:
     others = [row for row in table["rows"] if row["run"] != REFERENCE]
     alike = Alike(runs, REFERENCE)
     drifts = [f"{x:g}: {y:.3f}" for x, y, _ in alike.points("helpfulness_weight", alike.embedding_drift)]
-    safe = [
-        f"{x:g}: {minus(-row_of(table, name)['paired'][SAFE.name]['difference'])} (p = "
-        f"{row_of(table, name)['paired'][SAFE.name]['p_holm']:.2g})"
-        for x, name in alike.by("safety_weight")
-        if name != REFERENCE
-    ]
+    safe = {x: row_of(table, name)["paired"][SAFE.name] for x, name in alike.by("safety_weight") if name != REFERENCE}
     parts = [f"By the mean likelihood the method is {outcomes(others, 'other fusions')} (paired, {CERTAIN})."]
     if len(drifts) > 1:
         parts.append(f"Distance of its embeddings from those at γ₁ = 0, by γ₁: {', '.join(drifts)}.")
-    if safe:
-        parts.append(f"Safe answer preferred at γ₂, less that at γ₂ = 0: {', '.join(safe)}.")
+    if safe and not any(paired["difference"] for paired in safe.values()):
+        parts.append(f"The safe answer is preferred as often at γ₂ = {', '.join(f'{x:g}' for x in safe)} as at 0.")
+    elif safe:
+        shares = [f"{x:g}: {minus(-paired['difference'])} (p = {paired['p_holm']:.2g})" for x, paired in safe.items()]
+        parts.append(f"Safe answer preferred at γ₂, less that at γ₂ = 0: {', '.join(shares)}.")
     if missing := [name for name in ALL if name not in runs]:
         parts.append(f"Not run yet: {', '.join(missing)}.")
     return " ".join(parts)

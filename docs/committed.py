@@ -76,7 +76,7 @@ def task_by_task(row: dict) -> str:
 
 
 def minus(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+    return f"{round(value, 3) + 0.0:+.3f}".replace("-", "−")  # + 0.0: no zero has a sign
 
 
 def put(document: str, name: str, text: str, script: str = "comparison.py") -> str:

@@ -12,7 +12,7 @@ if not __package__:  # run as a script, from any folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import cli
-from cli import TASKS_HELP, SourceArguments, check_at_least, check_num_samples, flag, read_tasks
+from cli import DTYPES, NF4, TASKS_HELP, SourceArguments, check_at_least, check_num_samples, flag, read_tasks
 from config import TASKS, UserError
 
 
@@ -25,6 +25,11 @@ class DriftArguments(SourceArguments):
     dataset_type: str = flag("test", "which half", choices=["train", "test"])
     num_samples: int = flag(-1, "prompts per task, evenly spaced over the half; -1 takes all")
     tasks: str = flag(",".join(TASKS), TASKS_HELP)
+    dtype: str = flag(
+        "float32",
+        "precision of the base's weights: bfloat16's rounding is larger than the distance of two like runs",
+        choices=[*DTYPES, NF4],
+    )
     batch_size: int = flag(16, "prompts per batch")
 
     def __post_init__(self):

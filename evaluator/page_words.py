@@ -7,6 +7,8 @@ from evaluator.paired import CERTAIN, is_certain
 from evaluator.results import INTERVALS
 from evaluator.run_scores import JUDGED, RunScores
 
+MANY = 12  # rows: more are counted, not named
+
 
 def reference_kind(comparison: dict) -> str:
     return next(row["kind"] for row in comparison["rows"] if row["run"] == comparison["reference"])
@@ -37,14 +39,16 @@ def uncompared(row: dict, comparison: dict) -> bool:
 
 
 def outcomes(rows: list[dict], what: str) -> str:
-    """How many of these rows the reference beats, and by name those that it does not certainly beat."""
+    """How many of these rows the reference beats, and by name, unless they are many, those that it does not certainly
+    beat."""
     better, undecided, worse = [], [], []
     for row in rows:
         difference = row["paired"]["mean_nll_per_token"]
         side = better if difference["difference"] < 0 else worse
         (side if is_certain(difference) else undecided).append(row["run"])
     parts = [f"better than {len(better)} of {len(rows)} {what}"] if better or not undecided + worse else []
-    parts += [f"not certainly better or worse than {', '.join(undecided)}"] * bool(undecided)
+    named = ", ".join(undecided) if len(undecided) <= MANY else f"{len(undecided)} of them"
+    parts += [f"not certainly better or worse than {named}"] * bool(undecided)
     parts += [f"worse than {', '.join(worse)}"] * bool(worse)
     return ", and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
 

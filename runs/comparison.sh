@@ -118,7 +118,7 @@ if [ $ABLATIONS = 1 ]; then
     for gate in $GATES; do fusion fused_gate_$gate fuse --gate_loss_weight $gate; done
     fused() { fuse; once $RUN $FUSED; }
     for gamma in $GAMMAS; do
-        also="python evaluator/embedding_drift.py --reference $RUN --num_samples $NUM_SCORED --dtype $DTYPE $R"
+        also="python evaluator/embedding_drift.py --reference $RUN --num_samples $NUM_SCORED $R"
         fusion fused_gamma_1_$gamma fused --helpfulness_weight $gamma
         also=nothing
         fusion fused_gamma_2_$gamma fuse --safety_weight $gamma

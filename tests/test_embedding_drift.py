@@ -17,11 +17,12 @@ from models.loading import load_run
 
 def test_the_distance_is_of_mean_final_states(base_dir, fused_dir, tmp_path):
     command = ["--run", str(fused_dir), "--base_model", str(base_dir), "--data_source", "sample", "--num_samples", "3"]
-    command += ["--dtype", "float32", "--results_dir", str(tmp_path)]
-    embedding_drift.main([*command, "--reference", "raw"])
+    command += ["--results_dir", str(tmp_path)]
+    embedding_drift.main([*command, "--reference", "raw"])  # in float32, on a CPU that is fast in bfloat16 too
     models = [load_run(None, str(base_dir), "float32"), load_run(fused_dir, dtype="float32")]
     for task in TASKS:
         folder = tmp_path / "evaluation" / task / "test" / fused_dir.name / "embedding_drift"
+        assert json.loads((folder / "run.json").read_text())["run"]["arguments"]["dtype"] == "float32"
         rows = [json.loads(line) for line in (folder / "judgements.jsonl").read_text().splitlines()]
         records = spread(prompt_records(task, read_rows(task, "test", "sample"), "sample"), 3)
         assert [row["id"] for row in rows] == [record.id for record in records]
