@@ -318,10 +318,12 @@ def run_name(args: AlignArguments, training: TrainArguments) -> str:
 
 def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
     """What run.json records and a later command with the same folder must repeat."""
-    arguments = {"base_model": args.base_model, "data_source": args.data_source}
-    arguments |= flag_arguments(args, training) | {
-        "base_sha256": base_sha256(args.base_model),
+    arguments = {
+        "base_model": args.base_model,
+        "data_source": args.data_source,
+        "base_sha256": base_sha256(args.base_model),  # a base that is not there is said before data that are not
         "tokenizer_sha256": tokenizer_sha256(args.base_model),
+        **flag_arguments(args, training),
     }
     if args.moe_flag:
         arguments["fused_sha256"] = sha256(Path(args.moe_dir) / "model.safetensors")

@@ -6,7 +6,7 @@ from functools import cache
 from committed import NLL, RESULTS, as_image, difference_text, kept_runs, mean_of, row_of, task_by_task
 
 from evaluator import figures
-from evaluator.comparison import KINDS, compare
+from evaluator.comparison import KINDS, compare, split_seed
 from evaluator.run_scores import MEAN_NLL, RunScores
 from evaluator.statistics import interval_text
 from evaluator.sweeps import OF_A_MACHINE
@@ -19,8 +19,10 @@ SINGLE_CHANGES = (  # words, the try without the change, the try with it
     ("LoRA: a third epoch", "mixed", "mixed_3_epochs"),
     ("LoRA: a fourth epoch", "mixed_3_epochs", "mixed_twice"),
     ("LoRA: twice the rate", "mixed", "mixed_rate_1e-3"),
+    ("LoRA: twice that rate", "mixed_rate_1e-3", "mixed_rate_2e-3"),
     ("LoRA: a third epoch at twice the rate", "mixed_rate_1e-3", "mixed_3_epochs_rate_1e-3"),
     ("fusion: twice the rate", "fused", "fused_rate_1e-3"),
+    ("fusion: twice that rate", "fused_rate_1e-3", "fused_rate_2e-3"),
     ("fusion: twice the rate, three epochs, dropout of 0.1", "fused_2_then_3", "fused_2_then_3_rate_1e-3"),
     ("fusion: a third epoch at twice the rate, dropout of 0.1", "fused_rate_1e-3", "fused_2_then_3_rate_1e-3"),
     ("fusion: dropout of 0.3", "fused", "fused_dropout_0.3"),
@@ -44,8 +46,9 @@ def compared_tries() -> tuple[dict[str, RunScores], str, dict]:
 
 @cache
 def compared_chosen() -> tuple[dict[str, RunScores], str, dict]:
-    """The same of the recipes that were chosen on questions held apart, on the test half."""
-    runs, best = kept_runs(CONFIRMED), compared_tries()[1]
+    """The same of the recipes that were chosen on questions held apart and confirmed, on the test half."""
+    runs = kept_runs(CONFIRMED)
+    best, _ = split_seed(best_of(runs, "mixed"))
     return runs, best, compare({name: runs[name] for name in runs if name.startswith(TRIED)}, best)
 
 
@@ -123,7 +126,12 @@ def steps_in_all(runs: dict[str, RunScores], name: str) -> float:
 
 def expert_of(runs: dict[str, RunScores], arguments: dict) -> str:
     """The kept expert that was aligned with these arguments."""
-    return next(name for name, run in runs.items() if run.record and run.record["run"]["arguments"] == arguments)
+
+    def recipe(made: dict) -> dict:
+        return {key: value for key, value in made.items() if key not in OF_A_MACHINE}
+
+    named = {name: run.record["run"]["arguments"] for name, run in runs.items() if run.record}
+    return next(name for name, made in named.items() if recipe(made) == recipe(arguments))
 
 
 def changes(name: str) -> str:
