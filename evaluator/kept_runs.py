@@ -102,7 +102,7 @@ def without_places(record: dict | None) -> dict | None:
     if record is None:
         return None
     meta = dict(record["meta"])
-    for part in ("fused", "experts", "init"):
+    for part in ("fused", "experts", "init", "drawn"):
         if meta.get(part):
             meta[part] = shortened(meta[part])
     if meta.get("command"):
@@ -115,6 +115,8 @@ def shortened(value):
     """Recorded arguments with the last part of what is a path."""
     if isinstance(value, dict):
         return {key: shortened(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [shortened(one) for one in value]
     return Path(value).name if isinstance(value, str) and "/" in value else value
 
 

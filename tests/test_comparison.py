@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from config import TASKS, UserError
 from evaluator import comparison, report
-from evaluator.kept_runs import read_kept
+from evaluator.kept_runs import read_kept, without_places
 from evaluator.page_words import verdict
 from evaluator.run_scores import RunScores, check_score, cost_of_run, read_run_scores, read_usage
 from evaluator.sweeps import Alike
@@ -490,6 +490,13 @@ def test_runs_can_be_kept_for_others_and_compared_without_their_folders(results,
     assert json.loads((other / "report" / "table.json").read_text()) == table
     with pytest.raises(SystemExit):
         call(report, "--runs", f"{runs},nowhere", "--saved", tmp_path / "kept", "--results_dir", other)
+
+
+def test_no_place_is_kept_of_what_a_run_was_made_from():
+    arguments = {"base_model": "/home/me/base", "data_source": "/home/me/data", "data_sha256": {"a.jsonl": "1"}}
+    meta = {part: arguments for part in ("fused", "init")} | {"experts": {"safety": arguments}, "drawn": [arguments]}
+    kept = without_places({"run": {"script": "a.py", "arguments": arguments}, "train": {}, "meta": meta})
+    assert "/home" not in json.dumps(kept) and kept["meta"]["drawn"][0]["data_source"] == "data"
 
 
 def test_a_sweep_is_over_the_tasks_of_the_table(results):
