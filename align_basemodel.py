@@ -229,6 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     if state == "complete":
         print(f"{folder} is complete: nothing to do")
         return
+    began_with = how_it_began(args)  # before hours of training: a record that cannot be read is said now
     training.output_dir = str(folder)
     print(training.describe_batch())
     started = time.perf_counter()
@@ -244,16 +245,18 @@ def main(argv: list[str] | None = None) -> None:
         "dtype": arguments["dtype"],
         **trained,
     }
-    meta = {"training": training.recorded()}
-    if args.moe_flag:
-        fused = run_dir.read_run(Path(args.moe_dir))  # how what it starts from was made
-        meta |= {"fused": fused["run"]["arguments"], "experts": fused["meta"].get("experts")}
-        meta["drawn"] = recorded(drawn_by(fused))
-    if args.init_adapter and (init := run_dir.read_run(Path(args.init_adapter))):
-        meta |= {"init": init["run"]["arguments"], "experts": init["meta"].get("experts")}
-        meta["drawn"] = recorded(drawn_by(init))
-    run_dir.finish(folder, SCRIPT, arguments, train, meta)
+    run_dir.finish(folder, SCRIPT, arguments, train, {"training": training.recorded(), **began_with})
     print(f"Aligned on {args.task_name} in {train['seconds']:.0f} s: {folder}")
+
+
+def how_it_began(args: AlignArguments) -> dict:
+    """For run.json: how the fusion or the adapter that the training starts from was made; {} for a new expert."""
+    name, folder = ("fused", args.moe_dir) if args.moe_flag else ("init", args.init_adapter)
+    record = run_dir.read_run(Path(folder)) if folder else None
+    if record is None:
+        return {}
+    made = {name: record["run"]["arguments"], "experts": record["meta"].get("experts")}
+    return made | {"drawn": recorded(drawn_by(record))}
 
 
 def resolve_sources(args: AlignArguments) -> None:

@@ -65,9 +65,9 @@ def _drawn(arguments: dict) -> Drawn | None:
         return Drawn(*read, arguments["num_held_apart"], arguments.get("seed"), beside=True)
     if arguments.get("num_prompts") is not None:
         of_trained = arguments.get("num_trained")
-        return Drawn(*read, -1 if of_trained is None else of_trained, arguments["seed"])
+        return Drawn(*read, -1 if of_trained is None else of_trained, arguments.get("seed"))
     if arguments.get("num_samples") is not None:
-        return Drawn(*read, arguments["num_samples"], arguments["seed"])
+        return Drawn(*read, arguments["num_samples"], arguments.get("seed"))
     return None
 
 
