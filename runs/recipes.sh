@@ -92,7 +92,7 @@ all_tries() {  # of $seed
 
     # 1. One LoRA with the fused model's parameters: its rate, dropout, rank and epochs
     mixed mixed
-    for rate in 2e-4 1e-3 2e-3; do mixed mixed_rate_$rate --learning_rate $rate; done
+    for rate in 2e-4 1e-3 2e-3 4e-3; do mixed mixed_rate_$rate --learning_rate $rate; done
     for dropout in 0 0.3; do mixed mixed_dropout_$dropout --lora_dropout $dropout; done
     mixed mixed_rank_8 --rank 8 --alpha 4
     mixed mixed_1_epoch --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
@@ -106,7 +106,7 @@ all_tries() {  # of $seed
     experts_are ""
     fusion fused
     for dropout in 0.1 0.3; do fusion fused_dropout_$dropout --expert_dropout $dropout; done
-    for rate in 1e-4 2e-4 1e-3 2e-3; do fusion fused_rate_$rate --learning_rate $rate; done
+    for rate in 1e-4 2e-4 1e-3 2e-3 4e-3; do fusion fused_rate_$rate --learning_rate $rate; done
     for gamma in 0.01 0.1; do fusion fused_gamma_$gamma --helpfulness_weight $gamma --safety_weight $gamma --truthfulness_weight $gamma; done
     fusion fused_gate_falls --gate_schedule linear
     fusion fused_no_gate --gate_loss_weight 0
