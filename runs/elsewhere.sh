@@ -7,16 +7,21 @@
 #
 # For each number of mixed questions (--mixed; --run_mixed: some of them alone) every method tries several numbers of
 # epochs; which one counts is chosen on questions held apart (one seed, `--half held_apart`, the first run), then scored
-# on the test half (`--half test --seeds 42,43,44 --epochs EPOCHS`; a method that EPOCHS does not name is left out). Run
-# it again to resume it where it was stopped.
+# on the test half (`--half test --seeds 42,43,44 --epochs EPOCHS`; a method that EPOCHS does not name is left out).
+# --methods: try only these on the questions held apart. Run it again to resume it where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 . runs/rows.sh
 take_flags "base_model=smollm2 data_source=sample num_expert_samples=160 mixed=10,40,160 run_mixed= num_held_apart=60
-    num_scored= num_train_epochs=2 batch_size=4 dtype=auto seeds=42 half=held_apart epochs= save= reuse= results_dir=results/elsewhere" "$@"
+    num_scored= num_train_epochs=2 batch_size=4 dtype=auto seeds=42 half=held_apart methods= epochs= save= reuse= results_dir=results/elsewhere" "$@"
 case $HALF:$SEEDS in held_apart:*,*) refuse "--seeds $SEEDS: on questions held apart one seed; another holds others apart" ;; esac
 case $HALF:$EPOCHS in held_apart: | test:?*) ;; *) refuse "--half test takes --epochs, METHOD_NUMBER=EPOCHS with commas (mixed_10=8,...); held_apart does not" ;; esac
+all_methods="mixed merged fused ungated initialised prompted slow routers frozen"
+case $HALF:$METHODS in test:?*) refuse "--methods $METHODS: on the test half these are the methods that --epochs names" ;; esac
+for one in $(echo "$METHODS" | tr ',' ' '); do
+    case " $all_methods " in *" $one "*) ;; *) refuse "--methods $METHODS: $one is none of $all_methods" ;; esac
+done
 : "${RUN_MIXED:=$MIXED}"
 for number in $(echo "$RUN_MIXED" | tr ',' ' '); do
     case ",$MIXED," in *",$number,"*) ;; *) refuse "--run_mixed $RUN_MIXED: $number is none of --mixed $MIXED" ;; esac
@@ -40,7 +45,7 @@ for one in $(echo "$EPOCHS" | tr ',' ' '); do
     name=${one%=*}
     case $given in *" $name "*) refuse "--epochs $EPOCHS: names $name twice" ;; esac
     given="$given$name "
-    case " mixed merged fused initialised ungated prompted slow routers frozen ,$RUN_MIXED," in
+    case " $all_methods ,$RUN_MIXED," in
         *" ${name%_*} "*",${name##*_},"*) ;;
         *) refuse "--epochs $EPOCHS: $one is of no method here" ;;
     esac
@@ -49,7 +54,10 @@ LORA="python align_basemodel.py --moe_flag 0 --batch_size $BATCH_SIZE --dtype $D
 epochs_of() {  # NAME EPOCHS...: those that are tried, or the one that was chosen, if any
     local name=$1 of_name
     shift
-    if [ -z "$EPOCHS" ]; then echo "$@"; return; fi
+    if [ -z "$EPOCHS" ]; then
+        case ",$METHODS," in ,, | *",${name%_*},"*) echo "$@" ;; esac
+        return
+    fi
     for of_name in $(echo "$EPOCHS" | tr ',' ' '); do
         if [ ${of_name%=*} = $name ]; then echo ${of_name#*=}; return; fi
     done
