@@ -6,11 +6,12 @@ from functools import cache
 from committed import NLL, REFERENCE, RESULTS, difference_text, kept_runs, minus, row_of
 
 from evaluator.comparison import compare
+from evaluator.metrics import MEAN_NLL, SHARES
 from evaluator.page_figures import sweep_figures
 from evaluator.page_sections import Section
 from evaluator.page_words import outcomes
 from evaluator.paired import CERTAIN
-from evaluator.run_scores import MEAN_NLL, SHARES, RunScores
+from evaluator.run_scores import RunScores
 from evaluator.statistics import interval_text
 from evaluator.sweeps import Alike
 

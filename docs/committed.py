@@ -9,9 +9,10 @@ sys.path.insert(0, str(DOCS.parent))
 from config import TASKS
 from evaluator.comparison import split_seed
 from evaluator.kept_runs import DUPLICATES, read_kept
+from evaluator.metrics import MEAN_NLL, nll_metrics
 from evaluator.page_answers import SHOWN
 from evaluator.paired import is_certain
-from evaluator.run_scores import MEAN_NLL, RunScores, nll_metrics
+from evaluator.run_scores import RunScores
 
 RESULTS = DOCS / "results"
 TABLE = DOCS / "report" / "table.json"  # the comparison in numbers, beside the page

@@ -34,11 +34,11 @@ from config import TASKS
 from evaluator import figures
 from evaluator.comparison import KINDS, as_table, compare
 from evaluator.kept_runs import DUPLICATES
+from evaluator.metrics import table_metrics
 from evaluator.page import write_page
 from evaluator.page_answers import SHOWN
 from evaluator.page_words import verdict
 from evaluator.paired import CERTAIN, SIGNIFICANT, holm, is_certain
-from evaluator.run_scores import table_metrics
 from evaluator.statistics import interval_text
 from workspace.files import read_json, write_json
 

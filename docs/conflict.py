@@ -10,8 +10,9 @@ from committed import RESULTS, difference_text, kept_runs, row_of
 from config import BIAS
 from evaluator import figures
 from evaluator.comparison import compare, split_seed
+from evaluator.metrics import JUDGED, SHARES, nll_metric
 from evaluator.results import corrected_text
-from evaluator.run_scores import JUDGED, SHARES, RunScores, nll_metric
+from evaluator.run_scores import RunScores
 from evaluator.statistics import interval_text
 
 CONFIRMED = RESULTS / "conflict"  # three seeds

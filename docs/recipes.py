@@ -7,7 +7,8 @@ from committed import NLL, RESULTS, as_image, difference_text, kept_runs, mean_o
 
 from evaluator import figures
 from evaluator.comparison import KINDS, compare, split_seed
-from evaluator.run_scores import MEAN_NLL, RunScores
+from evaluator.metrics import MEAN_NLL
+from evaluator.run_scores import RunScores
 from evaluator.statistics import interval_text
 from evaluator.sweeps import OF_A_MACHINE
 

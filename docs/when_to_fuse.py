@@ -31,8 +31,9 @@ from committed import (
 
 from config import TASKS
 from evaluator.comparison import compare, split_seed
+from evaluator.metrics import MEAN_NLL
 from evaluator.page_sections import Section
-from evaluator.run_scores import MEAN_NLL, RunScores
+from evaluator.run_scores import RunScores
 from workspace.files import read_json
 
 PAGE = DOCS / "when_to_fuse.md"

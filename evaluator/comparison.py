@@ -10,17 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from config import BIAS, RAW, RAW_CHAT, UserError
+from evaluator.metrics import MEAN_NLL, Metric, likelihood_metrics, nll_metrics, table_metrics
 from evaluator.paired import holm, mean_of_differences, paired_difference
-from evaluator.run_scores import (
-    MEAN_NLL,
-    Metric,
-    Result,
-    RunScores,
-    likelihood_metrics,
-    nll_metrics,
-    scored_tasks,
-    table_metrics,
-)
+from evaluator.run_scores import Result, RunScores, scored_tasks
 from evaluator.statistics import metric
 from evaluator.sweeps import OF_A_MACHINE
 from workspace.run_dir import DIGESTS

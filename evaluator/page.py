@@ -6,11 +6,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from evaluator import figures
 from evaluator.comparison import KINDS, split_seed
+from evaluator.metrics import table_metrics
 from evaluator.page_figures import confusion, draw_figures, expert_names
 from evaluator.page_sections import Section, beside_section, section_of
 from evaluator.page_table import COSTS, column_of, page_row, relative_gains
 from evaluator.page_words import judges_text, made_by, missing_text, setting_text, statistics_text, verdict
-from evaluator.run_scores import RunScores, scored_tasks, table_metrics
+from evaluator.run_scores import RunScores, scored_tasks
 from workspace.files import write_text
 
 TITLE = "H3Fusion, compared"

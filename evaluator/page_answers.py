@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from config import XSTEST, UserError
-from evaluator.run_scores import JUDGED, answers_directories, in_order, read_result
+from evaluator.metrics import JUDGED, in_order
+from evaluator.results_folder import answers_directories, read_result
 from workspace.files import as_written, read_json, read_lines
 from workspace.run_dir import read_run
 

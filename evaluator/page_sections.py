@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 
 from config import TASKS
+from evaluator.metrics import MEAN_NLL, Metric, nll_metrics
 from evaluator.page_table import score_cell
 from evaluator.page_words import base_name, setting_text, verdict
-from evaluator.run_scores import MEAN_NLL, Metric, RunScores, nll_metrics
+from evaluator.run_scores import RunScores
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from evaluator.comparison import KINDS
+from evaluator.metrics import JUDGED
 from evaluator.paired import CERTAIN, is_certain
 from evaluator.results import INTERVALS
-from evaluator.run_scores import JUDGED, RunScores
+from evaluator.run_scores import RunScores
 
 MANY = 12  # rows: more are counted, not named
 

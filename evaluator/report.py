@@ -54,21 +54,12 @@ if __name__ == "__main__":
 
 from evaluator.comparison import as_table, check_scored_alike, compare
 from evaluator.kept_runs import DUPLICATES, check_made_alike, kept_folder, read_kept, save_run
+from evaluator.metrics import JUDGED, LENGTH_CONTROLLED, likelihood_metrics, nll_metrics
 from evaluator.page import own_run, write_page
 from evaluator.page_answers import SHOWN, shown_answers
 from evaluator.results import INTERVALS, corrected_text, judge_name, judge_text
-from evaluator.run_scores import (
-    JUDGED,
-    LENGTH_CONTROLLED,
-    RunScores,
-    check_answers,
-    left_out_tasks,
-    likelihood_metrics,
-    made_in,
-    nll_metrics,
-    read_run_scores,
-    scored_tasks,
-)
+from evaluator.results_folder import check_answers, made_in, read_run_scores
+from evaluator.run_scores import RunScores, left_out_tasks, scored_tasks
 from evaluator.statistics import interval_text
 from workspace.files import as_written, read_json, write_json, write_text
 from workspace.run_dir import COMPLETE, read_run

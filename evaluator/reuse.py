@@ -83,16 +83,8 @@ from data.sources import absolute_source, source_sha256
 from evaluator.evaluate_likelihood import LikelihoodArguments, settings_of
 from evaluator.judges.labelled import judge_sha256
 from evaluator.kept_runs import kept_folder, read_kept
-from evaluator.run_scores import (
-    JUDGED,
-    Result,
-    RunScores,
-    answers_of,
-    drift_metrics,
-    likelihood_metrics,
-    nll_metric,
-    nll_metrics,
-)
+from evaluator.metrics import JUDGED, drift_metrics, likelihood_metrics, nll_metric, nll_metrics
+from evaluator.run_scores import Result, RunScores, answers_of
 from evaluator.sweeps import OF_A_MACHINE
 from models import base
 

@@ -79,7 +79,8 @@ from data.sources import absolute_source, draw, prompt_of, read_rows, source_sha
 from evaluator.answers import Answers, load_answers
 from evaluator.judges.protocols import JUDGE_FILE, YES_NO, clean_answer, fill
 from evaluator.judges.trained import read_trained
-from evaluator.run_scores import ANSWERS_ALIKE, recorded
+from evaluator.results_folder import recorded
+from evaluator.run_scores import ANSWERS_ALIKE
 from workspace import run_dir
 from workspace.files import as_written, read_json, write_lines
 

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from config import BIAS, TASKS
-from evaluator.run_scores import SHARES, RunScores, drift_metrics, nll_metrics, scored_tasks
+from evaluator.metrics import SHARES, drift_metrics, nll_metrics
+from evaluator.run_scores import RunScores, scored_tasks
 
 # What a fusion's record says of the place and the weights that it was made from, not of how
 OF_A_MACHINE = (

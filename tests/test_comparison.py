@@ -15,7 +15,8 @@ from config import TASKS, UserError
 from evaluator import comparison, report
 from evaluator.kept_runs import read_kept, without_places
 from evaluator.page_words import verdict
-from evaluator.run_scores import RunScores, check_score, cost_of_run, read_run_scores, read_usage
+from evaluator.results_folder import cost_of_run, read_run_scores, read_usage
+from evaluator.run_scores import RunScores, check_score
 from evaluator.sweeps import Alike
 
 __all__ = ["results", "table"]  # fixtures

@@ -11,7 +11,8 @@ from config import TASKS
 from data.encoding import Encoder
 from data.sources import prompt_records, read_rows, spread
 from evaluator import embedding_drift, sweeps
-from evaluator.run_scores import Result, RunScores, drift_metrics
+from evaluator.metrics import drift_metrics
+from evaluator.run_scores import Result, RunScores
 from models.loading import load_run
 
 

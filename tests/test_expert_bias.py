@@ -10,7 +10,7 @@ import torch
 import inference
 from config import TASKS, UserError
 from evaluator import evaluate_likelihood, report, sweeps
-from evaluator.run_scores import read_run_scores
+from evaluator.results_folder import read_run_scores
 from models import llama_moe
 from models.expert_bias import ExpertBias, read_bias, set_expert_bias
 from models.loading import load_run

@@ -13,12 +13,13 @@ from conftest import ROOT
 
 from config import TASKS
 from evaluator import comparison, report
+from evaluator.metrics import MEAN_NLL, SHARES
 from evaluator.page import write_page
 from evaluator.page_answers import side_by_side
 from evaluator.page_sections import Section, section_of
 from evaluator.page_table import relative_gains, score_cell
 from evaluator.page_words import setting_text, verdict
-from evaluator.run_scores import MEAN_NLL, SHARES, read_run_scores
+from evaluator.results_folder import read_run_scores
 
 __all__ = ["results", "table"]  # fixtures
 

@@ -22,7 +22,7 @@ import cli
 from config import TASKS, UserError
 from data.encoding import Collator
 from evaluator import report
-from evaluator.run_scores import read_run_scores
+from evaluator.results_folder import read_run_scores
 from models import alignment, llama_moe, loading, training_arguments
 from models.loading import load_run
 from models.trainer import AlignmentTrainer

@@ -221,7 +221,11 @@ MERGES += tuple(f"{method}_tuned" for method in ("task_arithmetic", "ties", "tsv
         ("elsewhere", ["--half", "test", "--epochs", "mixd_10=2"], "mixd_10=2 is of no method here"),
         ("elsewhere", ["--half", "test", "--epochs", "mixed_10=2,mixed_10=4"], "names mixed_10 twice"),
         ("elsewhere", ["--methods", "mixed,fuse"], "fuse is none of mixed merged fused"),
-        ("elsewhere", ["--half", "test", "--epochs", "mixed_10=2", "--methods", "mixed"], "the methods that --epochs names"),
+        (
+            "elsewhere",
+            ["--half", "test", "--epochs", "mixed_10=2", "--methods", "mixed"],
+            "the methods that --epochs names",
+        ),
         ("elsewhere", ["--seeds", "42,43"], "on questions held apart one seed"),
         ("elsewhere", ["--run_mixed", "10,20"], "20 is none of --mixed 10,40,160"),
         ("conflict", [], "name a folder that has safety_pairs.jsonl"),

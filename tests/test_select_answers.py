@@ -10,7 +10,8 @@ from config import TASKS
 from data.sources import prompt_records, read_rows
 from evaluator import evaluate_safety, evaluate_truth_and_info, select_answers, train_judge
 from evaluator.evaluate_helpfulness import output_pairs
-from evaluator.run_scores import Result, RunScores, settings_of
+from evaluator.results_folder import settings_of
+from evaluator.run_scores import Result, RunScores
 
 QUESTIONS = ["Is river 1?", "Is stone 2?", "Is lamp 3?"]
 ANSWERS = {
