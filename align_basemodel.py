@@ -197,7 +197,6 @@ class AlignArguments(SourceArguments):
 if __name__ == "__main__":
     cli.check_early(cli.parse_known, AlignArguments, cli.TRAINING_EPILOG)
 
-from data.held_apart import drawn_by, recorded
 from data.sources import absolute_source, source_sha256
 from models import base, training_arguments
 from models.alignment import estimate, expert_trainer, mixture_trainer, training_samples
@@ -207,6 +206,7 @@ from models.mixture import read_mixture
 from models.processes import on_first_process
 from models.training_arguments import TrainArguments
 from workspace import run_dir
+from workspace.drawn import drawn_by, recorded
 from workspace.files import sha256
 
 SCRIPT = "align_basemodel.py"
@@ -256,7 +256,7 @@ def how_it_began(args: AlignArguments) -> dict:
     if record is None:
         return {}
     made = {name: record["run"]["arguments"], "experts": record["meta"].get("experts")}
-    return made | {"drawn": recorded(drawn_by(record))}
+    return made | {"drawn": recorded(drawn_by(Path(folder)))}
 
 
 def resolve_sources(args: AlignArguments) -> None:

@@ -107,7 +107,7 @@ import torch
 
 from data import sources
 from data.encoding import Encoder
-from data.held_apart import dealt_from, drawn_by, held_apart_records
+from data.held_apart import dealt_from, held_apart_records
 from data.sources import Comparison, Record
 from evaluator.results import REMEDY, evaluation_folder, print_scores, write_scores
 from evaluator.scoring import Scored, check_scored, score_answers, score_texts
@@ -119,6 +119,7 @@ from models.loading import check_device_map, is_fused, load_on_device, run_sourc
 from models.losses import routing_hits
 from models.processes import is_first, join_processes, on_first_process
 from workspace import run_dir
+from workspace.drawn import drawn_by
 from workspace.run_dir import find_run
 
 SCRIPT = "evaluate_likelihood.py"
@@ -189,7 +190,7 @@ def check_held_apart(args: LikelihoodArguments, name: str, path: Path) -> None:
     those that --num_trained and --seed leave out, or data that was dealt out later: it may have learnt some of the
     rows held apart."""
     _, source = run_sources(path, args.base_model, args.data_source, args.results_dir)
-    drawn = drawn_by(run_dir.read_run(path))
+    drawn = drawn_by(path)
     if args.num_trained is None:
         for file, digest in dealt_from(source).items():
             if any(one.data_sha256.get(file) == digest for one in drawn):

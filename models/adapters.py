@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from config import RAW, RAW_CHAT, UserError
-from data.held_apart import drawn_by, recorded
 from models import base
 from models.causal_lm import skeleton
 from models.expert_ffn import PROJECTIONS
+from workspace.drawn import drawn_by, recorded
 from workspace.files import read_json, sha256
 from workspace.run_dir import find_run, read_run
 
@@ -56,14 +56,16 @@ DECIDING = (  # of them, those that decide the change which an adapter's tensors
 BASE_KEEPING_INITS = (True, False, "gaussian", "orthogonal", "eva")  # the others (pissa, loftq, ...) change the base
 
 
-def how_made(experts: list, fused: dict | None = None) -> dict[str, dict | list]:
-    """For the run.json of what is made from experts, and from a fusion with this one: "experts", what theirs says that
-    each was made with (None where there is none, as of an adapter from elsewhere), and "drawn", the training rows that
-    all of it has seen."""
+def how_made(experts: list, fused: Path | None = None) -> dict[str, dict | list]:
+    """For the run.json of what is made from experts, and from the fusion of this folder: "experts", what theirs says
+    that each was made with (None where there is none, as of an adapter from elsewhere), and "drawn", the training rows
+    that all of it has seen."""
     records = {expert.name: read_run(expert.folder) for expert in experts}
     made = {name: record and record["run"]["arguments"] for name, record in records.items()}
-    before = ((fused or {}).get("meta") or {}).get("experts") or {}
-    return {"experts": before | made, "drawn": recorded(drawn_by(*records.values(), fused))}
+    record = read_run(fused) if fused else None
+    before = record and record["meta"].get("experts") or {}
+    folders = [*(expert.folder for expert in experts), *filter(None, [fused])]
+    return {"experts": before | made, "drawn": recorded(drawn_by(*folders))}
 
 
 def add_lora(args, targets: list[str], seed: int, load: Callable = base.load_base) -> PeftModel:

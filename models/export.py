@@ -91,7 +91,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from data.held_apart import drawn_by, recorded
 from models import base
 from models.adapters import save_adapter
 from models.base_identity import base_sha256
@@ -104,6 +103,7 @@ from models.model_card import model_card
 from models.released import expert_key, router_key
 from models.shared import id_of_base, read_back, write_shared
 from workspace import run_dir
+from workspace.drawn import drawn_by, recorded
 from workspace.files import read_json, write_json, write_text
 
 SCRIPT = "export.py"
@@ -175,7 +175,7 @@ def export_arguments(path: Path, base_model: str, args: ExportArguments) -> dict
 def export_folder(path: Path, base_model: str, args: ExportArguments, partial: Path) -> None:
     """Write a Mixtral checkpoint or an adapter, its run.json last; or say that it is complete."""
     output, arguments = Path(args.output), export_arguments(path, base_model, args)
-    drawn = drawn_by(run_dir.read_run(path))
+    drawn = drawn_by(path)
     meta = {}
     if args.base_id is not None:  # it is made to be passed on: nothing in it says where things lie on this machine
         source = arguments["data_source"]

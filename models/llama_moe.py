@@ -282,7 +282,7 @@ def add_to_fused(args: FuseArguments) -> None:
     model.to("cpu")
     add_expert(model, expert, rows)
     model.save_pretrained(output)
-    meta = how_made([expert], record) | {"fused": recorded}
+    meta = how_made([expert], path) | {"fused": recorded}
     run_dir.finish(output, "llama_moe.py", arguments, train={}, meta=meta)
     report_sizes(output, model)
 

@@ -144,7 +144,7 @@ if __name__ == "__main__":
 import yaml
 
 from data.encoding import Encoder
-from data.held_apart import drawn_by, held_apart_records
+from data.held_apart import held_apart_records
 from data.sources import Record, absolute_source, answer_records, read_rows, source_sha256
 from models import base
 from models.adapters import Expert, how_made, save_adapter
@@ -154,6 +154,7 @@ from models.expert_ffn import PROJECTIONS
 from models.loading import device, load_run, open_experts
 from models.validation import mean_nll_per_token
 from workspace import run_dir
+from workspace.drawn import drawn_by
 
 SCRIPT = "merging.py"
 MERGEKIT_FILE = "mergekit.yaml"
@@ -360,7 +361,7 @@ def tasks_of(experts: list[Expert]) -> tuple[str, ...]:
 def held_apart_from(args: MergeArguments, experts: list[Expert], source: str) -> dict[str, list[Record]]:
     """The rows that coefficients are chosen by; UserError where nobody knows which ones the experts were aligned on."""
     files = source_sha256(tasks_of(experts), "train", source)
-    drawn = {expert.name: drawn_by(run_dir.read_run(expert.folder)) for expert in experts}
+    drawn = {expert.name: drawn_by(expert.folder) for expert in experts}
     if args.num_held_apart == -1:
         for name, ones in drawn.items():
             if any(one.reads(source, files) for one in ones):

@@ -1,18 +1,20 @@
 """Rows that are called held apart were seen by nothing that a run is made of."""
 
+import json
 import random
 import shutil
+from dataclasses import asdict
 
 import pytest
 from conftest import ROOT, save_adapter, write_jsonl
 
 import align_basemodel
-from config import TASKS
+from config import TASKS, UserError
 from data import sources, split
-from data.held_apart import Drawn, drawn_by
 from evaluator import evaluate_likelihood
 from models import llama_moe, merging
 from workspace import run_dir
+from workspace.drawn import Drawn, drawn_by
 
 SHORT = ["--max_steps", 1, "--batch_size", 2, "--disable_tqdm", "1", "--dtype", "float32"]
 FOUR = ["--num_samples", 4, *SHORT]
@@ -150,9 +152,21 @@ def test_coefficients_are_not_chosen_by_a_copy_of_the_hub_s_rows(hub, base_dir, 
     assert "was aligned on other rows than" in refused(capsys, merging, *tuned)
 
 
-def test_a_record_of_an_earlier_version_tells_what_it_can():
+def test_a_record_of_an_earlier_version_tells_what_it_can(tmp_path):
     old = {"num_samples": 4, "seed": 42, "data_source": "hub", "data_sha256": {}}
     record = {"run": {"script": "align_basemodel.py", "arguments": old}, "meta": {"fused": {"seed": 1}, "init": old}}
-    assert drawn_by(record, None) == [Drawn("hub", {}, 4, 42)]
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert drawn_by(tmp_path, tmp_path / "adapter_from_elsewhere") == [Drawn("hub", {}, 4, 42)]
     assert Drawn("hub", {}, 4, 42).reads("hub", {"safety_train of the hub": "1"})
     assert not Drawn("hub", {}, 4, 42).reads("sample", {"safety_train.jsonl": "1"})
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [None, 3, ["sample"], [{"data_source": "sample"}], [{**asdict(Drawn("hub", {}, 4, 42)), "num_samples": "4"}]],
+)
+def test_a_spoilt_list_of_what_was_drawn_is_named(spoilt, tmp_path):
+    run = {"script": "align_basemodel.py", "arguments": {"num_samples": 4, "seed": 42}}
+    (tmp_path / "run.json").write_text(json.dumps({"run": run, "meta": {"drawn": spoilt}}))
+    with pytest.raises(UserError, match=f"{tmp_path}: is not as this project writes it"):
+        drawn_by(tmp_path)
