@@ -56,8 +56,7 @@ expert_of() { echo $1$(suffix_of $1)$s; }  # TASK
 flags_of() {  # SUFFIX: how an expert of this name is aligned
     case $1 in
         _1_epoch) echo --num_train_epochs $((NUM_TRAIN_EPOCHS - 1)) ;;
-        _3_epochs) echo --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) ;;
-        _rate_1e-3) echo --learning_rate 1e-3 ;;
+        _rate_2e-3) echo --learning_rate 2e-3 ;;
         _rank_16) echo --rank 16 --alpha 8 ;;
     esac
 }
@@ -90,61 +89,54 @@ all_tries() {  # of $seed
     MIXED="python align_basemodel.py --moe_flag 0 --task_name mix --rank 24 --alpha 12 --seed $seed --base_model $BASE_MODEL $TRAIN"
     FUSED="python align_basemodel.py --moe_flag 1 --gate_loss_weight 0.3 --router_learning_rate 0.01 --seed $seed $TRAIN"
 
-    # 1. One LoRA with the fused model's parameters: its rate, dropout, rank and epochs
+    # 1. One LoRA with the fused model's parameters: its rate and epochs; at the best rate its dropout and rank
     mixed mixed
-    for rate in 2e-4 1e-3 2e-3 4e-3; do mixed mixed_rate_$rate --learning_rate $rate; done
-    for dropout in 0 0.3; do mixed mixed_dropout_$dropout --lora_dropout $dropout; done
-    mixed mixed_rank_8 --rank 8 --alpha 4
-    mixed mixed_1_epoch --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
+    for rate in 1e-3 2e-3 4e-3; do mixed mixed_rate_$rate --learning_rate $rate; done
     mixed mixed_3_epochs --num_train_epochs $((NUM_TRAIN_EPOCHS + 1))
     mixed mixed_3_epochs_rate_1e-3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --learning_rate 1e-3
-    mixed mixed_3_epochs_dropout_0.3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --lora_dropout 0.3
-    mixed mixed_twice_dropout_0.3 --num_train_epochs $((2 * NUM_TRAIN_EPOCHS)) --lora_dropout 0.3
     mixed mixed_twice --num_train_epochs $((2 * NUM_TRAIN_EPOCHS))  # the steps of experts and fusion together
+    best="--learning_rate 2e-3"
+    mixed mixed_rate_2e-3_1_epoch $best --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
+    for dropout in 0 0.3; do mixed mixed_rate_2e-3_dropout_$dropout $best --lora_dropout $dropout; done
+    mixed mixed_rate_2e-3_rank_48 $best --rank 48 --alpha 24
 
-    # 2. The fusion of experts with half of the steps: what trains it, and how
+    # 2. The fusion of experts with half of the steps: its rate, dropout and top-k; by prompt
     experts_are ""
     fusion fused
-    for dropout in 0.1 0.3; do fusion fused_dropout_$dropout --expert_dropout $dropout; done
-    for rate in 1e-4 2e-4 1e-3 2e-3 4e-3; do fusion fused_rate_$rate --learning_rate $rate; done
-    for gamma in 0.01 0.1; do fusion fused_gamma_$gamma --helpfulness_weight $gamma --safety_weight $gamma --truthfulness_weight $gamma; done
-    fusion fused_gate_falls --gate_schedule linear
-    fusion fused_no_gate --gate_loss_weight 0
-    fusion fused_router_rate_0.1 --router_learning_rate 0.1
-    demo="--helpfulness_weight 0.001 --safety_weight 0.001 --truthfulness_weight 0.001"
-    fusion fused_as_the_demo --gate_loss_weight 1 --router_learning_rate 0.1 $demo
-    fusion fused_top_3 --expert_topk 3
+    for rate in 2e-4 1e-3 2e-3 4e-3; do fusion fused_rate_$rate --learning_rate $rate; done
+    fusion fused_dropout_0.3 --expert_dropout 0.3
     fusion fused_top_3_then_2 --expert_topk 3 --answer_topk 2
-    for by in prototype arrow; do router_starts $by; fusion fused_$by; done
-    router_starts random by_prompt
-    fusion fused_by_prompt
-    fusion fused_by_prompt_rate_1e-3 --learning_rate 1e-3
     router_starts prototype by_prompt
-    fusion fused_prototype_by_prompt
     fusion fused_prototype_by_prompt_rate_1e-3 --learning_rate 1e-3
 
     # 3. Other shares of the steps
     experts_are _1_epoch
-    fusion fused_1_then_1 --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
-    fusion fused_1_then_1_dropout_0.1 --num_train_epochs $((NUM_TRAIN_EPOCHS - 1)) --expert_dropout 0.1
     fusion fused_1_then_2 --expert_dropout 0.1
     fusion fused_1_then_3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1
     experts_are ""
     fusion fused_2_then_3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1
     fusion fused_2_then_3_rate_1e-3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1 --learning_rate 1e-3
-    fusion fused_2_then_4 --num_train_epochs $((2 * NUM_TRAIN_EPOCHS)) --expert_dropout 0.1
-    experts_are _3_epochs
-    fusion fused_3_then_1 --num_train_epochs $((NUM_TRAIN_EPOCHS - 1))
     experts_are "" "" _1_epoch  # fewer for the task with the most rows
     fusion fused_each_its_own_then_3 --num_train_epochs $((NUM_TRAIN_EPOCHS + 1)) --expert_dropout 0.1
 
-    experts_are _rate_1e-3  # the LoRA's best rate, from the first step on
-    fusion fused_all_at_1e-3 --learning_rate 1e-3
+    # 4. At the best rate: the experts too; how the routers start and learn; drift; dropout; three experts per token
+    experts_are _rate_2e-3
+    fusion fused_all_at_2e-3 $best
+    experts_are ""
+    for by in prototype arrow; do router_starts $by; fusion fused_rate_2e-3_$by $best; done
+    router_starts random
+    fusion fused_rate_2e-3_router_rate_0.1 $best --router_learning_rate 0.1
+    fusion fused_rate_2e-3_gate_falls $best --gate_schedule linear
+    fusion fused_rate_2e-3_no_gate $best --gate_loss_weight 0
+    for gamma in 0.01 0.1; do
+        fusion fused_rate_2e-3_gamma_$gamma $best --helpfulness_weight $gamma --safety_weight $gamma --truthfulness_weight $gamma
+    done
+    fusion fused_rate_2e-3_dropout_0.1 $best --expert_dropout 0.1
+    fusion fused_rate_2e-3_top_3 $best --expert_topk 3
 
-    # 4. Twice the rank, of both
-    mixed mixed_rank_48 --rank 48 --alpha 24
+    # 5. Twice the rank
     experts_are _rank_16
-    fusion fused_rank_16
+    fusion fused_rate_2e-3_rank_16 $best
 }
 
 seed=42

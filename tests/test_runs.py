@@ -67,7 +67,7 @@ def commands_of(script, flags, folder, anew="-"):
         ("comparison.sh", ["--quick", "1"], 40),
         ("comparison.sh", ["--rivals", "0"], 40),
         ("recipes.sh", [], 80),
-        ("recipes.sh", ["--half", "test", "--seeds", "42,43,44", "--rows", "mixed,fused_arrow"], 20),
+        ("recipes.sh", ["--half", "test", "--seeds", "42,43,44", "--rows", "mixed,fused_rate_2e-3_arrow"], 20),
         ("elsewhere.sh", [], 60),
         ("elsewhere.sh", ["--run_mixed", "40", "--methods", "mixed,fused"], 20),
         ("elsewhere.sh", ["--half", "test", "--seeds", "42,43", "--mixed", "10", "--epochs",
