@@ -106,6 +106,8 @@ all_tries() {  # of $seed
     for rate in 2e-4 1e-3 2e-3 4e-3; do fusion fused_rate_$rate --learning_rate $rate; done
     fusion fused_dropout_0.3 --expert_dropout 0.3
     fusion fused_top_3_then_2 --expert_topk 3 --answer_topk 2
+    drift="--helpfulness_weight 0.001 --safety_weight 0.001 --truthfulness_weight 0.001"
+    fusion fused_gate_1_gamma_0.001 --gate_loss_weight 1 --router_learning_rate 0.1 $drift
     router_starts prototype by_prompt
     fusion fused_prototype_by_prompt_rate_1e-3 --learning_rate 1e-3
 
@@ -128,8 +130,9 @@ all_tries() {  # of $seed
     fusion fused_rate_2e-3_router_rate_0.1 $best --router_learning_rate 0.1
     fusion fused_rate_2e-3_gate_falls $best --gate_schedule linear
     fusion fused_rate_2e-3_no_gate $best --gate_loss_weight 0
-    for gamma in 0.01 0.1; do
-        fusion fused_rate_2e-3_gamma_$gamma $best --helpfulness_weight $gamma --safety_weight $gamma --truthfulness_weight $gamma
+    for gamma in 0.001 0.1; do
+        drift="--helpfulness_weight $gamma --safety_weight $gamma --truthfulness_weight $gamma"
+        fusion fused_rate_2e-3_gamma_$gamma $best $drift
     done
     fusion fused_rate_2e-3_dropout_0.1 $best --expert_dropout 0.1
     fusion fused_rate_2e-3_top_3 $best --expert_topk 3
