@@ -102,17 +102,19 @@ def by_token_against() -> str:
     """The fusion as the paper has it (routed by token, random routers, aligned) against the best of each other kind,
     each pair tested for itself."""
     runs, tables = compared(CONFIRMED)
-    parts = []
+    sentences = []
     for number in tables:
-        own = on_questions(runs, "fused", number)
+        own, parts = on_questions(runs, "fused", number), []
         for words, other in (
             ("the LoRA that begins with a merge", on_questions(runs, "merged", number)),
+            ("the LoRA from the base", on_questions(runs, "mixed", number)),
             ("the ensemble", "ensemble_probabilities"),
             ("the TIES merge", "merge_ties"),
         ):
             pair = compare({name: run for name, run in runs.items() if split_seed(name)[0] in (own, other)}, own)
             parts.append(f"{words}, {difference_text(row_of(pair, other))}")
-    return f"The fusion as the paper has it, aligned, less (each tested by itself): {'; '.join(parts)}."
+        sentences.append(f"on {number} mixed questions per task: {'; '.join(parts)}")
+    return f"The fusion as the paper has it, aligned, less (each tested by itself) {'. And '.join(sentences)}."
 
 
 def few_rows_held_apart() -> str:

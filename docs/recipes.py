@@ -62,7 +62,10 @@ def best_tries() -> str:
 
 
 def confirmed() -> str:
-    return f"{in_words(*compared_chosen())}\n\n{table_of_tries(*compared_chosen())}"
+    names = [name for name in kept_runs(TRIES) if name.startswith(TRIED)]
+    of_lora = sum(name.startswith("mixed") for name in names)
+    tried = f"Tried on the questions held apart: {of_lora} recipes of the LoRA, {len(names) - of_lora} of the fusion."
+    return f"{tried} {in_words(*compared_chosen())}\n\n{table_of_tries(*compared_chosen())}"
 
 
 def in_words(runs: dict[str, RunScores], mixed: str, table: dict) -> str:
