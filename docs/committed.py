@@ -13,6 +13,7 @@ from evaluator.metrics import MEAN_NLL, nll_metrics
 from evaluator.page_answers import SHOWN
 from evaluator.paired import is_certain
 from evaluator.run_scores import RunScores
+from evaluator.sweeps import mean_nll
 
 RESULTS = DOCS / "results"
 TABLE = DOCS / "report" / "table.json"  # the comparison in numbers, beside the page
@@ -63,6 +64,16 @@ def difference_text(row: dict, metric: str = MEAN_NLL.name) -> str:
         return "–"
     interval = " [{:+.3f}, {:+.3f}]".format(*paired["interval"]) if paired["interval"] else ""
     return f"{paired['difference']:+.3f}{interval}, p = {paired['p_holm']:.2g}".replace("-", "−")
+
+
+def by_seed(runs: dict[str, RunScores], own: str, other: str) -> str:
+    """The difference of mean loss, own - other, of each seed that both have; nothing where that is one."""
+    seeds = [
+        {split_seed(name)[1]: run for name, run in runs.items() if split_seed(name)[0] == one} for one in (own, other)
+    ]
+    both = sorted(seeds[0].keys() & seeds[1].keys())
+    parts = [minus(mean_nll(seeds[0][seed], TASKS) - mean_nll(seeds[1][seed], TASKS)) for seed in both]
+    return f" (by seed {', '.join(parts)})" if len(parts) > 1 else ""
 
 
 def task_by_task(row: dict) -> str:

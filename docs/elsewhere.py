@@ -5,7 +5,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from committed import NLL, RESULTS, difference_text, kept_runs, mean_of, row_of, task_by_task
+from committed import NLL, RESULTS, by_seed, difference_text, kept_runs, mean_of, row_of, task_by_task
 
 from config import TASKS
 from evaluator import figures
@@ -63,19 +63,24 @@ WITHOUT = {  # rows that need no mixed question
 }
 
 
+@cache
+def tries() -> dict[str, RunScores]:
+    """The rows on questions held apart."""
+    return kept_runs(TRIES)
+
+
 def on_questions(runs: dict[str, RunScores], method: str, number: int) -> str | None:
     """The method's row on this number of mixed questions per task, without its seed: of the numbers of epochs that
-    were tried the best. None: there is none."""
+    `runs` have the best on the questions held apart. None: there is none."""
     named = [name for name in runs if f"{name}_".startswith(f"{method}_{number}_") and split_seed(name)[0] == name]
-    return min(named, key=lambda name: mean_nll(runs[name], TASKS), default=None)
+    return min(named, key=lambda name: mean_nll(tries()[name], TASKS), default=None)
 
 
 def best_fusion(number: int) -> str:
     """Of all fusions that use this number of mixed questions per task the one with the lowest loss on questions held
     apart."""
-    runs = kept_runs(TRIES)
-    named = [name for method in FUSIONS if (name := on_questions(runs, method, number))]
-    return min(named, key=lambda name: mean_nll(runs[name], TASKS))
+    named = [name for method in FUSIONS if (name := on_questions(tries(), method, number))]
+    return min(named, key=lambda name: mean_nll(tries()[name], TASKS))
 
 
 def numbers(runs: dict[str, RunScores]) -> list[int]:
@@ -112,7 +117,7 @@ def by_token_against() -> str:
             ("the TIES merge", "merge_ties"),
         ):
             pair = compare({name: run for name, run in runs.items() if split_seed(name)[0] in (own, other)}, own)
-            parts.append(f"{words}, {difference_text(row_of(pair, other))}")
+            parts.append(f"{words}, {difference_text(row_of(pair, other))}{by_seed(runs, own, other)}")
         sentences.append(f"on {number} mixed questions per task: {'; '.join(parts)}")
     return f"The fusion as the paper has it, aligned, less (each tested by itself) {'. And '.join(sentences)}."
 
@@ -166,8 +171,8 @@ def frozen_routers() -> str:
     other = row_of(pair, trained)
     return (
         "Routed by prompt and aligned with its routers frozen and without the gating loss: "
-        f"{mean_of(row_of(pair, frozen)):.3f}; less the one whose routers are trained: {difference_text(other)}; "
-        f"it is {task_by_task(other)}."
+        f"{mean_of(row_of(pair, frozen)):.3f}; less the one whose routers are trained: {difference_text(other)}"
+        f"{by_seed(runs, frozen, trained)}; it is {task_by_task(other)}."
     )
 
 
@@ -183,7 +188,8 @@ def pairs_of(half: Path, routed: tuple[tuple[str, str, str], ...]) -> str:
     for words, token, prompt in routed:
         pair = compare({name: run for name, run in runs.items() if split_seed(name)[0] in (token, prompt)}, prompt)
         by_token, by_prompt = row_of(pair, token), row_of(pair, prompt)
-        lines.append(f"| {words} | {mean_of(by_token):.3f} | {mean_of(by_prompt):.3f} | {difference_text(by_token)} |")
+        paired = f"{difference_text(by_token)}{by_seed(runs, prompt, token)}"
+        lines.append(f"| {words} | {mean_of(by_token):.3f} | {mean_of(by_prompt):.3f} | {paired} |")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@ runs/recipes.sh."""
 
 from functools import cache
 
-from committed import NLL, RESULTS, as_image, difference_text, kept_runs, mean_of, row_of, task_by_task
+from committed import NLL, RESULTS, as_image, by_seed, difference_text, kept_runs, mean_of, row_of, task_by_task
 
 from evaluator import figures
 from evaluator.comparison import KINDS, compare
@@ -26,6 +26,11 @@ SINGLE_CHANGES = (  # words, the try without the change, the try with it
     ("fusion: twice the rate", "fused", "fused_rate_1e-3"),
     ("fusion: twice that rate", "fused_rate_1e-3", "fused_rate_2e-3"),
     ("fusion: twice that again", "fused_rate_2e-3", "fused_rate_4e-3"),
+    ("LoRA at 2e-3: dropout of 0.3", "mixed_rate_2e-3", "mixed_rate_2e-3_dropout_0.3"),
+    ("LoRA at 2e-3: twice the rank", "mixed_rate_2e-3", "mixed_rate_2e-3_rank_48"),
+    ("fusion at 2e-3: its experts at 2e-3 too", "fused_rate_2e-3", "fused_all_at_2e-3"),
+    ("fusion at 2e-3: its routers made from the prompts", "fused_rate_2e-3", "fused_rate_2e-3_prototype"),
+    ("fusion: the demo's earlier λ, γ and router rate (all at once)", "fused", "fused_gate_1_gamma_0.001"),
     ("fusion: twice the rate, three epochs, dropout of 0.1", "fused_2_then_3", "fused_2_then_3_rate_1e-3"),
     ("fusion: a third epoch at twice the rate, dropout of 0.1", "fused_rate_1e-3", "fused_2_then_3_rate_1e-3"),
     ("fusion: dropout of 0.3", "fused", "fused_dropout_0.3"),
@@ -76,7 +81,8 @@ def in_words(runs: dict[str, RunScores], mixed: str, table: dict) -> str:
     return (
         f"The best LoRA (`{mixed}`, {steps_in_all(runs, mixed):.0f} steps) comes to {mean_of(of_mixed):.3f}, the best "
         f"fusion (`{fused}`, {steps_in_all(runs, fused):.0f} steps in all) to {mean_of(of_fused):.3f}. LoRA − fusion: "
-        f"{difference_text(of_fused)}, {percent:.1f} % of the LoRA's loss; the LoRA is {task_by_task(of_fused)}."
+        f"{difference_text(of_fused)}{by_seed(runs, mixed, fused)}, {percent:.1f} % of the LoRA's loss; "
+        f"the LoRA is {task_by_task(of_fused)}."
     )
 
 

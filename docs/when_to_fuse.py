@@ -21,6 +21,7 @@ from committed import (
     TABLE,
     TWICE,
     as_image,
+    by_seed,
     difference_text,
     kept_runs,
     mean_of,
@@ -74,7 +75,7 @@ def against_the_uniform_merge(runs: dict[str, RunScores]) -> str:
     uniform, parts = "merge_linear", []
     for name, words in {"merge_ties": "TIES", "moe": "the fusion that is not aligned"}.items():
         pair = compare({run: scores for run, scores in runs.items() if split_seed(run)[0] in (name, uniform)}, name)
-        parts.append(f"{words}: {difference_text(row_of(pair, uniform))}")
+        parts.append(f"{words}: {difference_text(row_of(pair, uniform))}{by_seed(runs, name, uniform)}")
     return f"Less the uniform merge's loss, each tested by itself: {'; '.join(parts)}."
 
 
