@@ -11,7 +11,11 @@ SPLIT_FILE = "split.json"  # beside the folders that data/split.py deals out
 def dealt_from(source: str) -> dict[str, str]:
     """The checksums of the files that data/split.py has dealt this folder from; {} for another folder."""
     made = None if source == "hub" else source_dir(source).parent / SPLIT_FILE
-    return json.loads(made.read_text(encoding="utf-8"))["made_by"]["data_sha256"] if made and made.exists() else {}
+    if made is None or not made.exists():
+        return {}
+    dealt = json.loads(made.read_text(encoding="utf-8"))
+    ours = isinstance(dealt, dict) and isinstance(dealt.get("made_by"), dict)  # another's file may have that name too
+    return dealt["made_by"].get("data_sha256", {}) if ours else {}
 
 
 def held_apart_records(

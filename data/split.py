@@ -49,7 +49,16 @@ if __name__ == "__main__":
     cli.check_early(cli.parse, SplitArguments)
 
 from data.held_apart import SPLIT_FILE
-from data.sources import COLUMNS, data_sha256, prompt_of, read_jsonl, read_rows, source_dir, trainable_rows
+from data.sources import (
+    COLUMNS,
+    MULTIPLE_CHOICE,
+    data_sha256,
+    prompt_of,
+    read_jsonl,
+    read_rows,
+    source_dir,
+    trainable_rows,
+)
 from workspace.files import read_json, write_json, write_lines
 from workspace.run_dir import open_partial
 
@@ -80,6 +89,8 @@ def main(argv: list[str] | None = None) -> None:
                     trained = {row["prompt"] for row in rows.get("safety", ())}
                     pairs = [row for row in read_jsonl(path, COLUMNS["safety_pairs"]) if row["prompt"] not in trained]
                     write_lines(partial / name / PAIRS, pairs)
+                elif path.name == MULTIPLE_CHOICE and (untrained := untrained_questions(path, args.data_source)) is not None:
+                    write_lines(partial / name / MULTIPLE_CHOICE, untrained)
                 elif not path.name.endswith("_train.jsonl"):
                     shutil.copyfile(path, partial / name / path.name)
             for task in tasks:
@@ -105,6 +116,17 @@ def already_dealt(output: Path, made_by: dict) -> bool:
         raise UserError(f"--output {output}: holds something else than this would write; name another folder")
     print(f"{output}: made already from these files: nothing to do")
     return True
+
+
+def untrained_questions(path: Path, source: str) -> list[dict] | None:
+    """The multiple-choice rows whose questions are no training questions of the undivided data, of which each part
+    has only some; None where no row is of one (the file is copied as it is)."""
+    if not (path.parent / "truthfulness_train.jsonl").exists():
+        return None
+    trained = {row["question"] for row in read_rows("truthfulness", "train", source)}
+    rows = read_jsonl(path, {"idx": int, **COLUMNS["truthfulness_mc"]}, id_column="idx")
+    untrained = [row for row in rows if row["question"] not in trained]
+    return untrained if len(untrained) < len(rows) else None
 
 
 def deal_out(args: SplitArguments, task: str, rows: list[dict]) -> dict[str, set]:

@@ -198,12 +198,13 @@ def part_of(row: Row, other: Row | None, name: str, seeds: set[int], others_seed
     values = [0.0] * len(ours.ids) if theirs is None else theirs.values
     items = zip(ours.values, values, ours.sizes, ours.questions, strict=True)
     both = [item for item in items if None not in item[:2]]
-    return dict(zip(("ours", "theirs", "sizes", "groups"), zip(*both, strict=True), strict=True))
+    columns = zip(*both, strict=True) if both else [()] * 4
+    return dict(zip(("ours", "theirs", "sizes", "groups"), columns, strict=True))
 
 
 def paired(reference: Row, row: Row, one: Metric, tasks: tuple[str, ...]) -> dict | None:
     """reference - row in a metric, paired by items, over the seeds that both have (the raw base has none: over all of
-    the reference's); None where there is no such seed."""
+    the reference's); None where there is no such seed, or no item that both have a value of."""
     parts = [part.name for part in nll_metrics(tasks)] if one is MEAN_NLL else [one.name]
     ours, theirs = reference.seeds_with(*parts), row.seeds_with(*parts)
     if "raw" not in (reference.kind, row.kind):
@@ -211,6 +212,8 @@ def paired(reference: Row, row: Row, one: Metric, tasks: tuple[str, ...]) -> dic
     if not ours or not theirs:
         return None
     items = [part_of(reference, row, name, ours, theirs) for name in parts]
+    if not all(part["ours"] for part in items):
+        return None
     result = mean_of_differences(items) if one is MEAN_NLL else paired_difference(**items[0])
     return result | {"seeds": sorted(theirs if reference.kind == "raw" else ours)}
 

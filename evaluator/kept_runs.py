@@ -81,6 +81,8 @@ def what_is_lost(kept: RunScores, run: RunScores) -> str | None:
             return f"made with {key}={recorded.get(key)}, not {ours.get(key)}"
     if None not in (kept.base_sha256, run.base_sha256) and kept.base_sha256 != run.base_sha256:
         return "of another base"
+    if lost := [task for task in (*kept.routing, *kept.usage) if task not in {**run.routing, **run.usage}]:
+        return f"with the routing of {lost[0]}, which this one has not"
     for name, result in kept.metrics.items():
         if name not in run.metrics:
             return f"with {name}, which this one has not"

@@ -56,7 +56,8 @@ def outcomes(rows: list[dict], what: str) -> str:
 
 def base_name(records: dict[str, dict | None]) -> str:
     """The base that the runs were made on, by its last name."""
-    return next(Path(record["run"]["arguments"]["base_model"]).name for record in records.values() if record)
+    arguments = [record["run"]["arguments"] for record in records.values() if record]  # selected answers name no base
+    return next(Path(made["base_model"]).name for made in arguments if made.get("base_model"))
 
 
 def data_name(arguments: dict) -> str:

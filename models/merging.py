@@ -144,7 +144,7 @@ if __name__ == "__main__":
 import yaml
 
 from data.encoding import Encoder
-from data.held_apart import held_apart_records
+from data.held_apart import dealt_from, held_apart_records
 from data.sources import Record, absolute_source, answer_records, read_rows, source_sha256
 from models import base
 from models.adapters import Expert, how_made, save_adapter
@@ -364,7 +364,8 @@ def held_apart_from(args: MergeArguments, experts: list[Expert], source: str) ->
     drawn = {expert.name: drawn_by(expert.folder) for expert in experts}
     if args.num_held_apart == -1:
         for name, ones in drawn.items():
-            if any(one.reads(source, files) for one in ones):
+            dealt = dealt_from(source).items()  # a part of a file has another checksum than the file
+            if any(one.reads(source, files) or any(one.data_sha256.get(k) == v for k, v in dealt) for one in ones):
                 raise UserError(
                     f"--num_held_apart -1: takes all training rows of {source}, but {name} was aligned on some of "
                     "them; name other data, or how many of its rows to hold apart"

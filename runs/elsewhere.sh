@@ -45,6 +45,7 @@ for one in $(echo "$EPOCHS" | tr ',' ' '); do
     name=${one%=*}
     case $given in *" $name "*) refuse "--epochs $EPOCHS: names $name twice" ;; esac
     given="$given$name "
+    [[ $one =~ =[0-9]+$ ]] || refuse "--epochs $EPOCHS: $one is not METHOD_NUMBER=EPOCHS"
     case " $all_methods ,$RUN_MIXED," in
         *" ${name%_*} "*",${name##*_},"*) ;;
         *) refuse "--epochs $EPOCHS: $one is of no method here" ;;

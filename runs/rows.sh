@@ -9,7 +9,7 @@ TASKS="helpfulness safety truthfulness"
 refuse() { echo "error: $*" >&2; exit 2; }
 variable() { echo "$1" | tr a-z A-Z; }
 take_flags() {  # "NAME=DEFAULT ..." ARGUMENT...: sets $NAME, in capitals, of each; refuses a flag of another name
-    local known=$1 one
+    local known=$1 one value
     shift
     for one in $known; do printf -v "$(variable ${one%%=*})" %s "${one#*=}"; done
     while [ $# -gt 0 ]; do
@@ -21,6 +21,15 @@ take_flags() {  # "NAME=DEFAULT ..." ARGUMENT...: sets $NAME, in capitals, of ea
         printf -v "$(variable ${1#--})" %s "$2"
         shift 2
     done
+    for one in $known; do
+        one=${one%%=*} value=$(variable ${one%%=*}) value=${!value}
+        case $one:${value#-} in
+            num_train_epochs:*) ;;
+            num_*:*[!0-9]* | *batch_size:*[!0-9]* | max_new_tokens:*[!0-9]*) refuse "--$one $value: is no whole number" ;;
+            reuse:?*) [ -d "$value" ] || refuse "--reuse $value: no such folder" ;;
+        esac
+    done
+    case $SEEDS in *[!0-9,]*) refuse "--seeds $SEEDS: are whole numbers with commas" ;; esac
     case ,$SEEDS, in ,42,*) ;; *) refuse "--seeds $SEEDS: begin with 42, whose runs have no seed in their names" ;; esac
 }
 of_experts() {  # SUFFIX: what follows is made of the experts of these names: $own_experts, and $named_experts for --experts

@@ -91,6 +91,12 @@ def test_the_last_checkpoints_are_kept_by_their_step_whatever_the_clock_said(bas
     assert kept == {"checkpoint-4", "checkpoint-6"}
 
 
+def test_no_limit_on_checkpoints_keeps_all(base_dir, tmp_path):
+    align(base_dir, tmp_path, *EACH_SECOND, "--save_total_limit", "-1")
+    kept = {path.name for path in (tmp_path / "outputs" / "safety").glob("checkpoint-*")}
+    assert kept == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+
+
 @pytest.mark.parametrize("what, said", [("loss", "the loss is nan"), ("gradient", "the gradient's norm is nan")])
 def test_training_stops_at_what_is_not_finite_and_names_step_and_samples(
     base_dir, tmp_path, monkeypatch, capsys, run, what, said

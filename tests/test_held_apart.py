@@ -11,6 +11,7 @@ from conftest import ROOT, save_adapter, write_jsonl
 import align_basemodel
 from config import TASKS, UserError
 from data import sources, split
+from data.held_apart import dealt_from
 from evaluator import evaluate_likelihood
 from models import llama_moe, merging
 from workspace import run_dir
@@ -116,6 +117,14 @@ def test_what_was_trained_before_the_data_were_dealt_out_has_seen_what_is_held_a
     said = refused(capsys, evaluate_likelihood, "--run", "safety", *score)
     assert "safety was trained on the safety_train.jsonl that" in said and "was dealt from" in said
     call(evaluate_likelihood, "--run", "raw", *score)
+    tuned = ["--method", "tsv_m", "--num_held_apart", -1, "--data_source", tmp_path / "dealt" / "mixed_2"]
+    assert "was aligned on some of them" in refused(capsys, merging, *tuned, "--results_dir", learnt)
+
+
+def test_another_ones_split_json_says_nothing(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "split.json").write_text('{"train": 0.8}')
+    assert dealt_from(str(tmp_path / "data")) == {}
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ def test_what_is_made_from_experts_that_are_made_anew_is_not_taken_over(script, 
         "elsewhere": ["--half", "test", "--mixed", "10", "--epochs", "mixed_10=2,fused_10=2"],
         "recipes": ["--rows", "mixed,fused"],
     }
-    flags = [*given, *few[script], "--reuse", str(tmp_path / "kept")]
+    flags = [*given, *few[script], "--reuse", str(tmp_path)]
     commands = commands_of(f"{script}.sh", flags, tmp_path, anew="safety")
     asked = {after(words, "--run") for name, *words in commands if name == "evaluator/reuse.py"}
     assert "safety" in asked and any(name.startswith("mixed") for name in asked)
@@ -157,7 +157,7 @@ def test_what_is_made_from_experts_that_are_made_anew_is_not_taken_over(script, 
 def test_answers_are_of_one_judge_or_the_kept_ones_are_left_alone(base_dir, tmp_path):
     """conflict.sh takes over all rows or none: a judge that is trained anew scores no answers beside another's."""
     given = ["--base_model", str(base_dir), "--data_source", "sample", "--results_dir", str(tmp_path / "results")]
-    commands = commands_of("conflict.sh", [*given, "--reuse", str(tmp_path / "kept")], tmp_path, anew="prompted")
+    commands = commands_of("conflict.sh", [*given, "--reuse", str(tmp_path)], tmp_path, anew="prompted")
     made = [words for name, *words in commands if name == "evaluator/evaluate_likelihood.py"]
     assert {"raw", "safety", "prompted", "fused"} <= {after(words, "--run") for words in made}
     report = next(words for name, *words in commands if name == "evaluator/report.py" and "--reference" in words)
@@ -226,7 +226,11 @@ MERGES += tuple(f"{method}_tuned" for method in ("task_arithmetic", "ties", "tsv
             ["--half", "test", "--epochs", "mixed_10=2", "--methods", "mixed"],
             "the methods that --epochs names",
         ),
+        ("elsewhere", ["--half", "test", "--epochs", "mixed_10"], "mixed_10 is not METHOD_NUMBER=EPOCHS"),
         ("elsewhere", ["--seeds", "42,43"], "on questions held apart one seed"),
+        ("conflict", ["--seeds", "42,4x"], "--seeds 42,4x: are whole numbers"),
+        ("comparison", ["--num_answered", "abc"], "--num_answered abc: is no whole number"),
+        ("comparison", ["--reuse", "/no/such/folder"], "--reuse /no/such/folder: no such folder"),
         ("elsewhere", ["--run_mixed", "10,20"], "20 is none of --mixed 10,40,160"),
         ("conflict", [], "name a folder that has safety_pairs.jsonl"),
     ],

@@ -8,7 +8,7 @@ from conftest import ROOT, write_jsonl
 
 from config import TASKS
 from data import split
-from data.sources import prompt_of, read_jsonl, read_rows, safety_comparisons
+from data.sources import prompt_of, read_jsonl, read_rows, safety_comparisons, truthfulness_comparisons
 from evaluator import evaluate_likelihood
 
 SAMPLE = ROOT / "data" / "sample"
@@ -63,6 +63,21 @@ def test_every_row_of_a_question_goes_with_it_and_one_seed_draws_the_same(tmp_pa
     assert {id for id in drawn[0] if not id.endswith("-again")} == {
         id.removesuffix("-again") for id in drawn[0] if id.endswith("-again")
     }
+
+
+def test_a_question_that_any_part_is_trained_on_is_asked_in_none(tmp_path):
+    """By multiple choice; the published file has both halves' questions."""
+    folder = shutil.copytree(SAMPLE, tmp_path / "data")
+    trained = [*dict.fromkeys(row["question"] for row in read_jsonl(folder / "truthfulness_train.jsonl", {}))]
+    choices = {"choices": ["Yes.", "No."], "labels": [1, 0]}
+    asked = [*trained, "Is the moon made of cheese?"]
+    rows = [{"idx": i, "question": one, "mc1_targets": choices, "mc2_targets": choices} for i, one in enumerate(asked)]
+    write_jsonl(folder / "truthfulness_mc.jsonl", rows)
+    split.main(["--data_source", str(folder), *FLAGS[2:], "--output", str(tmp_path / "parts")])
+    for part in PARTS:
+        kept = (tmp_path / "parts" / part / "truthfulness_mc.jsonl").read_text().splitlines()
+        assert [json.loads(line)["question"] for line in kept] == asked[-1:]
+        assert len(truthfulness_comparisons("test", str(tmp_path / "parts" / part))[0]) == 1
 
 
 def test_what_was_held_apart_is_scored(tmp_path, base_dir):

@@ -50,6 +50,7 @@ def last_whole(folder: Path) -> Path | None:
 
 
 def keep_last(folder: Path, number: int | None) -> None:
-    """Remove all checkpoints of a run but the last `number` by their step (None: keep all), whatever the clock says."""
-    for checkpoint in checkpoints_of(folder)[:-number] if number else ():
+    """Remove all checkpoints of a run but the last `number` by their step (None, or below 1: keep all), whatever the
+    clock says."""
+    for checkpoint in checkpoints_of(folder)[:-number] if number and number > 0 else ():
         remove(checkpoint)

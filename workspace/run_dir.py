@@ -227,7 +227,8 @@ def find_run(name: str, outputs: Path, checkpoint: int | None = None) -> Path | 
             raise UserError(f"{folder}: is not complete; re-run the command that began it to resume it")
         return folder
     if not (folder / f"checkpoint-{checkpoint}").is_dir():
-        available = sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+        steps = (path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*"))
+        available = sorted(int(step) for step in steps if step.isdecimal())
         raise UserError(f"--checkpoint_number {checkpoint}: {folder} has {available or 'none'}")
     return folder / f"checkpoint-{checkpoint}"
 
