@@ -202,7 +202,7 @@ from models import base, training_arguments
 from models.alignment import estimate, expert_trainer, mixture_trainer, training_samples
 from models.base_identity import base_sha256, tokenizer_sha256
 from models.loading import resolve_base, run_kind
-from models.mixture import read_mixture
+from models.mixture import fused_sha256, read_mixture
 from models.processes import on_first_process
 from models.training_arguments import TrainArguments
 from workspace import run_dir
@@ -329,7 +329,7 @@ def result_arguments(args: AlignArguments, training: TrainArguments) -> dict:
         **flag_arguments(args, training),
     }
     if args.moe_flag:
-        arguments["fused_sha256"] = sha256(Path(args.moe_dir) / "model.safetensors")
+        arguments["fused_sha256"] = fused_sha256(Path(args.moe_dir))
         if routing := read_mixture(Path(args.moe_dir)).routing:
             arguments["routing"] = routing
     if args.init_adapter:

@@ -89,7 +89,10 @@ def main(argv: list[str] | None = None) -> None:
                     trained = {row["prompt"] for row in rows.get("safety", ())}
                     pairs = [row for row in read_jsonl(path, COLUMNS["safety_pairs"]) if row["prompt"] not in trained]
                     write_lines(partial / name / PAIRS, pairs)
-                elif path.name == MULTIPLE_CHOICE and (untrained := untrained_questions(path, args.data_source)) is not None:
+                elif (
+                    path.name == MULTIPLE_CHOICE
+                    and (untrained := untrained_questions(path, args.data_source)) is not None
+                ):
                     write_lines(partial / name / MULTIPLE_CHOICE, untrained)
                 elif not path.name.endswith("_train.jsonl"):
                     shutil.copyfile(path, partial / name / path.name)

@@ -143,7 +143,7 @@ from models.adapters import FreshExpert, check_one_of_each_task, expert_folders,
 from models.add_expert import add_expert, fit_row
 from models.base_identity import base_sha256, tokenizer_sha256
 from models.expert_ffn import PROJECTIONS
-from models.mixture import MixtureForCausalLM, fuse, load_fused, read_mixture
+from models.mixture import MixtureForCausalLM, fuse, fused_sha256, load_fused, read_mixture
 from models.prototypes import fit_routers
 from models.released import read_moe_pt
 from workspace import run_dir
@@ -263,7 +263,7 @@ def add_to_fused(args: FuseArguments) -> None:
         "base_sha256": base_sha256(base_model),
         "tokenizer_sha256": tokenizer_sha256(base_model),
         "to": Path(args.to).name,
-        "fused_sha256": sha256(path / "model.safetensors"),
+        "fused_sha256": fused_sha256(path),
         "experts": [known["name"] for known in mixture.experts] + [name],
         "adapters_sha256": [expert.checksum],
         "expert_topk": mixture.num_experts_per_tok,

@@ -1,6 +1,7 @@
 """The fused model: a causal language model whose FFNs are routed mixtures of aligned experts, of any family that fits
 (models/causal_lm.py)."""
 
+import hashlib
 import json
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cli import check
-from config import UserError
+from config import TASKS, UserError
 from models import base, four_bit
 from models.adapters import Expert
 from models.causal_lm import AnswerLoss, activation_name, model_class_of
@@ -24,7 +25,7 @@ from models.expert_ffn import PROJECTIONS, LowRankExperts
 from models.losses import low_rank_change
 from models.released import RecoveredExpert
 from models.router import Router, RowRouter
-from workspace.files import as_written, read_json, write_json
+from workspace.files import as_written, read_json, sha256, write_json
 
 ATTENTION_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FUSED, ENSEMBLE = "h3fusion_moe", "h3fusion_ensemble"  # model_type in config.json
@@ -73,6 +74,13 @@ class MixtureConfig:
 
     def save(self, folder: Path) -> None:
         write_json(folder / "config.json", {key: value for key, value in asdict(self).items() if value is not None})
+
+
+def fused_sha256(folder: Path) -> str:
+    """What tells one fusion from another: its tensors, and where they are not the paper's in its order, its experts'
+    tasks. The same adapters under other tasks have the same tensors."""
+    tensors, tasks = sha256(folder / "model.safetensors"), [expert["task"] for expert in read_mixture(folder).experts]
+    return tensors if tasks == [*TASKS] else hashlib.sha256(json.dumps([tensors, tasks]).encode()).hexdigest()
 
 
 def read_mixture(folder: Path | None) -> MixtureConfig | None:

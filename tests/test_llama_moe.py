@@ -11,13 +11,15 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from config import UserError
+import align_basemodel
+from config import TASKS, UserError
 from models import llama_moe
 from models.adapters import Expert
 from models.expert_ffn import PROJECTIONS
 from models.loading import load_run
 from models.mixture import load_fused
 from models.router import route
+from workspace.files import sha256
 
 
 def merged_models(base_dir, adapter_dirs):
@@ -278,3 +280,19 @@ def test_training_keeps_router_and_experts_in_fp32_and_inference_rounds_the_expe
         assert torch.equal(trained(ids).logits, loaded(ids).logits)
     state, kept = loaded.blocks[0].experts.state_dict(), trained.blocks[0].experts.state_dict()
     assert not torch.equal(state["up_proj_A"].float(), kept["up_proj_A"]), "nothing was scaled"
+
+
+def test_the_same_adapters_under_other_tasks_are_another_fusion(tmp_path, base_dir, capsys):
+    """Their tensors are the same, the gating loss sends every task elsewhere."""
+    for seed, name in enumerate("abc"):
+        save_adapter(tmp_path / name, base_dir, seed=seed)
+    for moe, tasks in (("m1", TASKS), ("m2", ("safety", "helpfulness", "truthfulness"))):
+        named = ",".join(f"{task}={tmp_path / name}" for task, name in zip(tasks, "abc", strict=True))
+        llama_moe.main(["--experts", named, "--output", str(tmp_path / moe)])
+    assert sha256(tmp_path / "m1" / "model.safetensors") == sha256(tmp_path / "m2" / "model.safetensors")
+    align = ["--moe_flag", "1", "--data_source", "sample", "--num_samples", "2", "--max_steps", "1"]
+    align += ["--disable_tqdm", "1", "--results_dir", str(tmp_path / "results"), "--moe_dir"]
+    align_basemodel.main([*align, str(tmp_path / "m1")])
+    with pytest.raises(SystemExit):
+        align_basemodel.main([*align, str(tmp_path / "m2")])
+    assert "holds a run with fused_sha256=" in capsys.readouterr().err
