@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 BASE_MODEL=${1:-smollm2}
 RESULTS=${2:-results/demo}
 R="--results_dir $RESULTS"
-RUN=mix_moe_reg_00010_00010_00010_gate_10000
+RUN=mix_moe_reg_00010_00010_00010_gate_03000
 
 # 1. Three aligned experts
 python align_basemodel.py --moe_flag 0 --task_name helpfulness --base_model $BASE_MODEL --data_source sample --num_samples 28 --num_train_epochs 2 --batch_size 4 $R
@@ -16,12 +16,12 @@ python align_basemodel.py --moe_flag 0 --task_name truthfulness --base_model $BA
 
 # 2. Fused into one mixture of experts; its rivals: one LoRA on all the data, a merge, an ensemble
 python models/llama_moe.py $R
-python align_basemodel.py --moe_flag 0 --task_name mix --rank 24 --alpha 12 --run_name mixed --base_model $BASE_MODEL --data_source sample --num_samples 28 --num_train_epochs 2 --batch_size 4 $R
+python align_basemodel.py --moe_flag 0 --task_name mix --rank 24 --alpha 12 --learning_rate 2e-3 --run_name mixed --base_model $BASE_MODEL --data_source sample --num_samples 28 --num_train_epochs 2 --batch_size 4 $R
 python models/merging.py --method ties $R
 python models/ensemble.py --average probabilities $R
 
-# 3. The fusion aligned, with gating loss and drift
-python align_basemodel.py --moe_flag 1 --expert_topk 2 --gate_loss_weight 1 --helpfulness_weight 0.001 --safety_weight 0.001 --truthfulness_weight 0.001 --num_samples 28 --num_train_epochs 2 --batch_size 4 $R
+# 3. The fusion aligned, with gating loss and drift; its rates, and the LoRA's, were the best of docs/tries.md
+python align_basemodel.py --moe_flag 1 --expert_topk 2 --learning_rate 2e-3 --router_learning_rate 0.01 --gate_loss_weight 0.3 --helpfulness_weight 0.001 --safety_weight 0.001 --truthfulness_weight 0.001 --num_samples 28 --num_train_epochs 2 --batch_size 4 $R
 
 # 4. Its answers to all three tasks
 python inference.py --task_name helpfulness --cross_task $RUN --dataset_type test --num_samples 8 --max_new_tokens 48 $R

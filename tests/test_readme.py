@@ -54,7 +54,7 @@ def test_the_demo_ends_in_its_report(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     table = json.loads((tmp_path / "demo" / "report" / "table.json").read_text())
-    runs = ["raw", *TASKS, "mixed", "merge_ties", "ensemble_probabilities", "mix_moe_reg_00010_00010_00010_gate_10000"]
+    runs = ["raw", *TASKS, "mixed", "merge_ties", "ensemble_probabilities", "mix_moe_reg_00010_00010_00010_gate_03000"]
     assert [row["run"] for row in table["rows"]] == runs
     assert all(row["metrics"]["mean_nll_per_token"] for row in table["rows"])
     assert table["rows"][-1]["metrics"]["flagged"]["n"] == 8 and (tmp_path / "demo/report/index.html").is_file()
