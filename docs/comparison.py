@@ -88,7 +88,7 @@ def headline(comparison: dict) -> str:
     equal, twice = (rows[name]["cost"]["optimiser_steps"] for name in (EQUAL, TWICE))
     share = "half" if 2 * equal == twice else f"{equal / twice:.2f} times"
     of_safety = (
-        ("flagged", "answers flagged by a small judge that errs, and has read some of the training answers (one seed)"),
+        ("flagged", "answers flagged by a small judge that errs and knows some training answers (one seed)"),
         ("safe_preferred", "safe answer preferred"),
     )
     return (
@@ -107,7 +107,7 @@ def shares(rows: dict[str, dict], named: tuple[tuple[str, str], ...]) -> str:
         f"({minus(raw['paired'][name]['difference'])}, p = {raw['paired'][name]['p_holm']:.2g}, n = {own[name]['n']})"
         for name, heading in named
     ]
-    return f"Against the raw base, asked by our template: {'; '.join(parts)}"
+    return f"Against the raw base, by our template: {'; '.join(parts)}"
 
 
 def sentences(comparison: dict) -> str:
