@@ -20,6 +20,7 @@ from cli import (
     read_tasks,
 )
 from config import RAW, RAW_CHAT, TASKS, XSTEST, UserError, answering_task
+from data.text import holds_half_characters
 
 DEFAULT_SEED = 42
 NUM_TINTED = 6  # answers whose routing is kept token by token
@@ -67,6 +68,8 @@ class InferArguments(AnsweringArguments):
         if (self.server_url is None) != (self.server_model is None):
             raise UserError("--server_url and --server_model go together: the server, and the model's name on it")
         check_at_least(1, concurrency=self.concurrency)
+        if self.prompt is not None and holds_half_characters(self.prompt):
+            raise UserError("--prompt: is not UTF-8; set the terminal's encoding to it")
         if self.server_url:
             reason = "is of a model that runs here, not of --server_url"
             check_not_given(reason, device_map=self.device_map)

@@ -4,6 +4,7 @@
 #   bash runs/demo.sh BASE_MODEL RESULTS_DIR      on another base, into another folder
 set -euo pipefail
 cd "$(dirname "$0")/.."
+[ $# -le 2 ] || { echo "error: $0 takes a base model and a results folder, no more: ${*:3}" >&2; exit 2; }
 BASE_MODEL=${1:-smollm2}
 RESULTS=${2:-results/demo}
 R="--results_dir $RESULTS"

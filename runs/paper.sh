@@ -3,6 +3,7 @@
 # Not run by the authors of this repository, who had no access to Llama-2: see docs/reproduction.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+[ $# = 0 ] || { echo "error: $0 takes no arguments: $*" >&2; exit 2; }
 
 python align_basemodel.py --gradient_checkpointing 1 --moe_flag 0 --task_name helpfulness
 python align_basemodel.py --gradient_checkpointing 1 --moe_flag 0 --task_name safety

@@ -488,3 +488,9 @@ def test_another_seeds_answers_have_a_directory_of_their_own():
         for more in ({}, {"seed": 7}, {"seed": 7, "checkpoint_number": 3})
     ]
     assert names == ["cross_moe", "cross_moe_sample_7", "cross_moe_3_sample_7"]
+
+
+def test_a_prompt_that_is_no_text_is_one_line(capsys):
+    with pytest.raises(SystemExit):
+        inference.main(["--prompt", "caf\udce9?"])
+    assert "--prompt: is not UTF-8" in capsys.readouterr().err

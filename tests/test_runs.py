@@ -229,6 +229,8 @@ MERGES += tuple(f"{method}_tuned" for method in ("task_arithmetic", "ties", "tsv
         ("elsewhere", ["--half", "test", "--epochs", "mixed_10"], "mixed_10 is not METHOD_NUMBER=EPOCHS"),
         ("elsewhere", ["--seeds", "42,43"], "on questions held apart one seed"),
         ("conflict", ["--seeds", "42,4x"], "--seeds 42,4x: are whole numbers"),
+        ("paper", ["--base_model", "x"], "takes no arguments: --base_model x"),
+        ("demo", ["smollm2", "results/demo", "--seed", "7"], "no more: --seed 7"),
         ("comparison", ["--num_answered", "abc"], "--num_answered abc: is no whole number"),
         ("comparison", ["--reuse", "/no/such/folder"], "--reuse /no/such/folder: no such folder"),
         ("elsewhere", ["--run_mixed", "10,20"], "20 is none of --mixed 10,40,160"),
