@@ -31,6 +31,7 @@ SINGLE_CHANGES = (  # words, the try without the change, the try with it
     ("fusion at 2e-3: its experts at 2e-3 too", "fused_rate_2e-3", "fused_all_at_2e-3"),
     ("fusion at 2e-3: its routers made from the prompts", "fused_rate_2e-3", "fused_rate_2e-3_prototype"),
     ("fusion: the demo's earlier λ, γ and router rate (all at once)", "fused", "fused_gate_1_gamma_0.001"),
+    ("fusion: from the demo's earlier settings to the best ones", "fused_gate_1_gamma_0.001", "fused_rate_2e-3"),
     ("fusion: twice the rate, three epochs, dropout of 0.1", "fused_2_then_3", "fused_2_then_3_rate_1e-3"),
     ("fusion: a third epoch at twice the rate, dropout of 0.1", "fused_rate_1e-3", "fused_2_then_3_rate_1e-3"),
     ("fusion: dropout of 0.3", "fused", "fused_dropout_0.3"),

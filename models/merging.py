@@ -364,8 +364,8 @@ def held_apart_from(args: MergeArguments, experts: list[Expert], source: str) ->
     drawn = {expert.name: drawn_by(expert.folder) for expert in experts}
     if args.num_held_apart == -1:
         for name, ones in drawn.items():
-            dealt = dealt_from(source).items()  # a part of a file has another checksum than the file
-            if any(one.reads(source, files) or any(one.data_sha256.get(k) == v for k, v in dealt) for one in ones):
+            whole = dealt_from(source)  # a part of a file has another checksum than the file
+            if any(one.reads(source, files) or one.reads(source, whole) for one in ones):
                 raise UserError(
                     f"--num_held_apart -1: takes all training rows of {source}, but {name} was aligned on some of "
                     "them; name other data, or how many of its rows to hold apart"

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from config import TASKS, UserError
 from evaluator import comparison, report
-from evaluator.kept_runs import read_kept, without_places
-from evaluator.page_words import verdict
+from evaluator.kept_runs import read_kept, what_is_lost, without_places
+from evaluator.metrics import JUDGED
+from evaluator.page_words import base_name, verdict
 from evaluator.results_folder import cost_of_run, read_run_scores, read_usage
-from evaluator.run_scores import RunScores, check_score
+from evaluator.run_scores import Result, RunScores, check_score
 from evaluator.sweeps import Alike
 
 __all__ = ["results", "table"]  # fixtures
@@ -584,3 +585,23 @@ def test_a_kept_row_that_was_edited_is_refused(results, tmp_path):
         path.write_text(re.sub(r'"value": [-0-9.e]+', edit, whole, count=1))
         with pytest.raises(UserError, match="is not as this project writes it"):
             read_kept(tmp_path, FUSED)
+
+
+def test_two_runs_without_a_common_verdict_are_not_paired():
+    def row(name, values):
+        scored = Result(["a", "b"], values, [1.0, 1.0], ["a", "b"], ["judge", "1"], {}, {"value": 1.0, "n": 1})
+        return comparison.Row(name, "mixed", {42: RunScores(name, None, {}, {JUDGED[0].name: scored})})
+
+    assert comparison.paired(row("one", [1.0, None]), row("other", [None, 1.0]), JUDGED[0], TASKS) is None
+    assert comparison.paired(row("one", [1.0, 0.0]), row("other", [None, 1.0]), JUDGED[0], TASKS)["difference"] == -1
+
+
+def test_a_kept_row_is_not_replaced_by_one_without_its_routing():
+    kept = RunScores("moe", None, {}, {}, routing={"safety": [[0.5, 0.5]]})
+    assert what_is_lost(kept, RunScores("moe", None, {}, {})) == "with the routing of safety, which this one has not"
+    assert what_is_lost(kept, kept) is None
+
+
+def test_the_page_names_the_base_whichever_run_comes_first():
+    records = [{"run": {"arguments": arguments}} for arguments in ({}, {"base_model": "some/base"})]
+    assert base_name({"best_of_3": records[0], "raw": None, "moe": records[1]}) == "base"
